@@ -11,8 +11,8 @@ from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.store import Store
 
-log = logging.getLogger(__name__)
-_limited = LimitedLog(log)
+_log = logging.getLogger(__name__)
+_limited_log = LimitedLog(_log)
 
 REPAIR_SECONDS: Final = 600.0
 
@@ -31,17 +31,17 @@ async def reap_forever(store: Store) -> None:
             if time.monotonic() - repaired_at > REPAIR_SECONDS:
                 repaired_at = time.monotonic()
                 if restored := await maintenance.repair(REPAIR_SECONDS):
-                    log.warning("Repair put back %d jobs found out of place.", restored)
+                    _log.warning("Repair put back %d jobs found out of place.", restored)
             is_away = False
         except RedisUnavailable as error:
             if not is_away:
-                log.warning("Sweep: %s", error.detail)
+                _log.warning("Sweep: %s", error.detail)
             is_away = True
         except Exception as error:
             # Redis holds data that anyone may write; no content may end the task that all rely on.
-            _limited.unexpected("A sweep failed.", error)
+            _limited_log.unexpected("A sweep failed.", error)
 
 
 def _report(swept: SweepCounts) -> None:
     if swept.put_back or swept.dead:
-        log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)
+        _log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)

@@ -27,7 +27,7 @@ from asyncinfer.repository.claims import ClaimedJob
 from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import Feeds
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _PAYLOADS: Final = frozenset({"json", "tensors"})
 
@@ -131,7 +131,7 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
     except Exception as error:
         # The batch is split then, so that one job with outputs that cannot be rendered does not
         # fail the others.
-        log.exception("A batch of %d jobs failed.", len(batch.jobs))
+        _log.exception("A batch of %d jobs failed.", len(batch.jobs))
         raise ModelFailed("The outputs of the model could not be made a result.") from error
 
 

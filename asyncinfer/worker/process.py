@@ -28,7 +28,7 @@ from asyncinfer.worker.models.source import ModelSource
 from asyncinfer.worker.monitor import Metrics, Monitor, open_listener, serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _CALL_SECONDS: Final = 10.0
 _CONNECT_PAUSE_SECONDS: Final = 0.05
@@ -106,7 +106,7 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
     except (StartError, KeyboardInterrupt):
         raise
     except Exception:
-        log.exception("The worker failed.")
+        _log.exception("The worker failed.")
         return _FAILED_EXIT
 
 
@@ -166,13 +166,13 @@ async def _connect(
             known = await Announcements(store).read_model_names()
         except (RedisUnavailable, StorageFull) as error:
             if not is_logged:
-                log.info("Waiting for Redis: %s", error.detail)
+                _log.info("Waiting for Redis: %s", error.detail)
             is_logged = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
                     await stopping.wait()
         else:
-            log.info("Connected to %s. Models to load: %d.", server, len(library.names))
+            _log.info("Connected to %s. Models to load: %d.", server, len(library.names))
             # Jobs may wait for models that were announced before.
             first = default or default_model(None, library.names)
             library.load_first([first, *known] if first else known)
@@ -231,7 +231,7 @@ def _on_signals(stopping: asyncio.Event) -> None:
     def on_signal() -> None:
         if stopping.is_set():
             os._exit(_SECOND_SIGNAL_EXIT)
-        log.info("Draining: jobs under way are finished, and no more are claimed.")
+        _log.info("Draining: jobs under way are finished, and no more are claimed.")
         stopping.set()
 
     loop = asyncio.get_running_loop()

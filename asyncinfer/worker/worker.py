@@ -45,7 +45,7 @@ from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
 from asyncinfer.worker.running.timings import JobTimes
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 EXIT_HUNG: Final = 70
 """Exit code after a run that did not stop: the supervisor then starts a new process."""
@@ -217,7 +217,7 @@ class Worker:
         names = self._library.names
         if names:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-            log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
+            _log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
         # In a thread, since giving memory back takes a while.
         await asyncio.to_thread(tuning.tune_for_serving)
 
@@ -238,7 +238,7 @@ class Worker:
         try:
             await self._library.rescan()
         except Exception:
-            log.exception("The model folder could not be followed.")
+            _log.exception("The model folder could not be followed.")
 
     def _models_changed(self) -> None:
         """Claims from the queues of the models that are served now, and has them announced soon."""
@@ -365,7 +365,7 @@ class Worker:
             self._begin_drain_after_hang()
             finished += self._runner.after_hang(held, hung.run, finished)
         except Exception:
-            log.exception("A claim could not be run; its jobs fail.")
+            _log.exception("A claim could not be run; its jobs fail.")
             error = JobError("The worker failed in a way it did not expect; its log has more.")
             ended_ids = {outcome.job_id for outcome in finished}
             finished += [
@@ -424,6 +424,6 @@ class Worker:
     def _begin_drain_after_hang(self) -> None:
         """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.
         `run` returns EXIT_HUNG when the other runs have finished."""
-        log.error("A run would not stop; this worker finishes its other runs and exits.")
+        _log.error("A run would not stop; this worker finishes its other runs and exits.")
         self.is_hung = True
         self.begin_drain()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from asyncinfer.repository.unserved_models import UnservedDefault, UnservedModels
 
 _log = logging.getLogger(__name__)
-_limited = LimitedLog(_log)
+_limited_log = LimitedLog(_log)
 
 _SHORT_PAUSE_SECONDS: Final = 0.5
 """The pause until the worker has announced its models, which takes a second or two."""
@@ -157,7 +157,9 @@ class LeftoverCleaner:
                 except AsyncinferError as error:
                     _log.debug("Leftovers could not be removed: %s", error.detail)
                 except Exception as error:
-                    _limited.unexpected("Models that no worker serves could not be removed.", error)
+                    _limited_log.unexpected(
+                        "Models that no worker serves could not be removed.", error
+                    )
                 await anyio.sleep(_PAUSE_SECONDS if is_done else _SHORT_PAUSE_SECONDS)
 
     async def _clear(self, leftovers: "UnservedModels", worker_pid: int) -> bool:

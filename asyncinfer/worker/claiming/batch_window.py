@@ -19,7 +19,7 @@ from asyncinfer.repository.claims import QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
 
-log = LimitedLog(logging.getLogger(__name__))
+_log = LimitedLog(logging.getLogger(__name__))
 
 _FAREWELL_SECONDS: Final = 1.0
 
@@ -106,7 +106,7 @@ class BatchWindows:
                     await self._open_windows(group)
                 except RedisUnavailable as error:
                     if not self._is_closed:
-                        log.warning(f"Waiting for jobs to batch: {error.detail}")
+                        _log.warning(f"Waiting for jobs to batch: {error.detail}")
                         await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from asyncinfer.worker.claiming.batch_window import BatchWindows, QueueBatching
 from asyncinfer.worker.held_claim import HeldClaim, Step
 from asyncinfer.worker.lease_renewer import LeaseRenewer
 
-log = LimitedLog(logging.getLogger(__name__))
+_log = LimitedLog(logging.getLogger(__name__))
 
 T = TypeVar("T")
 
@@ -225,7 +225,7 @@ class Claimer:
             rang = await self._doorbell.wait(queues, seconds)
         except RedisUnavailable as error:
             if not self.draining.is_set():
-                log.warning(f"Waiting: {error.detail}")
+                _log.warning(f"Waiting: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))
             return None
         if rang:
@@ -311,7 +311,7 @@ class Claimer:
         try:
             return await self._claim_once(queues)
         except RedisRefused as error:
-            log.error(f"Claiming: {error.detail}")
+            _log.error(f"Claiming: {error.detail}")
         # A damaged key of one queue must not starve the others.
         for queue in queues:
             with contextlib.suppress(RedisRefused):
@@ -414,5 +414,5 @@ class Claimer:
             except RedisUnavailable as error:
                 if self.draining.is_set():
                     return otherwise
-                log.warning(f"Claiming: {error.detail}")
+                _log.warning(f"Claiming: {error.detail}")
                 await asyncio.sleep(random.uniform(0.1, 0.5))

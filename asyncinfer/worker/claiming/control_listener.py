@@ -13,7 +13,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
 
-log = LimitedLog(logging.getLogger(__name__))
+_log = LimitedLog(logging.getLogger(__name__))
 
 _READ_SECONDS: Final = 5.0
 _GROWING_SECONDS: Final = 0.1
@@ -51,7 +51,7 @@ class ControlListener:
                 await self._read()
             except RedisUnavailable as error:
                 if not self._blocking.closed:
-                    log.warning(f"Control: {error.detail}")
+                    _log.warning(f"Control: {error.detail}")
                     await asyncio.sleep(random.uniform(0.1, 0.5))
 
     async def close(self) -> None:

@@ -35,8 +35,8 @@ from asyncinfer.worker.models.folder_differences import (
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
 
-log = logging.getLogger(__name__)
-_limited_log = LimitedLog(log)
+_log = logging.getLogger(__name__)
+_limited_log = LimitedLog(_log)
 
 
 _EXPIRY_SECONDS: Final = 5 * ANNOUNCE_INTERVAL_SECONDS
@@ -184,14 +184,14 @@ class Announcer:
         empty if there is none, and a default model that no live worker has. `models` are all names
         known here."""
         if other_folder:
-            log.warning("%s", other_folder)
+            _log.warning("%s", other_folder)
         default = self._queues.default_model
         if (
             default
             and default not in models
             and not any(serves_or_loads(says, default) for says in others)
         ):
-            log.warning(
+            _log.warning(
                 "No worker that is alive has the default model %r, so requests that name no model "
                 "wait. Start one that has it, or set DEFAULT_MODEL to another.",
                 default,
@@ -412,7 +412,7 @@ async def announce_forever(
         except RedisRefused as error:
             _limited_log.warning(f"Announce: {error.detail}")
         except RequestError as error:
-            log.debug("Announce: %s", error.detail)
+            _log.debug("Announce: %s", error.detail)
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
         with contextlib.suppress(TimeoutError):

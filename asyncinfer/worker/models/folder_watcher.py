@@ -10,7 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _STEP_MS: Final = 100
 _TIMER_SECONDS: Final = 1.0
@@ -44,7 +44,7 @@ async def folder_changes(
         # must not end the worker, which serves without it.
         except Exception as error:
             if not is_failing or time.monotonic() - started_at > _STABLE_SECONDS:
-                log.warning(
+                _log.warning(
                     "%s cannot be watched: %s. It is read every second instead.",
                     *(folder, _error_text(error)),
                 )

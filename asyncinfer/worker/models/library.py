@@ -19,7 +19,7 @@ from asyncinfer.worker.models.sandbox import try_in_child
 from asyncinfer.worker.models.source import ModelSource
 from asyncinfer.worker.models.versions import Version
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _UNCHANGED_SECONDS: Final = 0.3
 """A file counts as completely written if it is unchanged for so long: not everyone publishes by
@@ -278,7 +278,7 @@ class Library:
         files = self._log_passed_over(self._source.listing_at_start())
         self._versions = {label_of(file): versions.read_version(file) for file in files}
         for model, problem in self._missing_problems().items():
-            log.error("Model %s: %s", model, problem)
+            _log.error("Model %s: %s", model, problem)
         self._warn_if_nothing_is_served()
 
     def load_first(self, names: Iterable[str]) -> None:
@@ -404,11 +404,11 @@ class Library:
             seen = await asyncio.to_thread(self._read_versions)
         except ModelDirUnreadable as error:
             if error.detail != self._unreadable:
-                log.warning("The models stay as they are: %s", error.detail)
+                _log.warning("The models stay as they are: %s", error.detail)
             self._unreadable = error.detail
             return None
         if self._unreadable:
-            log.info("%s can be read again.", self.watched_folder)
+            _log.info("%s can be read again.", self.watched_folder)
         self._unreadable = ""
         return versions.hidden_but_loaded(self._versions, seen) | {
             label: versions.with_config_in_force(
@@ -430,7 +430,7 @@ class Library:
         """The files of the listing. Logs once which other files are no models."""
         for line in listing.ignored:
             if line not in self._passed_over:
-                log.info("%s.", line)
+                _log.info("%s.", line)
         self._passed_over = listing.ignored
         return listing.files
 
@@ -477,7 +477,7 @@ class Library:
         version = self._versions.pop(label)
         self._announced_labels.discard(label)
         if version.signature:
-            log.info("%s was removed; jobs that wait for it still run.", version.file.display_path)
+            _log.info("%s was removed; jobs that wait for it still run.", version.file.display_path)
             self._removed[label] = (version, time.monotonic())
 
     async def _check_loaded(self, known: Version, found: Version) -> None:
@@ -521,7 +521,7 @@ class Library:
         self._add_loaded(found, engine)
         self._removed.pop(found.label, None)
         self._changed()
-        log.info("%s is ready.", found.file.display_path)
+        _log.info("%s is ready.", found.file.display_path)
 
     async def _load_or_problem(self, file: ModelFile) -> Engine | str:
         """The engine, loaded in a thread without the cache, or the problem as text. Never raises: a
@@ -531,7 +531,7 @@ class Library:
         except ModelRefused as error:
             return error.detail
         except Exception as error:
-            log.exception("%s could not be loaded.", file.display_path)
+            _log.exception("%s could not be loaded.", file.display_path)
             return f"{file.display_path}: it could not be loaded: {type(error).__name__}: {error}"
 
     def _add_loaded(self, version: Version, engine: Engine, *, displaces: bool = True) -> None:
@@ -579,7 +579,7 @@ class Library:
         }
         for problem in dict.fromkeys(version.problems_to_log):
             if problem and problem not in logged:
-                log.error("Model %s: %s", model, problem)
+                _log.error("Model %s: %s", model, problem)
         self._versions[version.label] = version
 
     # --- calls of the announcer ------------------------------------------------------------------
@@ -590,7 +590,7 @@ class Library:
         Does nothing if nothing has changed."""
         if contested_problems != self._contested_problems:
             for label in contested_problems.keys() - self._contested_problems.keys():
-                log.error("Model %s version %s: %s", *label, contested_problems[label])
+                _log.error("Model %s version %s: %s", *label, contested_problems[label])
             self._contested_problems = dict(contested_problems)
             self._changed()
 
@@ -662,5 +662,5 @@ class Library:
         """Logs why no model is served, once for each reason."""
         reason = self.why_nothing_is_served()
         if reason and reason != self._last_warning:
-            log.warning("%s", reason)
+            _log.warning("%s", reason)
         self._last_warning = reason

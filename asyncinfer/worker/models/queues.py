@@ -14,7 +14,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import QueueBatching
 from asyncinfer.worker.models.library import Library
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _FORMER_SECONDS: Final = 60.0
 """How long a worker whose model was the default still checks QUEUE_NAME for jobs of it."""
@@ -88,7 +88,7 @@ class Queues:
             await self._announcements.announce_queues(self._current_queues().keys())
         except RedisRefused as error:
             if not self._is_failing:
-                log.error("The default model and the list of queues: %s", error.detail)
+                _log.error("The default model and the list of queues: %s", error.detail)
             self._is_failing = True
         else:
             self._is_failing = False
@@ -149,14 +149,14 @@ class Queues:
         """Uses this default model from now on, and logs that; an empty name stands for none. Jobs
         of the former default are still taken from QUEUE_NAME for a minute."""
         if self.default_model is None:
-            log.info("The default model of the queue %r is %r.", self._store.queue_name, agreed)
+            _log.info("The default model of the queue %r is %r.", self._store.queue_name, agreed)
             self.default_model = agreed
             return
         origin = remedy = ""
         if self._default_is_set and agreed:
             origin = " from DEFAULT_MODEL (or MODEL)"
             remedy = f" Set DEFAULT_MODEL={agreed} here too; a start with another may be refused."
-        log.warning(
+        _log.warning(
             "Redis names %s as the default model of the queue %r, and this worker had %r%s. It "
             "goes by Redis from now on, since all processes must agree.%s",
             repr(agreed) if agreed else "none",

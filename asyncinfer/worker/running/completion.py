@@ -25,8 +25,8 @@ from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, Step
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 
-log = logging.getLogger(__name__)
-_limited_log = LimitedLog(log)
+_log = logging.getLogger(__name__)
+_limited_log = LimitedLog(_log)
 
 StartTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
@@ -116,7 +116,7 @@ class Finisher:
             # A claim whose finish is under way has no open job, and its loss means nothing.
             held = self._claimer.held.get(token)
             if held and held.open_jobs:
-                log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
+                _log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
                 self._claimer.stop_renewing(token)
 
     def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: JobOutcome) -> None:
@@ -168,5 +168,5 @@ class Finisher:
             else:
                 self.verdict_counts.update(verdicts)
                 if stale := verdicts.count("stale"):
-                    log.warning("%d results came too late: their jobs had been taken.", stale)
+                    _log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed

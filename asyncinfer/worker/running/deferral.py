@@ -9,7 +9,7 @@ from asyncinfer.jobs import SCHEMA
 from asyncinfer.repository.claims import ClaimedJob, JobOutcome
 from asyncinfer.worker.running.outcomes import released_outcomes
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _WINDOW_SECONDS: Final = 60.0
 _MIN_MS: Final = 1000
@@ -57,7 +57,7 @@ class LaterReleaseDeferrer:
         if schema in self._named_schemas or len(self._named_schemas) == _MAX_NAMED:
             return
         self._named_schemas.add(schema)
-        log.warning(
+        _log.warning(
             "Jobs with schema %d were written by a later release (this one knows up to %d) and "
             "wait for a worker of that release. Upgrade this worker.",
             schema,
