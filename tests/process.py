@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-REPOSITORY: Final = Path(__file__).parents[1]
+from tests.checkout import REPOSITORY as REPOSITORY
 
 
 class PythonProcess:

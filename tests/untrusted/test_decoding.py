@@ -111,7 +111,7 @@ def test_a_foreign_cursor_is_a_value_error(content: bytes) -> None:
     with pytest.raises(ValueError, match="cursor"):
         decode_cursor(text, Record)
     with pytest.raises(ValueError, match="cursor"):
-        decode_cursor(text, Record, most_characters=1 << 20)
+        decode_cursor(text, Record, max_characters=1 << 20)
 
 
 @given(st.text())

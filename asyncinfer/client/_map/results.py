@@ -247,8 +247,8 @@ class Results(Iterator[Any]):
         except (StopIteration, IndexError):
             return
         plan = self._driver.run(_make_plan(self._server, first, self._wanted))
-        most = plan.max_rows_per_block
-        blocks = blocks_of(rest, most) if arrays is None else arrays.blocks(most)
+        max_rows = plan.max_rows_per_block
+        blocks = blocks_of(rest, max_rows) if arrays is None else arrays.blocks(max_rows)
         yield from self._run(plan, blocks, total if arrays is None else len(arrays))
 
     def _run(
@@ -384,11 +384,11 @@ class AsyncResults(AsyncIterator[Any]):
         except (StopAsyncIteration, IndexError):
             return
         plan = await self._driver.run(_make_plan(self._server, first, self._wanted))
-        most = plan.max_rows_per_block
+        max_rows = plan.max_rows_per_block
         if arrays is None:
-            blocks = blocks_of_async(_chain(first, source), most)
+            blocks = blocks_of_async(_chain(first, source), max_rows)
         else:
-            blocks, total = _as_async(arrays.blocks(most)), len(arrays)
+            blocks, total = _as_async(arrays.blocks(max_rows)), len(arrays)
         async for value in self._run(plan, blocks, total):
             yield value
 

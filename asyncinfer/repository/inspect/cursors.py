@@ -24,12 +24,12 @@ def cursor_bytes(place: object) -> bytes:
     return base64.urlsafe_b64encode(_encode(place)).rstrip(b"=")
 
 
-def decode_cursor(text: str, kind: type[T], most_characters: int = MAX_CURSOR_CHARACTERS) -> T:
+def decode_cursor(text: str, kind: type[T], max_characters: int = MAX_CURSOR_CHARACTERS) -> T:
     """The place, of the type `kind`, in a cursor. Raises ValueError for any other text.
 
     A text that is too long is not decoded: it would cost its sender nothing.
     """
-    if len(text) > most_characters:
+    if len(text) > max_characters:
         raise ValueError(f"a cursor of {len(text)} characters")
     try:
         return msgspec.msgpack.decode(

@@ -67,13 +67,13 @@ class Log:
         self._store = store
 
     async def page(
-        self, queue: str, start: Place, most_entries: int = 200, most_changes: int = 5000
+        self, queue: str, start: Place, max_entries: int = 200, max_changes: int = 5000
     ) -> LogPage:
         """The changes from `start` on; raises LogTrimmed if some of them may be gone. A page ends
-        with the entry that brings it to `most_changes`, since an entry may hold hundreds."""
+        with the entry that brings it to `max_changes`, since an entry may hold hundreds."""
         name = keys.log(queue)
         entries = await self._store.read(
-            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", most_entries),
+            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", max_entries),
             otherwise=(),
         )
         if not entries:
@@ -87,9 +87,9 @@ class Log:
             entry_changes = parse_changes(queue, entry_id, fields)
             changes += [change for change in entry_changes if change.place >= start]
             used += 1
-            if len(changes) >= most_changes:
+            if len(changes) >= max_changes:
                 break
-        more = used < len(entries) or len(entries) == most_entries
+        more = used < len(entries) or len(entries) == max_entries
         return LogPage(changes, _after(entries[used - 1][0]), more)
 
     async def has_all_after(self, queue: str, end: bytes) -> bool:

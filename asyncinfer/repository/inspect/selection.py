@@ -62,8 +62,8 @@ class Selection:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def jobs(self, wanted: Filter, most: int) -> SelectedJobs:
-        """At most `most` jobs that match, in no defined order. The reading is bounded by what a
+    async def jobs(self, wanted: Filter, limit: int) -> SelectedJobs:
+        """At most `limit` jobs that match, in no defined order. The reading is bounded by what a
         queue can hold, MAX_QUEUE waiting jobs and those in its log, and by 500,000 jobs."""
         default = await self._store.default_model()
         found: dict[str, StoredJob] = {}
@@ -74,8 +74,8 @@ class Selection:
                 for job in await read_jobs_in(self._store, ids, _statuses(wanted)):
                     if wanted.matches(job, default):
                         found[job.job_id] = job
-                if len(found) > most or read_count >= _MAX_JOBS_READ:
-                    return SelectedJobs(tuple(found.values())[:most], has_more=True)
+                if len(found) > limit or read_count >= _MAX_JOBS_READ:
+                    return SelectedJobs(tuple(found.values())[:limit], has_more=True)
         return SelectedJobs(tuple(found.values()), has_more=False)
 
     async def _queues(self, model: str | None, default: str | None) -> list[str]:
