@@ -1,7 +1,11 @@
 """Waits with a time limit."""
 
 import asyncio
+import contextlib
+import random
 from typing import Any
+
+_RETRY_PAUSE_SECONDS = (0.1, 0.5)
 
 
 async def done_within(future: asyncio.Future[Any], seconds: float) -> bool:
@@ -27,3 +31,22 @@ async def done_within(future: asyncio.Future[Any], seconds: float) -> bool:
         timer.cancel()
         future.remove_done_callback(wake)
     return future.done()
+
+
+async def set_within(event: asyncio.Event, seconds: float | None) -> bool:
+    """Waits for `event`; returns whether it is set within `seconds`. None means no limit."""
+    if not event.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+    return event.is_set()
+
+
+async def pause_before_retry(closing: asyncio.Event | None = None) -> None:
+    """Waits 0.1 to 0.5 seconds before a call to a Redis that was away is repeated; ends at once
+    when `closing` is set.
+
+    The time is random, so that processes which lost Redis together do not return together.
+    """
+    seconds = random.uniform(*_RETRY_PAUSE_SECONDS)
+    await (asyncio.sleep(seconds) if closing is None else set_within(closing, seconds))
