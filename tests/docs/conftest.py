@@ -9,10 +9,15 @@ import pytest
 from asyncinfer.settings import Settings
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for the commands of a document, with `asyncinfer` on the PATH and no settings."""
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts `asyncinfer` on the PATH, and removes all settings."""
     for name in Settings.__struct_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for the commands of a document, with `asyncinfer` on the PATH and no settings."""
+    clear_environment(monkeypatch)
     return tmp_path
