@@ -58,8 +58,10 @@ def test_the_table_has_every_route_with_its_scope() -> None:
     table = PAGE._replace(text=PAGE.text.partition("## Conventions")[0])
     for cell, scope, _ in table.rows()[1:]:
         routes, scopes = routes_in(cell), names(scope)
-        each = scopes if len(scopes) == len(routes) else [(scopes or [None])[0]] * len(routes)
-        shown += zip(routes, each, strict=True)
+        if len(scopes) == len(routes):
+            shown += zip(routes, scopes, strict=True)
+        else:
+            shown += [(route, scopes[0] if scopes else None) for route in routes]
     assert len(shown) == len(set(shown))
     assert set(shown) == {(name_of(route), route.scope) for route in ROUTES}
 
@@ -127,7 +129,7 @@ def test_every_route_or_a_named_one_may_answer_each_error() -> None:
 
 def request_errors() -> set[type[RequestError]]:
     """The errors of the API; the client has more."""
-    errors = {RequestError, *_below(RequestError)}
+    errors: set[type[RequestError]] = {RequestError, *_below(RequestError)}
     return {error for error in errors if error.__module__ == RequestError.__module__}
 
 
