@@ -64,7 +64,7 @@ class Page(NamedTuple):
     def rows(self) -> list[list[str]]:
         """The cells of all rows of its tables."""
         lines = re.findall(r"^\| (.*) \|$", self.text, re.MULTILINE)
-        return [line.split(" | ") for line in lines]
+        return [[cell.strip() for cell in line.split("|")] for line in lines]
 
     def programs(self) -> list[tuple[str, str]]:
         """Each Python program with its output: the `text` block that follows it, else empty."""

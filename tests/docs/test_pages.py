@@ -1,4 +1,4 @@
-"""All pages: the README is short, every page is in the index, and every link has a target."""
+"""All pages: the README is short, every page is in the index, and links and figures are right."""
 
 import re
 from typing import Final
@@ -67,3 +67,40 @@ def test_the_table_of_client_errors_has_all_errors() -> None:
     errors = {name for name in client.__all__ if issubclass(getattr(client, name), Exception)}
     assert set(shown) | {"AsyncinferError"} == errors
     assert len(shown) == len(set(shown))
+
+
+# --- figures -------------------------------------------------------------------------------
+
+BENCHMARK: Final = REPOSITORY / "tests" / "benchmarks" / "README.md"
+FIGURES: Final = {
+    "submits, 32 connections, a worker running": ("submit per second", "submit p99 ms"),
+    "submit to result, 32 connections": ("done per second",),
+    "one job at a time, waited for": ("single p50 ms",),
+    "5,000 waiting Iris jobs, one worker": ("drain iris 1 per second",),
+    "5,000 waiting jobs of a 1.9 M-parameter MLP, one worker": ("drain mlp 1 per second",),
+    "`serve` to the first result": ("start to first result seconds",),
+}
+"""The figures of the benchmark's table that each row of the README shows."""
+
+_NUMBER: Final = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\d)")
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmark() -> None:
+    measured = {row[0]: row[1:] for row in Page(BENCHMARK, BENCHMARK.read_text()).rows()}
+    rows = page("README.md").section("How fast").rows()[1:]
+    assert [row[0] for row in rows] == list(FIGURES)
+    for title, ours, plain, ratio in rows:
+        for position, name in enumerate(FIGURES[title]):
+            for cell, figure in zip((ours, plain), measured[name], strict=False):
+                assert_rounded(cell, position, figure)
+        assert_rounded(ratio, 0, measured[FIGURES[title][0]][2])
+
+
+def assert_rounded(cell: str, position: int, figure: str) -> None:
+    """Asserts that a number of the cell is the first one of the figure, rounded as it is shown. A
+    cell without numbers shows nothing."""
+    shown = _NUMBER.findall(cell)
+    if shown:
+        number = shown[position].replace(",", "")
+        decimals = len(number.partition(".")[2])
+        assert float(number) == round(float(_NUMBER.findall(figure)[0].replace(",", "")), decimals)
