@@ -24,7 +24,8 @@ from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
 from asyncinfer.client._map import dataframes
-from asyncinfer.client._map.results import MapOptions, OnError, Results
+from asyncinfer.client._map.results import Results
+from asyncinfer.client._map.run import MapOptions, OnError
 from asyncinfer.client._models import Catalog, Model
 from asyncinfer.client._protocol import Pause
 from asyncinfer.client._requests import RemoteServer, call
