@@ -16,7 +16,6 @@ from asyncinfer.client._client import (
     Client,
     map_options,
     new_server,
-    pause_reporter,
     warn_if_open,
 )
 from asyncinfer.client._docstrings import with_docstrings_of
@@ -66,7 +65,7 @@ class AsyncClient:
         self._server = new_server(
             url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
         )
-        self._driver = AsyncDriver(self._server.url, pause_reporter(self._server))
+        self._driver = AsyncDriver(self._server)
 
     @property
     def url(self) -> str:
