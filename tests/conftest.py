@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,10 @@ from asyncinfer.repository.store import Store
 from . import checkout
 from .faults import harness
 
+# The tests start some hundreds of processes, each of which would compile the package anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,7 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole default suite runs in two processes; a selection of tests runs in this one."""
+    """The whole default suite runs in several processes; a selection of tests runs in this one.
+
+    There is one process more than cores, since tests wait for timers and other processes.
+    """
     is_selection = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     option = config.option
     if (
@@ -42,9 +50,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
-    # A file's tests stay together, since they may share a service.
-    option.dist = "loadfile"
-    return 2
+    # Each process gets a part of the list in its order, since neighbours share a service, and takes
+    # tests from the others once it has none left.
+    option.dist = "worksteal"
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,7 @@ def test_no_color_is_honoured(url: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not COLOUR.search(at_a_terminal(["jobs"], 120).text)
 
 
+@pytest.mark.soak
 def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path: Path) -> None:
     (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 3000)
     argv = ["predict", "many.csv", "-o", "answers.csv"]

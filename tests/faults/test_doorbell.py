@@ -85,6 +85,7 @@ async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
     return time.monotonic() - started_at
 
 
+@pytest.mark.soak
 async def test_low_priority_jobs_run_while_high_priority_jobs_still_wait(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

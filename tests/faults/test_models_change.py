@@ -397,6 +397,7 @@ async def test_of_very_many_problems_200_are_listed_and_the_rest_is_counted(
         assert "bad" in worker.problems
 
 
+@pytest.mark.soak
 async def test_of_two_workers_with_different_files_of_a_version_the_first_serves_it(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ async def _by_value(load_client: LoadClient) -> dict[float, StoredJob]:
     }
 
 
+@pytest.mark.soak
 async def test_an_endless_run_is_stopped_and_its_job_fails_with_timeout(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -35,6 +35,7 @@ async def read(client: httpx2.AsyncClient, job_id: str) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.soak
 async def test_a_job_waits_for_no_worker_until_a_worker_has_started(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, store: Store
 ) -> None:

@@ -162,6 +162,7 @@ async def test_a_folder_without_a_model_to_serve_is_reported_and_watched(
         assert workers.log.count(warning) == 1
 
 
+@pytest.mark.soak
 async def test_a_name_in_MODELS_that_is_missing_in_the_folder_stops_no_other_model(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:

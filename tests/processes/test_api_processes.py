@@ -200,6 +200,7 @@ async def test_one_key_posted_on_20_connections_to_both_processes_makes_one_job(
         await hand.complete()
 
 
+@pytest.mark.soak
 def test_while_a_killed_process_is_started_again_the_other_answers(service: Service) -> None:
     with service.connections(40) as by_pid:
         killed, survivor = by_pid

@@ -95,6 +95,7 @@ def has_status(client: Client, name: str, status: int) -> Callable[[], Awaitable
     return is_met
 
 
+@pytest.mark.soak
 async def test_a_model_added_to_the_folder_is_served_and_a_removed_model_is_not_found(
     folder: ModelFolder, client: Client
 ) -> None:

@@ -343,6 +343,7 @@ def test_a_port_is_kept_for_the_service_that_is_started() -> None:
         socket.create_server(("127.0.0.1", port)).close()
 
 
+@pytest.mark.soak
 async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
     async def start() -> None:
         async with asyncio.timeout(0.3), service():

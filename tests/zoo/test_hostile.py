@@ -40,6 +40,7 @@ def test_a_broken_file_or_one_that_reads_outside_its_folder_is_refused_by_its_sh
     assert "\n" not in result.reason
 
 
+@pytest.mark.soak
 def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) -> None:
     place(tmp_path, "exponential", exponential_functions())
     place_mutants(tmp_path, 1)
