@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import redis
@@ -29,6 +29,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_EXTRA_PROCESSES: Final = {"not soak": 1, "soak": 2}
+"""By suite, how many processes it has beside one for each core; those of soak wait longer."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Ends the run at once if tests would import other code than that of this checkout."""
     is_xdist_worker = hasattr(config, "workerinput")
@@ -37,23 +41,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole default suite runs in several processes; a selection of tests runs in this one.
+    """A whole suite, default or soak, runs in several processes; a selection runs in this one.
 
-    There is one process more than cores, since tests wait for timers and other processes.
+    There are more processes than cores, since tests wait for timers and other processes.
     """
     is_selection = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     option = config.option
     if (
         is_selection
         or option.keyword
-        or option.markexpr != "not soak"
+        or option.markexpr not in _EXTRA_PROCESSES
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
     # Each process gets a part of the list in its order, since neighbours share a service, and takes
     # tests from the others once it has none left.
     option.dist = "worksteal"
-    return (os.cpu_count() or 1) + 1
+    return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES[option.markexpr]
 
 
 @pytest.fixture(scope="session")
