@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_EXTRA_PROCESSES: Final = {"not soak": 1, "soak": 2}
+_EXTRA_PROCESSES: Final = {"not soak and not by_hand": 1, "soak": 2}
 """By suite, how many processes it has beside one for each core; those of soak wait longer."""
 
 

@@ -195,7 +195,7 @@ async def test_a_worker_stops_every_time_it_is_told_to(
 ) -> None:
     """redis-py may swallow a cancellation; a role that goes on would keep the process alive."""
     with open_workers() as workers:
-        for number in range(15):
+        for number in range(6):
             worker = workers.start()
             await eventually(partial(worker.is_announced, server), "the worker is ready")
             await load_client.submit([float(number % 3)] * 5)
