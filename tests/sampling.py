@@ -9,8 +9,8 @@ import pytest
 def soak_except(parameters: Iterable[Any], kept: int) -> list[Any]:
     """The parameters of a parametrised test, all but `kept` of them marked `soak`.
 
-    The kept ones are spread evenly from the first to the last. Parameters may be
-    `pytest.param(...)`, which keep their id and marks.
+    The kept ones are spread evenly from the first to the last. Each parameter is one value, or a
+    `pytest.param(...)`, which keeps its id and marks.
     """
     listed = list(parameters)
     assert 2 <= kept < len(listed), f"{kept} of {len(listed)} parameters"
@@ -24,5 +24,4 @@ def _in_soak(parameter: Any) -> Any:
         return pytest.param(
             *parameter.values, id=parameter.id, marks=[*parameter.marks, pytest.mark.soak]
         )
-    values = parameter if isinstance(parameter, tuple) else (parameter,)
-    return pytest.param(*values, marks=pytest.mark.soak)
+    return pytest.param(parameter, marks=pytest.mark.soak)

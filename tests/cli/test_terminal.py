@@ -136,8 +136,15 @@ def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> No
     assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
-@pytest.mark.parametrize("columns", [80, 160])
-@pytest.mark.parametrize("key", ["q", "\x03"])
+@pytest.mark.parametrize(
+    ("key", "columns"),
+    [
+        ("q", 80),
+        ("\x03", 160),
+        pytest.param("q", 160, marks=pytest.mark.soak),
+        pytest.param("\x03", 80, marks=pytest.mark.soak),
+    ],
+)
 def test_top_is_drawn_as_wide_as_the_terminal_and_left_by_a_key(
     url: str, columns: int, key: str
 ) -> None:

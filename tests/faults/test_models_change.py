@@ -300,6 +300,7 @@ async def test_a_file_changed_in_place_is_refused_until_it_has_its_old_content(
         await eventually(has_no_problem, "the problem is gone", 20)
 
 
+@pytest.mark.soak
 async def test_a_single_file_moved_into_a_model_folder_keeps_its_version_and_gets_a_model_toml(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient, tmp_path: Path
 ) -> None:

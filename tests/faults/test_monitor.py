@@ -67,6 +67,7 @@ class Probe:
         await eventually(is_ready, "it is ready", seconds)
 
 
+@pytest.mark.soak
 async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

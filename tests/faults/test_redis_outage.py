@@ -309,6 +309,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:

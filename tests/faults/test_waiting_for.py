@@ -88,6 +88,7 @@ async def test_a_job_whose_run_got_no_memory_waits_for_its_retry(
     assert codes == {"retry"}
 
 
+@pytest.mark.soak
 async def test_a_model_that_its_worker_is_loading_is_never_unknown(
     open_workers: OpenWorkers,
     folder: ModelFolder,

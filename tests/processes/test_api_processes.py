@@ -223,6 +223,7 @@ def test_another_serve_on_their_port_is_refused(service: Service, redis_url: str
         assert f"Cannot listen on 127.0.0.1:{service.port}" in refused.read_stderr()
 
 
+@pytest.mark.soak
 def test_the_reason_of_a_refused_start_is_shown_once(
     redis_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

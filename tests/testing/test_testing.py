@@ -299,7 +299,13 @@ def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
 # --- what cannot be started ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("others", [{}, {"good": zoo.adds(1)}], ids=["alone", "beside a good one"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"good": zoo.adds(1)}, id="beside a good one", marks=pytest.mark.soak),
+    ],
+)
 def test_a_broken_model_is_refused_with_the_reason(others: dict[str, Model]) -> None:
     started = service(models={"churn": b"this is no ONNX file", **others})
 

@@ -215,6 +215,7 @@ def worker_beside(serve: ServeProcess, cwd: Path, **environ: str) -> Iterator[Py
         worker.process.wait()
 
 
+@pytest.mark.soak
 def test_a_worker_beside_a_serve_takes_its_folder_where_none_is_named(
     churn: ServeProcess, tmp_path: Path
 ) -> None:
