@@ -282,6 +282,7 @@ async def test_a_name_that_is_a_step_in_a_path_is_refused_before_it_is_sent(name
                 await request
 
 
+@pytest.mark.soak
 async def test_an_answer_that_is_not_http_is_reported_at_once() -> None:
     async with (
         answering_server(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url,

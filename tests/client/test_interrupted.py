@@ -72,6 +72,7 @@ def test_leaving_a_block_early_cancels_what_is_queued(client: Client) -> None:
     assert client.group(results.group).counts.pending == 0
 
 
+@pytest.mark.soak
 def test_a_second_ctrl_c_leaves_at_once(running: Running, client: Client) -> None:
     with mapping(running, "left-at-once", 2000) as script:
         eventually_sync(lambda: bool(client.jobs(group="left-at-once")), "it has begun")
