@@ -2,15 +2,13 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
-
-from msgspec import Struct
+from collections.abc import Iterator
+from typing import Any, Final
 
 from asyncinfer.client._errors import SlowMapWarning, WaitTimeout
 from asyncinfer.client._map import jobs
-from asyncinfer.client._map.jobs import MapPlan
-from asyncinfer.client._map.rows import RowBlock
+from asyncinfer.client._map.jobs import MapOptions, MapPlan
+from asyncinfer.client._map.rows import MapRows, RowBlock
 from asyncinfer.client._map.threads import FlowOutcome
 from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
 from asyncinfer.client._protocol import Flow
@@ -18,28 +16,12 @@ from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 
-OnError = Literal["raise", "return"]
-
 _BLOCKS_PER_FLIGHT: Final = 2
 """Blocks that may be under way or done out of order, for each request that may be in flight. A
 slow block at the front holds up the others only so far, and only so many results wait in memory."""
 _FEW_ROWS: Final = 64
 """So few rows are run soon enough, each alone."""
 _CLIENT: Final = "asyncinfer.client."
-
-
-class MapOptions(Struct, frozen=True, kw_only=True):
-    """The arguments of a map."""
-
-    model: str | None
-    batch: int | Literal["auto"]
-    in_flight: int
-    progress: bool
-    on_error: OnError
-    group: str
-    is_named: bool
-    """The caller named the group, which may have jobs already."""
-    options: Mapping[str, Any]
 
 
 class MapRun:
@@ -50,14 +32,16 @@ class MapRun:
     """
 
     def __init__(
-        self, server: RemoteServer, wanted: MapOptions, plan: MapPlan, total: int | None
+        self, server: RemoteServer, wanted: MapOptions, plan: MapPlan, rows: MapRows
     ) -> None:
-        """`total` is the number of rows, None if it is unknown."""
         self._server = server
         self._wanted = wanted
         self._plan = plan
+        self._rows = rows
         self.max_rows_per_block = plan.max_rows_per_block
-        self.bar: Progress = ProgressBar(total, wanted.group) if wanted.progress else LogProgress()
+        self.bar: Progress = (
+            ProgressBar(rows.total, wanted.group) if wanted.progress else LogProgress()
+        )
         self._notices = Notices(server.on_wait or self.bar.say, server.cadence)
         self._reason: WaitingFor | None = None
         self._has_more = True
@@ -126,8 +110,13 @@ class MapRun:
         name, verb = self._plan.model.model, "waits" if self._rows_out == 1 else "wait"
         self._notices.report(reason, f"{self._rows_text} of {name} {verb}", f"{name} goes on")
 
-    def _timeout_error(self, reason: WaitingFor | None) -> WaitTimeout:
-        """The error for the rows without an answer; None stands for the reason reported last."""
+    def _timeout_error(self, reason: WaitingFor | None) -> Exception:
+        """The error for the rows without an answer; None stands for the reason reported last.
+
+        If no more rows could be read, that error, as it came first.
+        """
+        if self._rows.failure:
+            return self._rows.failure
         reason = reason or self._reason
         why = f": {reason.message}" if reason else "."
         return WaitTimeout(
