@@ -33,12 +33,14 @@ _SUITES: Final = {
     "default": ("-n", "2", "--dist", "loadfile", "-m", _DEFAULT, "tests"),
     "soak": ("-n", "2", "--dist", "loadfile", "-m", "soak", "tests"),
 }
-_NOTICED_BY: Final = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+_NOTICED_BY: Final = re.compile(r"^(?:FAILED|ERROR) (tests/.+)$", re.MULTILINE)
+_MAX_SHOWN: Final = 240
 _STARTED: Final = re.compile(r"^(tests/\S+::\S+)", re.MULTILINE)
 
 
 class Run(Struct, frozen=True):
-    """How a run of pytest ended. `noticed_by` is the test that failed, None if none did."""
+    """How a run of pytest ended. `noticed_by` is the test that failed, and its error; None if none
+    did."""
 
     noticed_by: str | None
     seconds: float
@@ -115,7 +117,7 @@ def _is_noticed(copy: Path, fault: Fault, selection: Selection) -> bool:
             run = _run(copy, arguments, limit_seconds)
             seconds += run.seconds
             if run.noticed_by is not None:
-                _say(f"killed    {fault.name}  by {run.noticed_by} in {seconds:.1f} s")
+                _say(f"killed    {fault.name}  in {seconds:.1f} s by {run.noticed_by}")
                 return True
     _say(f"SURVIVED  {fault.name}  ({fault.file}) in {seconds:.1f} s")
     return False
@@ -153,8 +155,8 @@ def _write(path: Path, text: str) -> None:
 def _run(copy: Path, arguments: Sequence[str], limit_seconds: int) -> Run:
     """Runs pytest in the copy until a test fails. A run that exceeds the limit is killed with all
     its processes, and counts as a test that failed."""
-    # -v shows which test runs, for the case that it hangs.
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", *arguments]
+    # -vv shows which test runs, for the case that it hangs, and does not cut its error.
+    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", *arguments]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     started_at = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
@@ -184,7 +186,7 @@ def _run(copy: Path, arguments: Sequence[str], limit_seconds: int) -> Run:
     if code in (_PASSED, _NONE_SELECTED):
         return Run(None, seconds, text)
     found = _NOTICED_BY.search(text)
-    return Run(found[1] if found else f"exit code {code} of pytest", seconds, text)
+    return Run(found[1][:_MAX_SHOWN] if found else f"exit code {code} of pytest", seconds, text)
 
 
 def _say(*lines: str) -> None:

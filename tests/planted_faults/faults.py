@@ -107,12 +107,10 @@ FAULTS: Final = (
     # --- leases and redelivery
     Fault(
         "a_lease_is_never_renewed",
-        "asyncinfer/worker/claiming/claims.py",
-        "self._renewer.add(claimed.claim)",
-        "",
-        (
-            "tests/faults/test_time_outs.py::test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_process",
-        ),
+        "asyncinfer/worker/lease_renewer.py",
+        "self._tokens[claim.token] = claim.queue",
+        "self._tokens.get(claim.token)",
+        ("tests/repository/test_reaper.py::test_a_stalled_loop_loses_no_lease",),
     ),
     # --- batches and their results
     Fault(
@@ -224,11 +222,18 @@ FAULTS: Final = (
         ),
     ),
     Fault(
-        "a_wait_is_not_woken_by_the_end_of_its_job",
+        "a_wait_may_last_for_days",
+        "asyncinfer/api/live/wait.py",
+        "int(text) > MAX_WAIT_SECONDS:",
+        "int(text) > 1000 * MAX_WAIT_SECONDS:",
+        ("tests/api/test_predict.py::test_a_wait_that_is_no_number_or_too_long_is_refused",),
+    ),
+    Fault(
+        "those_who_wait_are_not_woken",
         "asyncinfer/api/live/inbox.py",
         "if not ticket.ended_job.done():",
         "if ticket.ended_job.done():",
-        ("tests/api/test_jobs.py::test_a_wait_ends_with_the_job",),
+        ("tests/api/test_jobs.py::test_a_stopping_api_answers_waiting_clients",),
     ),
     # --- the client
     Fault(
@@ -299,13 +304,6 @@ FAULTS: Final = (
         "_PR_SET_PDEATHSIG: Final = 1",
         "_PR_SET_PDEATHSIG: Final = 2",
         ("tests/processes/test_child_process.py::test_the_child_of_a_killed_parent_ends",),
-    ),
-    Fault(
-        "ctrl_c_ends_worker_and_valkey_at_once",
-        "asyncinfer/processes/child_process.py",
-        "start_new_session=True,",
-        "start_new_session=False,",
-        ("tests/processes/test_valkey.py::test_ctrl_c_does_not_end_it_before_its_serve_does"),
     ),
     Fault(
         "all_jobs_of_a_run_that_took_too_long_fail",
