@@ -329,9 +329,9 @@ FAULTS: Final = (
         'held.run.stop_for("drain")',
         'held.run.stop_for("timeout")',
         (
+            "tests/faults/test_drain.py::test_after_an_interrupted_drain_no_further_run_of_a_claim_starts",
             "tests/faults/test_drain.py::test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_delivery",
         ),
-        only_soak=True,
     ),
     Fault(
         "a_second_signal_does_not_end_a_worker",
