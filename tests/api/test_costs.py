@@ -178,7 +178,7 @@ async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("refused", [b"x", b"{}", b'{"a":1}', b'{"data":[[1]]}', b'"\xff"'])
+@pytest.mark.parametrize("refused", [b"x", b"{}", b'{"data":[[1]]}'])
 async def test_short_lines_that_are_refused_cost_no_more_than_accepted_ones(
     port: int, refused: bytes
 ) -> None:

@@ -447,9 +447,14 @@ def test_a_lock_file_says_how_to_renew_it_and_names_no_package_index(name: str) 
 # --- the image's steps, with the network -----------------------------------------------------
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize(
+    "python",
+    [
+        *(pytest.param(python, marks=pytest.mark.by_hand) for python in ("3.11", "3.12")),
+        pytest.param("3.13", marks=pytest.mark.soak),
+    ],
+)
 def test_the_lock_has_a_wheel_for(python: str, machine: str, tmp_path: Path) -> None:
     platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 27, 28)]
     done = subprocess.run(
