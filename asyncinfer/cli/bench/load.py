@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+from asyncinfer.cli.addresses import is_loopback
 from asyncinfer.cli.api_client import ApiClient, path_part, seconds_by_rows
 from asyncinfer.cli.bench.http_load import LoadConnection
 from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides, latency, verdict
@@ -228,7 +229,7 @@ class _CpuMeter:
     """Measures how busy all cores are, from its creation on, if the service is on this machine."""
 
     def __init__(self, url: str) -> None:
-        self._is_local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._is_local = is_loopback(urlsplit(url).hostname or "")
         self._before = _jiffies()
 
     def busy_share(self) -> float | None:
