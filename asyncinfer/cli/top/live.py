@@ -1,6 +1,5 @@
 """The live view of `top`: snapshots read through the API or from Redis, again and again."""
 
-import asyncio
 import contextlib
 import select
 import sys
@@ -56,25 +55,22 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
     `url` is a REDIS_URL, and `queue_name` the setting QUEUE_NAME. Raises an AsyncinferError if the
     server does not answer or cannot be used; the function that is yielded may do so too.
     """
+    from anyio.from_thread import start_blocking_portal
+
     from asyncinfer.cli.addresses import shown_url
     from asyncinfer.repository.inspect.statistics import Statistics
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
 
     opened = Store.open(url, queue_name=queue_name, policy=Policy(), name="asyncinfer-top")
-    with asyncio.Runner() as runner:
-        store = runner.run(opened.__aenter__())
-        try:
-            runner.run(store.check_server())
-            observation = Statistics(store)
-            yield lambda: runner.run(_read_snapshot(observation, shown_url(url)))
-        finally:
-            runner.run(opened.__aexit__(None, None, None))
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened) as store:
+        portal.call(store.check_server)
+        yield lambda: portal.call(_read_snapshot, Statistics(store), shown_url(url))
 
 
-async def _read_snapshot(observation: "Statistics", source: str) -> Snapshot:
+async def _read_snapshot(statistics: "Statistics", source: str) -> Snapshot:
     """Reads the queues, then the workers; `source` is the server's name in the view."""
-    return Snapshot(time.time(), source, await observation.queues(), await observation.workers())
+    return Snapshot(time.time(), source, await statistics.queues(), await statistics.workers())
 
 
 def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:
