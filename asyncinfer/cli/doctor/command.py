@@ -27,12 +27,7 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     envvar="ASYNCINFER_URL",
     help="Address of the API. Default: http://HOST:PORT of the settings. [ASYNCINFER_URL]",
 )
-@click.option(
-    "--api-key",
-    envvar="ASYNCINFER_API_KEY",
-    metavar="KEY",
-    help="Your API key. Prefer the variable: `ps` shows what is given here. [ASYNCINFER_API_KEY]",
-)
+@options.api_key
 @options.as_json
 @options.all_settings(hidden=True)
 def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settings) -> int:

@@ -1,15 +1,12 @@
 """`asyncinfer predict`: predictions for rows of a file, of stdin or of the command line."""
 
 import math
-from typing import Final
 
 import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
-
-_INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
+from asyncinfer.cli.predict.formats import INPUT_FORMATS, OUTPUT_FORMATS
 
 
 class _Predict(click.Command):
@@ -36,13 +33,13 @@ class _Predict(click.Command):
 @click.option(
     "--from",
     "read_as",
-    type=click.Choice(_INPUT_FORMATS),
+    type=click.Choice(INPUT_FORMATS),
     help="Format of the input. Default: by the file's name.",
 )
 @click.option(
     "--to",
     "write_as",
-    type=click.Choice(_OUTPUT_FORMATS),
+    type=click.Choice(OUTPUT_FORMATS),
     help="Format of the output. Default: by the name of --output, else a table on a terminal and "
     "NDJSON in a pipe.",
 )

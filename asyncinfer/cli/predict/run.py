@@ -387,10 +387,7 @@ def _digest(path: Path, salt: str) -> tuple[str, int]:
 
 def _group_name(name: str) -> str:
     """A file's name as the start of a group's name: at most 40 letters, digits and hyphens."""
-    allowed = (
-        character if character.isascii() and character.isalnum() else "-" for character in name
-    )
-    return "".join(allowed).strip("-")[:40] or "rows"
+    return re.sub("[^A-Za-z0-9]", "-", name).strip("-")[:40] or "rows"
 
 
 # --- continuing ----------------------------------------------------------------------------
