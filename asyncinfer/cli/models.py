@@ -7,6 +7,7 @@ import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.untrusted.printable import printable_line
 
 _LOADING: Final = ("loading", "yellow")
 _STATE_TEXTS: Final = {
@@ -15,8 +16,7 @@ _STATE_TEXTS: Final = {
 }
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import ModelList
-    from asyncinfer.client import Model, TensorInfo
+    from asyncinfer.client import Catalog, Model, ModelProblem, PausedState, TensorInfo
 
 
 @options.command(
@@ -33,17 +33,20 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 
     The times of a run are measured by the workers.
     """
-    from asyncinfer.cli.api_client import ApiClient, ModelList, path_part
+    from urllib.parse import quote
+
+    from asyncinfer.cli.api_client import connect
     from asyncinfer.cli.output import say_json
 
-    path = "/models" if model is None else f"/models/{path_part(model)}"
-    with ApiClient(server) as api:
+    with connect(server) as client:
         if as_json:
-            say_json(api.request_json("GET", path))
+            say_json(
+                client.request("GET", f"/models/{quote(model, safe='')}" if model else "/models")
+            )
         elif model is None:
-            _show_all(api.request_as(ModelList, "GET", path))
+            _show_all(client.catalog())
         else:
-            _show_one(api.client.model(model))
+            _show_one(client.model(model))
 
 
 @options.command("pause", "asyncinfer pause digits")
@@ -52,7 +55,10 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def pause(model: str, server: ServerOptions, as_json: bool) -> None:
     """Pause a model: accept its jobs, but run none of them."""
-    _set_paused(model, server, as_json, "pause", "is paused: it accepts jobs and runs none")
+    from asyncinfer.cli.api_client import connect
+
+    with connect(server) as client:
+        _report(client.pause(model), "is paused: it accepts jobs and runs none", as_json)
 
 
 @options.command("resume", "asyncinfer resume digits")
@@ -61,27 +67,26 @@ def pause(model: str, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def resume(model: str, server: ServerOptions, as_json: bool) -> None:
     """Resume a paused model."""
-    _set_paused(model, server, as_json, "resume", "runs jobs again")
+    from asyncinfer.cli.api_client import connect
+
+    with connect(server) as client:
+        _report(client.resume(model), "runs jobs again", as_json)
 
 
-def _set_paused(model: str, server: ServerOptions, as_json: bool, verb: str, outcome: str) -> None:
-    """Pauses or resumes a model and prints the outcome; `verb` is the last part of the path."""
-    from asyncinfer.cli.api_client import ApiClient, path_part
+def _report(state: "PausedState", outcome: str, as_json: bool) -> None:
+    """Prints what a pause or resume has done, in words or as JSON."""
     from asyncinfer.cli.output import say, say_json
 
-    with ApiClient(server) as api:
-        answer = api.request_json("POST", f"/models/{path_part(model)}/{verb}")
     if as_json:
-        say_json(answer)
+        say_json(state)
     else:
-        say(f"{model} {outcome}.\n")
+        say(f"{state.model} {outcome}.\n")
 
 
-def _show_all(listed: "ModelList") -> None:
+def _show_all(listed: "Catalog") -> None:
     """Prints a table of the models on stdout, also of those that load, and problems on stderr."""
-    from asyncinfer.cli.api_client import problem_line
     from asyncinfer.cli.exit_codes import say_error
-    from asyncinfer.cli.output import console, show, styled
+    from asyncinfer.cli.output import show
 
     known = {model.model for model in listed.models}
     rows = [_row(model, listed.loading) for model in listed.models]
@@ -93,8 +98,17 @@ def _show_all(listed: "ModelList") -> None:
     )
     if not rows:
         say_error("No model is served yet. Put an ONNX file into the MODEL_DIR of a worker.")
-    for problem in listed.all_problems:
-        console(stderr=True).print(styled(problem_line(problem), "yellow"), soft_wrap=True)
+    _warn(listed.all_problems)
+
+
+def _warn(problems: Sequence["ModelProblem"]) -> None:
+    """Prints each problem of a model on stderr, in one line."""
+    from asyncinfer.cli.output import console, styled
+
+    for problem in problems:
+        where = f"{problem.model} {problem.version or 'all versions'}, worker {problem.worker}"
+        line = styled(printable_line(f"{where}: {problem.reason}"), "yellow")
+        console(stderr=True).print(line, soft_wrap=True)
 
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
@@ -147,12 +161,10 @@ def _tensor(spec: "TensorInfo") -> str:
 
 def _show_one(model: "Model") -> None:
     """Prints all facts of a model on stdout, and its problems on stderr."""
-    from asyncinfer.cli.api_client import problem_line
-    from asyncinfer.cli.output import console, show_facts
+    from asyncinfer.cli.output import show_facts
 
     show_facts(_facts(model))
-    for problem in model.problems:
-        console(stderr=True).print(problem_line(problem), style="yellow", soft_wrap=True)
+    _warn(model.problems)
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:

@@ -132,7 +132,7 @@ def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> No
         run_command("resume", "digits")
 
     assert shown.code == 4
-    assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
+    assert "\rasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
 @pytest.mark.parametrize("columns", [80, 160])

@@ -12,31 +12,27 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+from typing import Any, Final, Literal, TextIO
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
-from asyncinfer.cli.predict.progress import ProgressDisplay, progress
+from asyncinfer.cli.predict.progress import progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
-from asyncinfer.client import WaitTimeout
-from asyncinfer.client._client import map_options
-from asyncinfer.client._map.results import Results
-from asyncinfer.client._protocol import Pause
-from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices
+from asyncinfer.client import (
+    Cadence,
+    Client,
+    Model,
+    ProgressBar,
+    SlowMapWarning,
+    WaitTimeout,
+)
 from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
-
-if TYPE_CHECKING:
-    from asyncinfer.client import Model
-
-_RETRIES: Final = 5
-"""Enough for a server that restarts, about a minute."""
 
 _VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
 _ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
@@ -67,13 +63,13 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...]
     """The command line, without the program's name."""
     timeout_seconds: float = math.inf
-    cadence: Cadence = CADENCE
+    cadence: Cadence = Cadence()
     hint_seconds: float = 10.0
     """After this time a run is long enough to print how to continue it."""
 
 
 class _Source(Struct, frozen=True):
-    """The rows of a run, and the group that its jobs are in unless the user names another."""
+    """The rows of a run, and the group that its jobs are in."""
 
     rows: Iterator[Row]
     total: int | None
@@ -90,17 +86,24 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
     """
     file_format = writers.format_of(options.output, options.write_as)
     deadline = time.monotonic() + options.timeout_seconds
-    with ApiClient(server, retries=_RETRIES, deadline=deadline, waits_for_models=True) as api:
-        api.client._driver.on_pause = _PauseNotices(options.cadence).notice
-        source = _open_source(options, api, deadline)
-        group = options.group or source.group
+    with Client(
+        server.url,
+        server.api_key,
+        total_timeout=options.timeout_seconds,
+        wait_for_models=True,
+        on_wait=say_error,
+        cadence=options.cadence,
+    ) as client:
+        source = _open_source(options, client, deadline)
+        if options.group:
+            source = msgspec.structs.replace(source, group=options.group)
         with (
-            _hint_after_a_while(options, source, group),
+            _hint_after_a_while(options, source),
             writers.writer(options.output, file_format) as writer,
             progress(source.total, file_format, options.output) as bar,
             _printed_warnings(),
         ):
-            failed = _write_all(api, options, source, group, writer, bar)
+            failed = _write_all(client, options, source, writer, bar)
     if failed > _MAX_SHOWN_ERRORS:
         say_error(f"{failed:,} rows failed in all; the output has the error of each.")
     return EXIT_FAILED if failed else 0
@@ -109,7 +112,6 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
 @contextlib.contextmanager
 def _printed_warnings() -> Iterator[None]:
     """Prints SlowMapWarnings as lines on stderr, without a place in the code, in its block."""
-    from asyncinfer.client import SlowMapWarning
 
     def print_warning(
         message: Warning | str,
@@ -128,12 +130,11 @@ def _printed_warnings() -> Iterator[None]:
 
 
 def _write_all(
-    api: ApiClient,
+    client: Client,
     options: PredictOptions,
     source: _Source,
-    group: str,
     writer: writers.Writer,
-    bar: ProgressDisplay,
+    bar: ProgressBar | None,
 ) -> int:
     """Writes a record for each row and returns the number of rows that failed.
 
@@ -142,33 +143,32 @@ def _write_all(
     """
     failed = done = 0
     try:
-        for record in _records(api, options, source.rows, group):
+        for record in _records(client, options, source):
             done += 1
             if error := record.get("error"):
                 failed += 1
                 if failed <= _MAX_SHOWN_ERRORS:
                     say_on_stderr(f"row {record['row']}: {error['detail']}")
             writer.write(record)
-            bar.advance(failed=bool(error))
+            if bar:
+                bar.advance(1, errors=bool(error))
     except KeyboardInterrupt:
-        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source, group)}")
+        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source)}")
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
             f"{error.detail} {done:,} rows are done. Jobs that were submitted go on. "
-            f"Continue with: {_resume_command(options.arguments, group)}",
+            f"Continue with: {_resume_command(options.arguments, source.group)}",
             waiting_for=error.waiting_for,
         ) from error
     except AsyncinferError as error:
         if done:
-            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source, group)}")
+            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source)}")
         raise error
     return failed
 
 
-def _records(
-    api: ApiClient, options: PredictOptions, rows: Iterator[Row], group: str
-) -> Iterator[Record]:
+def _records(client: Client, options: PredictOptions, source: _Source) -> Iterator[Record]:
     """Records in the order of the rows, with errors for those that cannot be sent.
 
     Raises an error that concerns the server, the key or the model (401, 403, 404, 503, or no
@@ -177,54 +177,26 @@ def _records(
     pending: deque[Row] = deque()
 
     def values() -> Iterator[Any]:
-        for row in rows:
+        for row in source.rows:
             pending.append(row)
             if not row.problem:
                 yield row.value
 
-    model = api.client.model(options.model)
-    names = [spec.name for spec in model.outputs]
-    client, job_options = api.client, {"priority": options.priority, "group": group}
-    options_of_map = msgspec.structs.replace(
-        map_options(options.model, options.batch, options.in_flight, False, "return", job_options),
-        cadence=options.cadence,
-    )
-    results = Results(client._server, client._driver, values(), options_of_map, _StderrNotices())
-    with contextlib.closing(results):
+    names = [spec.name for spec in client.model(options.model).outputs]
+    with client.map(
+        values(),
+        options.model,
+        batch=options.batch,
+        in_flight=options.in_flight,
+        progress=False,
+        on_error="return",
+        group=source.group,
+        priority=options.priority,
+    ) as results:
         for result in results:
             yield from _unreadable_records(pending)
             yield _record(pending.popleft(), result, names)
         yield from _unreadable_records(pending)
-
-
-class _StderrNotices:
-    """Takes the place of the progress bar of the client's map; prints why no result comes."""
-
-    def advance(self, rows: int, errors: int) -> None:
-        """Does nothing."""
-
-    def say(self, line: str) -> None:
-        """Prints a line on stderr."""
-        say_error(line)
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-class _PauseNotices:
-    """Prints why a request before the first row is repeated, once that takes long."""
-
-    def __init__(self, cadence: Cadence) -> None:
-        self._cadence = cadence
-        self._notices = Notices(_StderrNotices().say, cadence)
-        self._first_pause_at = 0.0
-
-    def notice(self, pause: Pause) -> None:
-        """Takes a pause before a request is sent again; prints its reason once that takes long."""
-        now = time.monotonic()
-        self._first_pause_at = self._first_pause_at or now
-        if now + pause.seconds - self._first_pause_at >= self._cadence.first_check_seconds:
-            self._notices.report(pause.reason, "It is tried again", "")
 
 
 def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
@@ -285,7 +257,7 @@ def _to_json(value: Any) -> Any:
 # --- sources -------------------------------------------------------------------------------
 
 
-def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _Source:
+def _open_source(options: PredictOptions, client: Client, deadline: float) -> _Source:
     """The rows that the arguments name, the first already read, and the group of their jobs.
 
     Raises FileRefused if there are none or they cannot be read.
@@ -298,8 +270,8 @@ def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _S
                 f"There is no file {first}. Give the path of a file, - for stdin, or a row as "
                 "numbers or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _open_file(options, path, api.client.model(options.model), deadline)
-    rows = _inline_rows(options, api)
+        return _open_file(options, path, client.model(options.model), deadline)
+    rows = _inline_rows(options, client)
     return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
@@ -308,7 +280,7 @@ def _is_inline(text: str) -> bool:
     return text.lstrip().startswith(("[", "{")) or readers.parse_number(text) is not None
 
 
-def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
+def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
     """The rows of the command line: numbers are one row; JSON is one row or a list of rows.
 
     Raises FileRefused if they are neither.
@@ -328,7 +300,7 @@ def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
     numbered = list(enumerate(values, start=1))
     if not any(isinstance(value, dict) for value in values):
         return iter([Row(number, value) for number, value in numbered])
-    read_options = _read_options(options, api.client.model(options.model), math.inf)
+    read_options = _read_options(options, client.model(options.model), math.inf)
     return iter([readers.json_row(number, value, read_options) for number, value in numbered])
 
 
@@ -338,7 +310,7 @@ def _is_row(value: Any) -> bool:
 
 
 def _open_file(
-    options: PredictOptions, path: Path | None, model: "Model", deadline: float
+    options: PredictOptions, path: Path | None, model: Model, deadline: float
 ) -> _Source:
     """The rows of a file, or of stdin for None, which is read up to `deadline`.
 
@@ -356,7 +328,7 @@ def _open_file(
     )
 
 
-def _read_options(options: PredictOptions, model: "Model", deadline: float) -> readers.ReadOptions:
+def _read_options(options: PredictOptions, model: Model, deadline: float) -> readers.ReadOptions:
     """How to read rows for this model; `deadline` is on the monotonic clock."""
     required = [spec for spec in model.inputs if not spec.optional]
     are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
@@ -394,12 +366,12 @@ def _group_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) -> Iterator[None]:
+def _hint_after_a_while(options: PredictOptions, source: _Source) -> Iterator[None]:
     """Prints once how to continue, on stderr, if its block lasts `hint_seconds` and reads a file.
 
     A long run may not be able to say so at its end.
     """
-    line = f"To continue this run later: {_resume_command(options.arguments, group)}"
+    line = f"To continue this run later: {_resume_command(options.arguments, source.group)}"
     timer = threading.Timer(options.hint_seconds, say_error, (line,))
     timer.daemon = True
     if source.is_file:
@@ -410,11 +382,11 @@ def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) ->
         timer.cancel()
 
 
-def _continue_advice(options: PredictOptions, source: _Source, group: str) -> str:
+def _continue_advice(options: PredictOptions, source: _Source) -> str:
     """A sentence on how to continue a run that ended early."""
     if not source.is_file:
         return "Run the command again."
-    command = _resume_command(options.arguments, group)
+    command = _resume_command(options.arguments, source.group)
     return f"Results are kept for a day. Continue with: {command}"
 
 

@@ -13,10 +13,10 @@ from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
 from asyncinfer.cli.top.snapshot import Snapshot
 from asyncinfer.errors import AsyncinferError, Forbidden
-from asyncinfer.schemas.operations import QueueList, Worker, WorkerList
+from asyncinfer.schemas.operations import Worker
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import ApiClient
+    from asyncinfer.client import Client
     from asyncinfer.repository.inspect.statistics import Statistics
 
 
@@ -29,21 +29,16 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
 
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
     """
-    from asyncinfer.cli.api_client import ApiClient
+    from asyncinfer.cli.api_client import connect
 
-    with ApiClient(server, retries=0) as api:
-
-        def read_snapshot() -> Snapshot:
-            queues = api.request_as(QueueList, "GET", "/queues").queues
-            return Snapshot(time.time(), api.client.url, queues, _workers(api))
-
-        yield read_snapshot
+    with connect(server, retries=0) as client:
+        yield lambda: Snapshot(time.time(), client.url, client.queues(), _workers(client))
 
 
-def _workers(api: "ApiClient") -> list[Worker] | None:
+def _workers(client: "Client") -> list[Worker] | None:
     """The workers; None if the API key lacks the scope `admin`."""
     try:
-        return api.request_as(WorkerList, "GET", "/workers").workers
+        return client.workers()
     except Forbidden:
         return None
 
