@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -70,21 +70,25 @@ class Driver:
     The connections are opened when needed, and closed by `close`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, on_pause: Callable[[Pause], None]) -> None:
+        """`on_pause` is called before a request is sent again; not for the requests of a map."""
         self._url = url
+        self._on_pause = on_pause
         self._http: httpx2.Client | None = None
         self._lock = threading.Lock()
         self._has_answered = False
         self.closed = False
-        self.on_pause: Callable[[Pause], None] = lambda _: None
-        """Called before a request is sent again; not for the requests of a map."""
 
-    def run(self, flow: Flow[T]) -> T:
-        """Carries out a flow to its end; returns its result, or raises its error."""
+    def run(self, flow: Flow[T], carry_out: Callable[[FlowRequest], FlowReply] | None = None) -> T:
+        """Carries out a flow to its end; returns its result, or raises its error.
+
+        `carry_out` takes the place of sending a request, and of sleeping for a pause.
+        """
+        carry_out = carry_out or self._carry_out
         reply: FlowReply = None
         try:
             while True:
-                reply = self._carry_out(flow.send(reply))
+                reply = carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -119,7 +123,7 @@ class Driver:
     def _carry_out(self, request: FlowRequest) -> FlowReply:
         """Sends a request, or sleeps for a pause and returns None."""
         if isinstance(request, Pause):
-            self.on_pause(request)
+            self._on_pause(request)
             time.sleep(request.seconds)
             return None
         return self.exchange(request)
@@ -157,18 +161,22 @@ class Driver:
 class AsyncDriver:
     """Carries out flows in an event loop; the same as Driver otherwise."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, on_pause: Callable[[Pause], None]) -> None:
         self._url = url
+        self._on_pause = on_pause
         self._http: httpx2.AsyncClient | None = None
         self._has_answered = False
         self.closed = False
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Carries out a flow to its end; returns its result, or raises its error."""
+    async def run(
+        self, flow: Flow[T], carry_out: Callable[[FlowRequest], Awaitable[FlowReply]] | None = None
+    ) -> T:
+        """Carries out a flow to its end; as `Driver.run`."""
+        carry_out = carry_out or self._carry_out
         reply: FlowReply = None
         try:
             while True:
-                reply = await self._carry_out(flow.send(reply))
+                reply = await carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -206,6 +214,7 @@ class AsyncDriver:
         if isinstance(request, Pause):
             import asyncio
 
+            self._on_pause(request)
             await asyncio.sleep(request.seconds)
             return None
         return await self.exchange(request)

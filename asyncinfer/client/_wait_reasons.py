@@ -6,6 +6,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from asyncinfer.untrusted.printable import printable_line
+
 
 class WaitingFor(Struct, frozen=True):
     """Why a job is not run now: a stable `code`, and a `message` for people with what to do.
@@ -18,8 +20,8 @@ class WaitingFor(Struct, frozen=True):
     message: str
 
 
-class Cadence(Struct, frozen=True):
-    """How soon the reason of a wait is reported, and how often."""
+class Cadence(Struct, frozen=True, kw_only=True):
+    """How soon a client says why no answer comes, and how often."""
 
     first_check_seconds: float = 2.0
     """The wait before the first request for a reason; a slow model alone may take as long."""
@@ -42,7 +44,7 @@ class Notices:
     def __init__(
         self,
         say: Callable[[str], None],
-        cadence: Cadence = CADENCE,
+        cadence: Cadence,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._say = say
@@ -62,13 +64,26 @@ class Notices:
         elif reason.code != self._code or self._now() >= self._due_at:
             self._code = reason.code
             self._due_at = self._now() + self._again_seconds
-            self._say(f"{waits}: {reason.message}")
+            self._say(printable_line(f"{waits}: {reason.message}"))
 
     def _report_end(self, goes_on: str) -> None:
         """Reports that nothing is wrong any more, if something was reported."""
         if self._code:
             self._code = ""
-            self._say(f"{goes_on}.")
+            self._say(printable_line(f"{goes_on}."))
+
+
+class RetryNotices:
+    """Reports why a request is sent again, once it has gone without an answer for a while."""
+
+    def __init__(self, say: Callable[[str], None], cadence: Cadence) -> None:
+        self._notices = Notices(say, cadence)
+        self._first_seconds = cadence.first_check_seconds
+
+    def report(self, reason: WaitingFor, begun_at: float, pause_seconds: float) -> None:
+        """Takes why a request of `begun_at` is sent again after a pause, and reports it if due."""
+        if time.monotonic() + pause_seconds - begun_at >= self._first_seconds:
+            self._notices.report(reason, "It is tried again", "")
 
 
 class Silence:
@@ -81,7 +96,7 @@ class Silence:
     def __init__(
         self,
         until: float,
-        cadence: Cadence = CADENCE,
+        cadence: Cadence,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """The silence is over at `until`, on the clock `now`."""

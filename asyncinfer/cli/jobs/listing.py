@@ -1,6 +1,5 @@
 """The commands `jobs`, `job` and `dead`."""
 
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -126,7 +125,6 @@ def _watch(job: "Job", timeout: float | None) -> None:
     the job waits. A timeout raises nothing: the status shows it.
     """
     from asyncinfer.cli.output import console, status
-    from asyncinfer.client import WaitTimeout
 
     deadline = None if timeout is None else time.monotonic() + timeout
     shown: tuple[str, str] | None = None
@@ -141,8 +139,7 @@ def _watch(job: "Job", timeout: float | None) -> None:
         left_seconds = _WAIT_SECONDS if deadline is None else deadline - time.monotonic()
         if job.status in TERMINAL or left_seconds <= 0:
             return
-        with contextlib.suppress(WaitTimeout):
-            job.wait(min(wait_seconds, left_seconds))
+        job.refresh(min(wait_seconds, left_seconds))
         wait_seconds = _WAIT_SECONDS
 
 

@@ -7,6 +7,7 @@ import click
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.predict.formats import INPUT_FORMATS, OUTPUT_FORMATS
+from asyncinfer.jobs import Priority
 
 
 class _Predict(click.Command):
@@ -96,7 +97,7 @@ def predict(
     fresh: bool,
     batch: int | None,
     in_flight: int,
-    priority: str | None,
+    priority: Priority | None,
     timeout: float | None,
     as_json: bool,
     server: ServerOptions,

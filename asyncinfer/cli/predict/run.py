@@ -33,6 +33,7 @@ from asyncinfer.client import (
     WaitTimeout,
 )
 from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
+from asyncinfer.jobs import Priority
 
 _VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
 _ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
@@ -59,7 +60,7 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
     fresh: bool
     batch: int | Literal["auto"]
     in_flight: int
-    priority: str | None
+    priority: Priority | None
     arguments: tuple[str, ...]
     """The command line, without the program's name."""
     timeout_seconds: float = math.inf

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import Struct
 
-from asyncinfer.client import _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
+from asyncinfer.client._flows.waiting import why_waiting
 from asyncinfer.client._map import jobs
 from asyncinfer.client._map.jobs import MapPlan
-from asyncinfer.client._map.progress import Progress, new_progress
 from asyncinfer.client._map.rows import RowBlock, array_rows, blocks_of, blocks_of_async, peek
 from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
+from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
 from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer
-from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices, Silence, WaitingFor
+from asyncinfer.client._wait_reasons import Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class MapOptions(Struct, frozen=True, kw_only=True):
     is_named: bool
     """The caller named the group, which may have jobs already."""
     options: Mapping[str, Any]
-    cadence: Cadence = CADENCE
 
 
 class Window:
@@ -146,13 +145,11 @@ class SlowMapCheck:
 class WaitReporter:
     """Reports why a map gets no answer, and makes the error that ends it when its time is over."""
 
-    def __init__(
-        self, server: RemoteServer, plan: MapPlan, wanted: MapOptions, bar: Progress
-    ) -> None:
+    def __init__(self, server: RemoteServer, plan: MapPlan, bar: Progress) -> None:
         self._until = server.until
         self._model = plan.model.model
-        self._cadence = wanted.cadence
-        self._notices = Notices(bar.say, wanted.cadence)
+        self._cadence = server.cadence
+        self._notices = Notices(server.on_wait or bar.say, server.cadence)
         self._reason: WaitingFor | None = None
 
     def new_silence(self) -> Silence:
@@ -204,13 +201,10 @@ class Results(Iterator[Any]):
         driver: Driver,
         rows: Iterable[Any],
         wanted: MapOptions,
-        bar: Progress | None = None,
     ) -> None:
-        """Sends nothing yet; `bar` takes the place of the client's own bar."""
         self._server = server
         self._driver = driver
         self._wanted = wanted
-        self._bar = bar
         self._values = self._begin(rows)
 
     @property
@@ -260,8 +254,8 @@ class Results(Iterator[Any]):
         server is away or the time is over; the error gets a note on how to resume.
         """
         threads = FlowThreads(self._driver, self._wanted.in_flight)
-        bar = self._bar or new_progress(self._wanted.progress, total, self.group)
-        reporter = WaitReporter(self._server, plan, self._wanted, bar)
+        bar = _new_progress(self._wanted, total)
+        reporter = WaitReporter(self._server, plan, bar)
         # A script may end during a map: later than this no request can be sent.
         close_at_exit = partial(_close, weakref.ref(self))
         atexit.register(close_at_exit)
@@ -316,7 +310,7 @@ class Results(Iterator[Any]):
             outcome = threads.wait_for_outcome(silence.seconds())
             if outcome is not None:
                 return reporter.end_silence(outcome, rows)
-            reason = self._driver.run(_flows.why_waiting(self._server, self.group))
+            reason = self._driver.run(why_waiting(self._server, self.group))
             if silence.is_over:
                 raise reporter.timeout_error(rows, reason or threads.retry_reason)
             silence.schedule_next()
@@ -399,8 +393,8 @@ class AsyncResults(AsyncIterator[Any]):
         from asyncinfer.client._map.tasks import FlowTasks
 
         tasks = FlowTasks(self._driver, self._wanted.in_flight)
-        bar = new_progress(self._wanted.progress, total, self.group)
-        reporter = WaitReporter(self._server, plan, self._wanted, bar)
+        bar = _new_progress(self._wanted, total)
+        reporter = WaitReporter(self._server, plan, bar)
         try:
             window = Window(self._wanted)
             slow_check = SlowMapCheck(plan)
@@ -439,7 +433,7 @@ class AsyncResults(AsyncIterator[Any]):
             outcome = await tasks.wait_for_outcome(silence.seconds())
             if outcome is not None:
                 return reporter.end_silence(outcome, rows)
-            reason = await self._driver.run(_flows.why_waiting(self._server, self.group))
+            reason = await self._driver.run(why_waiting(self._server, self.group))
             if silence.is_over:
                 raise reporter.timeout_error(rows, reason or tasks.retry_reason)
             silence.schedule_next()
@@ -459,6 +453,11 @@ def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[Map
     return jobs.make_plan(
         server, first, wanted.model, wanted.batch, options, is_named=wanted.is_named
     )
+
+
+def _new_progress(wanted: MapOptions, total: int | None) -> Progress:
+    """A bar for `total` rows, None if that is unknown, or none, as the arguments say."""
+    return ProgressBar(total, wanted.group) if wanted.progress else LogProgress()
 
 
 def _resume_hint(group: str) -> str:
