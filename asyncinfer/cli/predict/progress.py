@@ -7,7 +7,7 @@ from typing import IO, Any, Final
 
 from asyncinfer.client import ProgressBar
 
-_LOOK: Final = {
+_LOOK: Final[dict[str, Any]] = {
     "bar_format": "{n:,} rows |{bar:30}| {elapsed} {remaining}{postfix}",
     "dynamic_ncols": True,
     "leave": False,
