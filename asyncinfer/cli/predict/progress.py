@@ -8,7 +8,7 @@ from typing import IO, Any, Final
 from asyncinfer.client import ProgressBar
 
 _LOOK: Final[dict[str, Any]] = {
-    "bar_format": "{n:,} rows |{bar:30}| {elapsed} {remaining}{postfix}",
+    "bar_format": "{n:,} rows {elapsed}<{remaining}{postfix} |{bar:30}|",
     "dynamic_ncols": True,
     "leave": False,
 }
