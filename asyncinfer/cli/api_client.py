@@ -1,19 +1,23 @@
 """The client of a command, and the run times of a model that it reads."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.client import Client
+
+if TYPE_CHECKING:
+    from asyncinfer.client import Client
 
 _RETRIES: Final = 2
 """Two retries take some two seconds, which is enough while a person waits."""
 
 
-def connect(server: ServerOptions, *, retries: int = _RETRIES) -> Client:
+def connect(server: ServerOptions, *, retries: int = _RETRIES) -> "Client":
     """A client of the service, which a `with` closes; nothing is sent yet.
 
     Raises WrongAddress for a URL that cannot be one.
     """
+    from asyncinfer.client import Client
+
     return Client(server.url, server.api_key, retries=retries)
 
 

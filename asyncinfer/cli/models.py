@@ -1,12 +1,18 @@
 """The commands `models`, `pause` and `resume`."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 import click
+import msgspec
 
 from asyncinfer.cli import options
+from asyncinfer.cli.api_client import connect, seconds_by_rows
+from asyncinfer.cli.exit_codes import say_error
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.cli.output import console, say, say_json, seconds, show, show_facts, styled
 from asyncinfer.untrusted.printable import printable_line
 
 _LOADING: Final = ("loading", "yellow")
@@ -33,16 +39,10 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 
     The times of a run are measured by the workers.
     """
-    from urllib.parse import quote
-
-    from asyncinfer.cli.api_client import connect
-    from asyncinfer.cli.output import say_json
-
     with connect(server) as client:
         if as_json:
-            say_json(
-                client.request("GET", f"/models/{quote(model, safe='')}" if model else "/models")
-            )
+            path = "/models" if model is None else f"/models/{quote(model, safe='')}"
+            say_json(client.request("GET", path))
         elif model is None:
             _show_all(client.catalog())
         else:
@@ -55,8 +55,6 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def pause(model: str, server: ServerOptions, as_json: bool) -> None:
     """Pause a model: accept its jobs, but run none of them."""
-    from asyncinfer.cli.api_client import connect
-
     with connect(server) as client:
         _report(client.pause(model), "is paused: it accepts jobs and runs none", as_json)
 
@@ -67,16 +65,12 @@ def pause(model: str, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def resume(model: str, server: ServerOptions, as_json: bool) -> None:
     """Resume a paused model."""
-    from asyncinfer.cli.api_client import connect
-
     with connect(server) as client:
         _report(client.resume(model), "runs jobs again", as_json)
 
 
 def _report(state: "PausedState", outcome: str, as_json: bool) -> None:
     """Prints what a pause or resume has done, in words or as JSON."""
-    from asyncinfer.cli.output import say, say_json
-
     if as_json:
         say_json(state)
     else:
@@ -85,9 +79,6 @@ def _report(state: "PausedState", outcome: str, as_json: bool) -> None:
 
 def _show_all(listed: "Catalog") -> None:
     """Prints a table of the models on stdout, also of those that load, and problems on stderr."""
-    from asyncinfer.cli.exit_codes import say_error
-    from asyncinfer.cli.output import show
-
     known = {model.model for model in listed.models}
     rows = [_row(model, listed.loading) for model in listed.models]
     rows += [_loading_row(name) for name in listed.loading if name not in known]
@@ -103,8 +94,6 @@ def _show_all(listed: "Catalog") -> None:
 
 def _warn(problems: Sequence["ModelProblem"]) -> None:
     """Prints each problem of a model on stderr, in one line."""
-    from asyncinfer.cli.output import console, styled
-
     for problem in problems:
         where = f"{problem.model} {problem.version or 'all versions'}, worker {problem.worker}"
         line = styled(printable_line(f"{where}: {problem.reason}"), "yellow")
@@ -113,8 +102,6 @@ def _warn(problems: Sequence["ModelProblem"]) -> None:
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
     """The cells of a model that is served; `loading` has the names of models that are loading."""
-    from asyncinfer.cli.output import styled
-
     name = f"{model.model} (default)" if model.default else model.model
     takes = ", ".join(map(_tensor, model.inputs))
     batched = "yes" if model.batched else "no"
@@ -125,8 +112,6 @@ def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
 
 def _loading_row(name: str) -> Sequence[object]:
     """The cells of a model that a worker is loading and none serves yet."""
-    from asyncinfer.cli.output import styled
-
     return name, None, None, None, None, 0, styled(*_LOADING)
 
 
@@ -144,9 +129,6 @@ def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
 
     `run_times` has the seconds by worker and number of rows. None if nothing was measured.
     """
-    from asyncinfer.cli.api_client import seconds_by_rows
-    from asyncinfer.cli.output import seconds
-
     measured = [pair for times in run_times.values() for pair in seconds_by_rows(times)]
     if not measured:
         return None
@@ -161,17 +143,12 @@ def _tensor(spec: "TensorInfo") -> str:
 
 def _show_one(model: "Model") -> None:
     """Prints all facts of a model on stdout, and its problems on stderr."""
-    from asyncinfer.cli.output import show_facts
-
     show_facts(_facts(model))
     _warn(model.problems)
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
     """Pairs of a name and a value, in the order in which they are shown."""
-    from asyncinfer.cli.api_client import seconds_by_rows
-    from asyncinfer.cli.output import seconds
-
     yield "model", f"{model.model} (default)" if model.default else model.model
     if model.description:
         yield "description", model.description
@@ -194,10 +171,6 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
 
 def _example_argument(example: Any) -> str:
     """An example as an argument of `predict`, quoted for a shell; `FILE` if none short is known."""
-    import shlex
-
-    import msgspec
-
     if not isinstance(example, dict):
         return "FILE"
     shown = shlex.quote(msgspec.json.encode(example.get("data", example)).decode())

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from msgspec import Struct
 
 from asyncinfer.cli import options
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.cli.output import say, say_json
 
 if TYPE_CHECKING:
     from asyncinfer.client import ClearedJobs
@@ -18,19 +19,13 @@ if TYPE_CHECKING:
 _OUTCOME_TEXTS: Final = {"stopping": "running and told to stop"}
 
 
-class Selection(Struct, frozen=True):
-    """The jobs of `ids`, or all that match the `filters` if `ids` is None."""
-
-    ids: tuple[str, ...] | None
-    filters: dict[str, Any]
-
-
 def _selection(
     verb: str, statuses: Sequence[str], status_help: str
 ) -> Callable[[Callable[..., int]], Any]:
-    """A decorator that adds [ID], --model, --group and --status; the command receives `selection`.
+    """A decorator that adds [ID], --model, --group and --status, to say which jobs to `verb`.
 
-    A flag `dead` of the command is a filter too. Both ids and filters, or neither, raise
+    The command receives what it passes to a method of the client: `job_ids`, which may be None, and
+    the filters, `dead` too if it has such a flag. Both ids and filters, or neither, raise
     click.UsageError.
     """
 
@@ -41,15 +36,15 @@ def _selection(
         @click.option("--status", type=click.Choice(statuses), help=status_help)
         @functools.wraps(function)
         def run(*args: Any, job_ids: tuple[str, ...], **values: Any) -> int:
-            names = values.keys() & {"model", "group", "status", "dead"}
-            given = {name: values.pop(name) for name in names}
-            filters = {name: None if value is False else value for name, value in given.items()}
-            if bool(job_ids) == any(value is not None for value in filters.values()):
+            if "dead" in values:
+                values["dead"] = values["dead"] or None
+            filters = (values.get(name) for name in ("model", "group", "status", "dead"))
+            if bool(job_ids) == any(value is not None for value in filters):
                 raise click.UsageError(
                     f"Say which jobs to {verb}: by ID, or by --status, --model or --group, "
                     "not both."
                 )
-            return function(*args, selection=Selection(job_ids or None, filters), **values)
+            return function(*args, job_ids=job_ids or None, **values)
 
         return run
 
@@ -67,16 +62,14 @@ def _selection(
 @options.tenant
 @options.server
 @options.as_json
-def cancel(selection: Selection, tenant: str | None, server: ServerOptions, as_json: bool) -> int:
+def cancel(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Cancel jobs, by id or by filter.
 
     Running jobs are told to stop. Nothing is deleted: `retry` runs cancelled jobs again.
     """
-    from asyncinfer.cli.api_client import connect
-
     with connect(server) as client:
-        done = client.cancel_all(selection.ids, **selection.filters, tenant=tenant)
-    return _report(_cleared("cancelled", selection.ids, done), as_json)
+        done = client.cancel_all(**selection)
+    return _report(_cleared("cancelled", selection["job_ids"], done), as_json)
 
 
 @options.command(
@@ -90,15 +83,13 @@ def cancel(selection: Selection, tenant: str | None, server: ServerOptions, as_j
 @options.tenant
 @options.server
 @options.as_json
-def retry(selection: Selection, tenant: str | None, server: ServerOptions, as_json: bool) -> int:
+def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Run failed or cancelled jobs again.
 
     Each keeps its id and its input, and begins a new round.
     """
-    from asyncinfer.cli.api_client import connect
-
     with connect(server) as client:
-        done = client.retry_all(selection.ids, **selection.filters, tenant=tenant)
+        done = client.retry_all(**selection)
     return _report({"retried": done.retried, "refused": done.refused}, as_json)
 
 
@@ -118,20 +109,16 @@ def retry(selection: Selection, tenant: str | None, server: ServerOptions, as_js
 @options.tenant
 @options.server
 @options.as_json
-def purge(
-    selection: Selection, yes: bool, tenant: str | None, server: ServerOptions, as_json: bool
-) -> int:
+def purge(yes: bool, server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Delete ended jobs with their data.
 
     Jobs that wait or run are not deleted: cancel them first.
     """
-    from asyncinfer.cli.api_client import connect
-
-    if not (selection.ids or yes or _is_confirmed()):
+    if not (selection["job_ids"] or yes or _is_confirmed()):
         return 0
     with connect(server) as client:
-        done = client.purge(selection.ids, **selection.filters, tenant=tenant)
-    return _report(_cleared("purged", selection.ids, done), as_json)
+        done = client.purge(**selection)
+    return _report(_cleared("purged", selection["job_ids"], done), as_json)
 
 
 def _is_confirmed() -> bool:
@@ -152,8 +139,6 @@ def _cleared(outcome: str, ids: Sequence[str] | None, done: "ClearedJobs") -> di
 
 def _report(totals: dict[str, Any], as_json: bool) -> int:
     """Prints the totals on stdout and each refusal on stderr; returns 1 if there is a refusal."""
-    from asyncinfer.cli.output import say, say_json
-
     refused = totals.get("refused", ())
     if as_json:
         say_json(totals)

@@ -5,10 +5,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+import msgspec
 
 from asyncinfer.cli import options
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, EXIT_TIMED_OUT
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.cli.output import (
+    ago,
+    console,
+    say_json,
+    say_on_stderr,
+    seconds,
+    show,
+    show_facts,
+    status,
+)
 from asyncinfer.jobs import STATUSES, TERMINAL
 
 if TYPE_CHECKING:
@@ -44,17 +56,9 @@ _limit = click.option(
 @options.tenant
 @options.server
 @options.as_json
-def jobs(
-    status: str | None,
-    model: str | None,
-    group: str | None,
-    limit: int,
-    tenant: str | None,
-    server: ServerOptions,
-    as_json: bool,
-) -> None:
+def jobs(server: ServerOptions, as_json: bool, **filters: Any) -> None:
     """List jobs, the newest first."""
-    _list_jobs(server, limit, as_json, status=status, model=model, group=group, tenant=tenant)
+    _list_jobs(server, as_json, **filters)
 
 
 @options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
@@ -63,14 +67,12 @@ def jobs(
 @options.tenant
 @options.server
 @options.as_json
-def dead(
-    model: str | None, limit: int, tenant: str | None, server: ServerOptions, as_json: bool
-) -> None:
+def dead(server: ServerOptions, as_json: bool, **filters: Any) -> None:
     """List dead letters: jobs that were given up and can be retried.
 
     `asyncinfer retry --dead` runs them again.
     """
-    _list_jobs(server, limit, as_json, model=model, dead=True, tenant=tenant)
+    _list_jobs(server, as_json, dead=True, **filters)
 
 
 @options.command(
@@ -99,9 +101,6 @@ def job(
     Exits with 1 if the job failed or was cancelled, with 4 if it has not ended within
     --timeout.
     """
-    from asyncinfer.cli.api_client import connect
-    from asyncinfer.cli.output import say_json
-
     with connect(server) as client:
         found = client.job(job_id, tenant=tenant)
         if watch:
@@ -124,8 +123,6 @@ def _watch(job: "Job", timeout: float | None) -> None:
     `timeout` is in seconds; None is no limit. Prints each new state on stderr, with the reason why
     the job waits. A timeout raises nothing: the status shows it.
     """
-    from asyncinfer.cli.output import console, status
-
     deadline = None if timeout is None else time.monotonic() + timeout
     shown: tuple[str, str] | None = None
     wait_seconds = _FIRST_WAIT_SECONDS
@@ -145,8 +142,6 @@ def _watch(job: "Job", timeout: float | None) -> None:
 
 def _show_job(view: dict[str, Any]) -> None:
     """Prints the fields of a job on stdout, a line each."""
-    from asyncinfer.cli.output import show_facts, status
-
     show_facts(
         (name, status(value) if name == "status" else _value(name, value))
         for name, value in view.items()
@@ -156,8 +151,6 @@ def _show_job(view: dict[str, Any]) -> None:
 
 def _value(name: str, value: Any) -> object:
     """The text of a field of a job; lists, dicts and numbers are shown as JSON."""
-    import msgspec
-
     if name == "waiting_for":
         return value["message"]
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
@@ -166,16 +159,13 @@ def _value(name: str, value: Any) -> object:
 # --- lists ---------------------------------------------------------------------------------
 
 
-def _list_jobs(server: ServerOptions, limit: int, as_json: bool, **filters: Any) -> None:
-    """Prints the newest jobs that match `filters`, at most `limit`, on stdout.
+def _list_jobs(server: ServerOptions, as_json: bool, **filters: Any) -> None:
+    """Prints the newest jobs that match on stdout.
 
-    `filters` are arguments of `Client.jobs`, `tenant` always among them; None is no filter.
+    `filters` are arguments of `Client.jobs`, `limit` and `tenant` always among them.
     """
-    from asyncinfer.cli.api_client import connect
-    from asyncinfer.cli.output import say_json, say_on_stderr, show
-
     with connect(server) as client:
-        listed = client.jobs(limit=limit, **filters)
+        listed = client.jobs(**filters)
     if as_json:
         say_json([job.as_dict() for job in listed])
         return
@@ -190,8 +180,6 @@ def _list_jobs(server: ServerOptions, limit: int, as_json: bool, **filters: Any)
 
 def _row(job: "Job") -> Sequence[object]:
     """The cells of a job; the last is its error, or why it waits, cut to a length."""
-    from asyncinfer.cli.output import ago, seconds, status
-
     times = job.timeline
     started, ended = times.get("started"), times.get("finished")
     run_time = seconds((ended - started).total_seconds()) if started and ended else None

@@ -10,6 +10,7 @@ from typing import IO, Any, Final, Protocol
 
 import msgspec
 
+from asyncinfer.cli.output import show
 from asyncinfer.cli.predict.formats import output_format
 from asyncinfer.cli.predict.readers import import_arrow
 from asyncinfer.errors import FileRefused
@@ -244,8 +245,6 @@ class _Table:
 
     def _write_rows(self) -> None:
         """Prints the rows so far as a table; columns that are empty in all of them are left out."""
-        from asyncinfer.cli.output import show
-
         names = self._columns.names
         shown = [at for at, _ in enumerate(names) if any(row[at] is not None for row in self._rows)]
         rows = [[_short(row[at]) for at in shown] for row in self._rows]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from asyncinfer.cli.addresses import shown_url
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
@@ -29,8 +31,6 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
 
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
     """
-    from asyncinfer.cli.api_client import connect
-
     with connect(server, retries=0) as client:
         yield lambda: Snapshot(time.time(), client.url, client.queues(), _workers(client))
 
@@ -52,7 +52,6 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
     """
     from anyio.from_thread import start_blocking_portal
 
-    from asyncinfer.cli.addresses import shown_url
     from asyncinfer.repository.inspect.statistics import Statistics
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
