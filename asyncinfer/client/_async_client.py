@@ -129,9 +129,9 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> Any:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own."""
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         known = await self._driver.run(models.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         results = [
             result async for result in AsyncResults(self._server, self._driver, rows, wanted)
         ]

@@ -188,8 +188,9 @@ class Client:
         An error of a row (InvalidInput, CannotSend, BodyTooLarge, JobFailed, JobCancelled) is
         raised, or given in the place of its result with `on_error="return"`; `.row` is the number
         of the row. All other errors end the map: ModelNotFound, NoModelAnnounced, Unauthorized,
-        Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). A `batch` below
-        1 raises CannotSend at once.
+        Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). An error of the
+        iterable comes after the results of the rows before it. Arguments that cannot be right
+        raise CannotSend at once.
 
         Leaving early, also by Ctrl-C, cancels what has not run; `with client.map(rows) as
         results:` does so too if the body of the loop raises. The same rows with the same `group`
@@ -229,9 +230,9 @@ class Client:
         >>> list(client.map_frame(flowers, model="iris", progress=False).columns)
         ['sl', 'sw', 'pl', 'pw', 'prediction', 'class_name', 'probability']
         """
+        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         known = self._driver.run(models.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
         results = [result for result in Results(self._server, self._driver, rows, wanted)]
         return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
 
@@ -546,11 +547,15 @@ def map_options(
 ) -> MapOptions:
     """The arguments of a map, with a random group if none is given.
 
-    `options` are the options of each job; those that are None are left out. Raises CannotSend if
-    `batch` is neither "auto" nor at least 1.
+    `options` are the options of each job; those that are None are left out. Raises CannotSend for
+    a `batch`, an `in_flight` or an `on_error` that a map does not have.
     """
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
         raise CannotSend(f'batch={batch!r} is neither "auto" nor a number of rows of at least 1.')
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise CannotSend(f"in_flight={in_flight!r} is not a number of requests of at least 1.")
+    if on_error not in ("raise", "return"):
+        raise CannotSend(f'on_error={on_error!r} is neither "raise" nor "return".')
     group = options.get("group")
     return MapOptions(
         model=model,

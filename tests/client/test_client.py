@@ -16,6 +16,7 @@ from asyncinfer.client import (
     AsyncClient,
     AsyncGroup,
     AsyncJob,
+    ClearedJobs,
     Client,
     ClientClosed,
     Group,
@@ -23,6 +24,7 @@ from asyncinfer.client import (
     JobFailed,
     JobFinished,
     JobNotFound,
+    RequestError,
     WaitingJobs,
     WaitTimeout,
 )
@@ -374,6 +376,41 @@ def test_waiting_jobs_are_paused_listed_cancelled_and_purged(client: Client) -> 
     assert client.cancel_all(group="held").cancelled == 0
     assert client.purge(group="held").purged == 3
     eventually_sync(lambda: not client.jobs(group="held"), "they are gone")
+
+
+def test_jobs_are_cancelled_and_deleted_by_their_ids(client: Client) -> None:
+    jobs = [client.submit([SETOSA], delay_seconds=60) for _ in range(2)]
+    ids = [job.id for job in jobs]
+
+    running = client.purge(ids)
+    assert (running.purged, {job.code for job in running.refused}) == (0, {"job_not_finished"})
+    for _ in range(2):
+        cancelled = client.cancel_all([*ids, "gone"])
+        assert (cancelled.cancelled, cancelled.stopping) == (2, 0)
+        assert [job.job_id for job in cancelled.refused] == ["gone"]
+    assert client.purge([*ids, "gone"]).purged == 2
+    assert client.purge([]) == ClearedJobs(cancelled=0)
+
+
+def test_a_job_is_read_again_when_it_has_ended(client: Client) -> None:
+    client.pause("iris")
+    job = client.submit([SETOSA], group="read-again")
+    assert job.refresh(wait_seconds=0.1).status == "pending"
+    client.resume("iris")
+    assert job.refresh(wait_seconds=20).status == "completed"
+    assert (job.group, job.version) == ("read-again", client.model("iris").version)
+    assert list(job.timeline) == ["created", "started", "finished"]
+    assert client.job(job.id, tenant="default").tenant == "default"
+
+
+async def test_any_request_may_be_sent(client: Client, aclient: AsyncClient) -> None:
+    query: dict[str, Any] = {"limit": 1, "group": "nothing", "status": None}
+    assert client.request("GET", "/jobs", **query) == {"jobs": [], "cursor": None}
+    assert await aclient.request("GET", "/jobs", **query) == {"jobs": [], "cursor": None}
+    checked = client.request("POST", "/models/iris/validate", body={"data": [SETOSA]})
+    assert checked["rows"] == 1
+    with pytest.raises(RequestError, match="nothing at this path"):
+        client.request("GET", "/nothing")
 
 
 def test_a_models_queue_is_emptied(client: Client) -> None:

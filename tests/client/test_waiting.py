@@ -100,6 +100,21 @@ async def test_a_map_reports_why_no_result_comes_and_that_it_goes_on(
     assert lines[1:] == ["iris goes on."]
 
 
+async def test_the_reason_is_given_to_whoever_wants_it(starved: AsyncClient, store: Store) -> None:
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    async with (
+        AsyncClient(starved.url, cadence=AT_ONCE, on_wait=lines.put_nowait) as client,
+        mapped(client, [SETOSA]) as results,
+        asyncio.timeout(20),
+    ):
+        first = asyncio.create_task(anext(results))
+        assert (await lines.get()).startswith(f"1 row of iris waits: {NO_WORKER}")
+        await ManualWorker(store).complete()
+        await first
+        while await lines.get() != "iris goes on.":
+            continue
+
+
 async def test_the_reason_is_shown_beside_a_bar(
     starved: AsyncClient, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:

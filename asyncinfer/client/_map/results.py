@@ -12,7 +12,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    Sized,
 )
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,11 +19,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from msgspec import Struct
 
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
+from asyncinfer.client._errors import ClientClosed, ConnectionFailed, SlowMapWarning, WaitTimeout
 from asyncinfer.client._flows.waiting import why_waiting
 from asyncinfer.client._map import jobs
 from asyncinfer.client._map.jobs import MapPlan
-from asyncinfer.client._map.rows import RowBlock, array_rows, blocks_of, blocks_of_async, peek
+from asyncinfer.client._map.rows import (
+    ArrayRows,
+    AsyncIteratedRows,
+    IteratedRows,
+    RowBlock,
+    open_async_rows,
+    open_rows,
+)
 from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
 from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
 from asyncinfer.client._protocol import Flow
@@ -205,7 +211,7 @@ class Results(Iterator[Any]):
         self._server = server
         self._driver = driver
         self._wanted = wanted
-        self._values = self._begin(rows)
+        self._values = self._begin(open_rows(rows))
 
     @property
     def group(self) -> str:
@@ -232,18 +238,11 @@ class Results(Iterator[Any]):
         """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         self._values.close()
 
-    def _begin(self, rows: Iterable[Any]) -> Generator[Any, None, None]:
+    def _begin(self, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
-        arrays = array_rows(rows)
-        total = len(rows) if isinstance(rows, Sized) else None
-        try:
-            first, rest = peek(rows) if arrays is None else (arrays.first(), iter(()))
-        except (StopIteration, IndexError):
-            return
-        plan = self._driver.run(_make_plan(self._server, first, self._wanted))
-        max_rows = plan.max_rows_per_block
-        blocks = blocks_of(rest, max_rows) if arrays is None else arrays.blocks(max_rows)
-        yield from self._run(plan, blocks, total if arrays is None else len(arrays))
+        if first := rows.read_first():
+            plan = self._driver.run(_make_plan(self._server, first[0], self._wanted))
+            yield from self._run(plan, rows.blocks(plan.max_rows_per_block), rows.total)
 
     def _run(
         self, plan: MapPlan, blocks: Iterator[RowBlock], total: int | None
@@ -266,7 +265,7 @@ class Results(Iterator[Any]):
             if isinstance(error, WaitTimeout):
                 # Requests in flight end with the wait, and a submit is not interrupted.
                 threads.join(_LATE_SECONDS)
-            elif not isinstance(error, ConnectionFailed):
+            elif not isinstance(error, ConnectionFailed | ClientClosed):
                 self._cancel(threads)
             error.add_note(_resume_hint(self.group))
             raise
@@ -286,10 +285,13 @@ class Results(Iterator[Any]):
         """Starts blocks while the window is open, and yields the results in order."""
         window = Window(self._wanted)
         slow_check = SlowMapCheck(plan)
-        has_more = True
+        has_more, failure = True, None
         while has_more or not window.is_empty:
             if has_more and window.is_open and not threads.has_outcomes:
-                block = next(blocks, None)
+                try:
+                    block = next(blocks, None)
+                except Exception as error:  # of the caller's rows
+                    block, failure = None, error
                 if has_more := block is not None:
                     slow_check.count(block)
                     flow = jobs.run_block(self._server, plan, block)
@@ -297,6 +299,8 @@ class Results(Iterator[Any]):
             elif not window.is_empty:
                 outcome = self._wait_for_outcome(threads, reporter, window.rows_out)
                 yield from window.take(outcome, bar)
+        if failure:
+            raise failure
 
     def _wait_for_outcome(
         self, threads: FlowThreads, reporter: WaitReporter, rows: int
@@ -341,7 +345,7 @@ class AsyncResults(AsyncIterator[Any]):
         self._server = server
         self._driver = driver
         self._wanted = wanted
-        self._values = self._begin(rows)
+        self._values = self._begin(open_async_rows(rows))
 
     @property
     def group(self) -> str:
@@ -368,26 +372,25 @@ class AsyncResults(AsyncIterator[Any]):
         """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         await self._values.aclose()
 
-    async def _begin(self, rows: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    async def _begin(
+        self, rows: ArrayRows | IteratedRows | AsyncIteratedRows
+    ) -> AsyncGenerator[Any, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
-        arrays = array_rows(rows)
-        total = len(rows) if isinstance(rows, Sized) else None
-        source = _as_async(rows if arrays is None else ())
-        try:
-            first = await anext(source) if arrays is None else arrays.first()
-        except (StopAsyncIteration, IndexError):
-            return
-        plan = await self._driver.run(_make_plan(self._server, first, self._wanted))
-        max_rows = plan.max_rows_per_block
-        if arrays is None:
-            blocks = blocks_of_async(_chain(first, source), max_rows)
+        if isinstance(rows, AsyncIteratedRows):
+            first = await rows.read_first()
         else:
-            blocks, total = _as_async(arrays.blocks(max_rows)), len(arrays)
-        async for value in self._run(plan, blocks, total):
-            yield value
+            first = rows.read_first()
+        if first:
+            plan = await self._driver.run(_make_plan(self._server, first[0], self._wanted))
+            blocks = rows.blocks(plan.max_rows_per_block)
+            async for value in self._run(plan, blocks, rows.total):
+                yield value
 
     async def _run(
-        self, plan: MapPlan, blocks: AsyncIterator[RowBlock], total: int | None
+        self,
+        plan: MapPlan,
+        blocks: Iterator[RowBlock] | AsyncIterator[RowBlock],
+        total: int | None,
     ) -> AsyncGenerator[Any, None]:
         """Yields the results of all blocks; ends as `Results._run` does."""
         from asyncinfer.client._map.tasks import FlowTasks
@@ -398,10 +401,13 @@ class AsyncResults(AsyncIterator[Any]):
         try:
             window = Window(self._wanted)
             slow_check = SlowMapCheck(plan)
-            has_more = True
+            has_more, failure = True, None
             while has_more or not window.is_empty:
                 if has_more and window.is_open and not tasks.has_outcomes:
-                    block = await anext(blocks, None)
+                    try:
+                        block = await _next(blocks)
+                    except Exception as error:  # of the caller's rows
+                        block, failure = None, error
                     if has_more := block is not None:
                         slow_check.count(block)
                         flow = jobs.run_block(self._server, plan, block)
@@ -410,9 +416,11 @@ class AsyncResults(AsyncIterator[Any]):
                     outcome = await self._wait_for_outcome(tasks, reporter, window.rows_out)
                     for value in window.take(outcome, bar):
                         yield value
+            if failure:
+                raise failure
         except BaseException as error:
             tasks.stop()
-            if not isinstance(error, ConnectionFailed | WaitTimeout):
+            if not isinstance(error, ConnectionFailed | ClientClosed | WaitTimeout):
                 await self._cancel(tasks)
             error.add_note(_resume_hint(self.group))
             raise
@@ -493,18 +501,6 @@ def _close(results: "weakref.ref[Results]") -> None:
         alive.close()
 
 
-async def _as_async(rows: Any) -> AsyncIterator[Any]:
-    """An asynchronous iterator of rows, which may be an iterable of either kind."""
-    if hasattr(rows, "__aiter__"):
-        async for row in rows:
-            yield row
-    else:
-        for row in rows:
-            yield row
-
-
-async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """An asynchronous iterator of `first` and then `rest`."""
-    yield first
-    async for row in rest:
-        yield row
+async def _next(blocks: Iterator[RowBlock] | AsyncIterator[RowBlock]) -> RowBlock | None:
+    """The next of the blocks, which may come from an iterator of either kind; None at the end."""
+    return await anext(blocks, None) if isinstance(blocks, AsyncIterator) else next(blocks, None)
