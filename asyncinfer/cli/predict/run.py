@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TextIO
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -34,6 +34,9 @@ from asyncinfer.client import (
 )
 from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
 from asyncinfer.jobs import Priority
+
+_STATUSES_OF_ALL_ROWS: Final = frozenset({401, 403, 404, 503})
+"""These concern the server, the key or the model."""
 
 _VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
 _ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
@@ -114,14 +117,7 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
 def _printed_warnings() -> Iterator[None]:
     """Prints SlowMapWarnings as lines on stderr, without a place in the code, in its block."""
 
-    def print_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def print_warning(message: Warning | str, *_: Any, **more: Any) -> None:
         say_error(str(message))
 
     with warnings.catch_warnings():
@@ -215,22 +211,14 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
 
     `names` are the model's outputs; a result that is no dict gets the first of them.
     """
+    if isinstance(result, RequestError) and result.status in _STATUSES_OF_ALL_ROWS:
+        raise result
     if isinstance(result, AsyncinferError):
-        _raise_if_server_error(result)
         return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _to_json(value) for name, value in result.items()}}
     name = next(iter(names), "result")
     return {"row": row.number, name: _to_json(result)}
-
-
-def _raise_if_server_error(error: AsyncinferError) -> None:
-    """Raises an error that concerns the server, the key or the model, and not one row.
-
-    These are 401, 403, 404 and 503; for others it does nothing.
-    """
-    if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
-        raise error
 
 
 def _error_text(error: AsyncinferError) -> str:
@@ -296,18 +284,15 @@ def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
             f"{' '.join(words)[:60]!r} is no row ({error}). Give numbers, a row as JSON, or one "
             "file."
         ) from error
-    if len(values) == 1 and isinstance(values[0], list) and values[0] and _is_row(values[0][0]):
-        values = values[0]
+    if len(values) == 1 and isinstance(values[0], list):
+        (rows,) = values
+        if rows and isinstance(rows[0], list | dict):
+            values = rows
     numbered = list(enumerate(values, start=1))
     if not any(isinstance(value, dict) for value in values):
         return iter([Row(number, value) for number, value in numbered])
     read_options = _read_options(options, client.model(options.model), math.inf)
     return iter([readers.json_row(number, value, read_options) for number, value in numbered])
-
-
-def _is_row(value: Any) -> bool:
-    """Whether a value in a list is a row itself, so that the list is one of rows."""
-    return isinstance(value, list | dict)
 
 
 def _open_file(
