@@ -16,7 +16,6 @@ from asyncinfer.client._client import (
     Client,
     map_options,
     new_server,
-    pause_reporter,
     warn_if_open,
 )
 from asyncinfer.client._docstrings import with_docstrings_of
@@ -27,7 +26,8 @@ from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import AsyncGroup
 from asyncinfer.client._jobs import AsyncJob
 from asyncinfer.client._map import dataframes
-from asyncinfer.client._map.results import AsyncResults, OnError
+from asyncinfer.client._map.results import AsyncResults
+from asyncinfer.client._map.run import OnError
 from asyncinfer.client._models import Catalog, Model
 from asyncinfer.client._requests import call
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
@@ -65,7 +65,7 @@ class AsyncClient:
         self._server = new_server(
             url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
         )
-        self._driver = AsyncDriver(self._server.url, pause_reporter(self._server))
+        self._driver = AsyncDriver(self._server)
 
     @property
     def url(self) -> str:

@@ -24,11 +24,11 @@ from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
 from asyncinfer.client._map import dataframes
-from asyncinfer.client._map.results import MapOptions, OnError, Results
+from asyncinfer.client._map.results import Results
+from asyncinfer.client._map.run import MapOptions, OnError
 from asyncinfer.client._models import Catalog, Model
-from asyncinfer.client._protocol import Pause
 from asyncinfer.client._requests import RemoteServer, call
-from asyncinfer.client._wait_reasons import CADENCE, Cadence, RetryNotices
+from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
 
@@ -100,7 +100,7 @@ class Client:
         self._server = new_server(
             url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
         )
-        self._driver = Driver(self._server.url, pause_reporter(self._server))
+        self._driver = Driver(self._server)
 
     @property
     def url(self) -> str:
@@ -527,14 +527,6 @@ def new_server(
         on_wait=on_wait,
         cadence=cadence,
     )
-
-
-def pause_reporter(server: RemoteServer) -> Callable[[Pause], None]:
-    """A function for a driver that says why a request is sent again, if the user wants to know."""
-    if server.on_wait is None:
-        return lambda _: None
-    notices = RetryNotices(server.on_wait, server.cadence)
-    return lambda pause: notices.report(pause.reason, pause.begun_at, pause.seconds)
 
 
 def map_options(

@@ -20,6 +20,8 @@ from asyncinfer.client._protocol import (
     Response,
     T,
 )
+from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._wait_reasons import RetryNotices
 
 if TYPE_CHECKING:
     import httpx2
@@ -70,10 +72,9 @@ class Driver:
     The connections are opened when needed, and closed by `close`.
     """
 
-    def __init__(self, url: str, on_pause: Callable[[Pause], None]) -> None:
-        """`on_pause` is called before a request is sent again; not for the requests of a map."""
-        self._url = url
-        self._on_pause = on_pause
+    def __init__(self, server: RemoteServer) -> None:
+        self._url = server.url
+        self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.Client | None = None
         self._lock = threading.Lock()
         self._has_answered = False
@@ -123,7 +124,7 @@ class Driver:
     def _carry_out(self, request: FlowRequest) -> FlowReply:
         """Sends a request, or sleeps for a pause and returns None."""
         if isinstance(request, Pause):
-            self._on_pause(request)
+            self._notices.report(request.reason, request.begun_at, request.seconds)
             time.sleep(request.seconds)
             return None
         return self.exchange(request)
@@ -161,9 +162,9 @@ class Driver:
 class AsyncDriver:
     """Carries out flows in an event loop; the same as Driver otherwise."""
 
-    def __init__(self, url: str, on_pause: Callable[[Pause], None]) -> None:
-        self._url = url
-        self._on_pause = on_pause
+    def __init__(self, server: RemoteServer) -> None:
+        self._url = server.url
+        self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.AsyncClient | None = None
         self._has_answered = False
         self.closed = False
@@ -184,11 +185,7 @@ class AsyncDriver:
             flow.close()
 
     async def events(self, request: Request) -> AsyncGenerator[Response | Lost | Event, None]:
-        """Yields the response, then its events, and a Lost at the end if the stream was cut.
-
-        The content of a 200 is empty, as the events are its content; another response has no
-        events. A Lost alone means that there was no response. Raises ClientClosed.
-        """
+        """Yields a response and its events, as `Driver.events`."""
         import httpx2
 
         try:
@@ -214,16 +211,13 @@ class AsyncDriver:
         if isinstance(request, Pause):
             import asyncio
 
-            self._on_pause(request)
+            self._notices.report(request.reason, request.begun_at, request.seconds)
             await asyncio.sleep(request.seconds)
             return None
         return await self.exchange(request)
 
     async def exchange(self, request: Request) -> Response | Lost:
-        """Sends a request once, and returns the response of any status, or a Lost if none came.
-
-        Raises ClientClosed, and nothing for errors of the network.
-        """
+        """Sends a request once, as `Driver.exchange`."""
         import httpx2
 
         body = ResponseBody()

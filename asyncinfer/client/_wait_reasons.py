@@ -76,8 +76,9 @@ class Notices:
 class RetryNotices:
     """Reports why a request is sent again, once it has gone without an answer for a while."""
 
-    def __init__(self, say: Callable[[str], None], cadence: Cadence) -> None:
-        self._notices = Notices(say, cadence)
+    def __init__(self, say: Callable[[str], None] | None, cadence: Cadence) -> None:
+        """`say` None reports nothing."""
+        self._notices = Notices(say or (lambda _: None), cadence)
         self._first_seconds = cadence.first_check_seconds
 
     def report(self, reason: WaitingFor, begun_at: float, pause_seconds: float) -> None:
@@ -93,29 +94,23 @@ class Silence:
     `is_over`.
     """
 
-    def __init__(
-        self,
-        until: float,
-        cadence: Cadence,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """The silence is over at `until`, on the clock `now`."""
+    def __init__(self, until: float, cadence: Cadence) -> None:
+        """The silence is over at `until`, on the monotonic clock."""
         self._until = until
-        self._cadence = cadence
-        self._now = now
+        self._max_seconds = cadence.max_check_seconds
         self._pause_seconds = cadence.first_check_seconds
-        self._next_at = now() + self._pause_seconds
+        self._next_at = time.monotonic() + self._pause_seconds
 
     @property
     def is_over(self) -> bool:
         """Whether the time is over, so that the wait must end."""
-        return self._now() >= self._until
+        return time.monotonic() >= self._until
 
     def seconds(self) -> float:
         """The seconds until the next request for a reason is due, or until the end; at least 0."""
-        return max(0.0, min(self._next_at, self._until) - self._now())
+        return max(0.0, min(self._next_at, self._until) - time.monotonic())
 
     def schedule_next(self) -> None:
         """Schedules the next request for a reason, after twice the last time."""
-        self._pause_seconds = min(2 * self._pause_seconds, self._cadence.max_check_seconds)
-        self._next_at = self._now() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, self._max_seconds)
+        self._next_at = time.monotonic() + self._pause_seconds

@@ -1,7 +1,7 @@
 """Reading jobs, and acting on them: one, several by their ids, or all that match."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -10,7 +10,7 @@ from msgspec import Struct
 from asyncinfer import jobs
 from asyncinfer.client._answers import ClearedJobs, RefusedJob, RetriedJobs
 from asyncinfer.client._flows.views import View, check_view
-from asyncinfer.client._protocol import Flow, Request
+from asyncinfer.client._protocol import Flow, Request, T
 from asyncinfer.client._requests import (
     RemoteServer,
     call,
@@ -125,18 +125,11 @@ def cancel_jobs(
     """
     if ids is None:
         return (yield from _clear_all(server, query))
-    statuses: list[str] = []
-    refused: list[RefusedJob] = []
-    for job_id in ids:
-        try:
-            view = yield from cancel_job(server, job_id, query["tenant"])
-            statuses.append(view["status"])
-        except RequestError as error:
-            refused.append(_refusal(job_id, error))
-    cancelled = statuses.count("cancelled")
-    return ClearedJobs(
-        cancelled=cancelled, stopping=len(statuses) - cancelled, refused=tuple(refused)
+    views, refused = yield from _for_each(
+        ids, lambda job_id: cancel_job(server, job_id, query["tenant"])
     )
+    cancelled = sum(view["status"] == "cancelled" for view in views)
+    return ClearedJobs(cancelled=cancelled, stopping=len(views) - cancelled, refused=refused)
 
 
 def purge_jobs(
@@ -145,13 +138,10 @@ def purge_jobs(
     """Deletes the jobs of `ids`, or all that match the query; else as `cancel_jobs`."""
     if ids is None:
         return (yield from _clear_all(server, {**query, "purge": True}))
-    refused: list[RefusedJob] = []
-    for job_id in ids:
-        try:
-            yield from purge_job(server, job_id, query["tenant"])
-        except RequestError as error:
-            refused.append(_refusal(job_id, error))
-    return ClearedJobs(cancelled=0, purged=len(ids) - len(refused), refused=tuple(refused))
+    purged, refused = yield from _for_each(
+        ids, lambda job_id: purge_job(server, job_id, query["tenant"])
+    )
+    return ClearedJobs(cancelled=0, purged=len(purged), refused=refused)
 
 
 def retry_jobs(
@@ -198,8 +188,20 @@ def _pages(
             return pages
 
 
-def _refusal(job_id: str, error: RequestError) -> RefusedJob:
-    """Why one of several jobs is left as it is; raises an error that concerns all of them."""
-    if error.status in _STATUSES_OF_ALL_JOBS:
-        raise error
-    return RefusedJob(job_id, error.code, error.detail)
+def _for_each(
+    ids: Sequence[str], act: Callable[[str], Flow[T]]
+) -> Flow[tuple[list[T], tuple[RefusedJob, ...]]]:
+    """Acts on each job; returns what `act` does for those that it succeeds with, and the others.
+
+    Raises an error that concerns all of them.
+    """
+    done: list[T] = []
+    refused: list[RefusedJob] = []
+    for job_id in ids:
+        try:
+            done.append((yield from act(job_id)))
+        except RequestError as error:
+            if error.status in _STATUSES_OF_ALL_JOBS:
+                raise
+            refused.append(RefusedJob(job_id, error.code, error.detail))
+    return done, tuple(refused)

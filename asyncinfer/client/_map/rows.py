@@ -38,6 +38,8 @@ class RowBlock(Struct, frozen=True):
 class ArrayRows:
     """Rows in an array `(rows, *dims)`, or in one for each input by name."""
 
+    failure: None = None
+
     def __init__(self, arrays: Any) -> None:
         self._arrays = arrays
         named = arrays.values() if isinstance(arrays, dict) else [arrays]
@@ -60,8 +62,10 @@ class ArrayRows:
 class IteratedRows:
     """Rows of an iterable, which are read one by one as they are needed.
 
-    The error of an iterable is raised after the blocks of the rows before it.
+    The error of an iterable ends the blocks with the rows before it, and is in `failure` then.
     """
+
+    failure: Exception | None = None
 
     def __init__(self, rows: Iterable[Any]) -> None:
         self.total = len(rows) if isinstance(rows, Sized) else None
@@ -76,21 +80,21 @@ class IteratedRows:
 
     def blocks(self, max_rows: int) -> Iterator[RowBlock]:
         """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB."""
-        builder, failure = BlockBuilder(max_rows), None
+        builder = BlockBuilder(max_rows)
         try:
             for row in self._rows:
                 if block := builder.add(row):
                     yield block
         except Exception as error:
-            failure = error
+            self.failure = error
         if block := builder.flush():
             yield block
-        if failure:
-            raise failure
 
 
 class AsyncIteratedRows:
     """The same as IteratedRows for an asynchronous iterable."""
+
+    failure: Exception | None = None
 
     def __init__(self, rows: AsyncIterable[Any]) -> None:
         self.total = len(rows) if isinstance(rows, Sized) else None
@@ -105,7 +109,7 @@ class AsyncIteratedRows:
 
     async def blocks(self, max_rows: int) -> AsyncIterator[RowBlock]:
         """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB."""
-        builder, failure = BlockBuilder(max_rows), None
+        builder = BlockBuilder(max_rows)
         try:
             for row in self._first:
                 if block := builder.add(row):
@@ -114,11 +118,9 @@ class AsyncIteratedRows:
                 if block := builder.add(row):
                     yield block
         except Exception as error:
-            failure = error
+            self.failure = error
         if block := builder.flush():
             yield block
-        if failure:
-            raise failure
 
 
 def open_rows(rows: Any) -> ArrayRows | IteratedRows:
