@@ -1,13 +1,13 @@
 """`asyncinfer predict`: predictions for rows of a file, of stdin or of the command line."""
 
 import math
+from typing import Any
 
 import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.predict.formats import INPUT_FORMATS, OUTPUT_FORMATS
-from asyncinfer.jobs import Priority
 
 
 class _Predict(click.Command):
@@ -60,6 +60,7 @@ class _Predict(click.Command):
 )
 @click.option(
     "--resume",
+    "group",
     metavar="GROUP",
     help="Continue a group of jobs of an earlier run. Default: a name made from the file and the "
     "model's version.",
@@ -87,20 +88,13 @@ def predict(
     arguments: tuple[str, ...],
     *,
     rows: tuple[str, ...],
-    model: str | None,
-    read_as: str | None,
     write_as: str | None,
-    output: str | None,
     columns: str | None,
-    header: bool | None,
-    resume: str | None,
-    fresh: bool,
     batch: int | None,
-    in_flight: int,
-    priority: Priority | None,
     timeout: float | None,
     as_json: bool,
     server: ServerOptions,
+    **more: Any,
 ) -> int:
     """Predict rows of a file, of stdin or of the command line.
 
@@ -117,19 +111,12 @@ def predict(
     _reject_options(rows)
     predict_options = run.PredictOptions(
         rows=rows,
-        model=model,
-        read_as=read_as,
         write_as="json" if as_json else write_as,
-        output=output,
         columns=tuple(column.strip() for column in columns.split(",")) if columns else (),
-        header=header,
-        group=resume,
-        fresh=fresh,
         batch=batch or "auto",
-        in_flight=in_flight,
-        priority=priority,
         timeout_seconds=math.inf if timeout is None else timeout,
         arguments=arguments or (),
+        **more,
     )
     return run.run(server, predict_options)
 

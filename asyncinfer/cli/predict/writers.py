@@ -116,7 +116,6 @@ class _NDJSON:
 
     def finish(self) -> None:
         """Does nothing."""
-        pass
 
 
 class _JSON:
