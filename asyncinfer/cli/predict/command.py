@@ -86,6 +86,7 @@ class _Predict(click.Command):
 @click.pass_obj
 def predict(
     arguments: tuple[str, ...],
+    /,
     *,
     rows: tuple[str, ...],
     write_as: str | None,
