@@ -26,8 +26,8 @@ from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import AsyncGroup
 from asyncinfer.client._jobs import AsyncJob
 from asyncinfer.client._map import dataframes
+from asyncinfer.client._map.jobs import OnError
 from asyncinfer.client._map.results import AsyncResults
-from asyncinfer.client._map.run import OnError
 from asyncinfer.client._models import Catalog, Model
 from asyncinfer.client._requests import call
 from asyncinfer.client._wait_reasons import CADENCE, Cadence

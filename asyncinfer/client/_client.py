@@ -24,8 +24,8 @@ from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
 from asyncinfer.client._map import dataframes
+from asyncinfer.client._map.jobs import MapOptions, OnError
 from asyncinfer.client._map.results import Results
-from asyncinfer.client._map.run import MapOptions, OnError
 from asyncinfer.client._models import Catalog, Model
 from asyncinfer.client._requests import RemoteServer, call
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
@@ -548,16 +548,17 @@ def map_options(
         raise CannotSend(f"in_flight={in_flight!r} is not a number of requests of at least 1.")
     if on_error not in ("raise", "return"):
         raise CannotSend(f'on_error={on_error!r} is neither "raise" nor "return".')
-    group = options.get("group")
+    options = {name: option for name, option in options.items() if option is not None}
+    group = options.get("group") or f"map-{uuid.uuid4().hex[:12]}"
     return MapOptions(
         model=model,
         batch=batch,
         in_flight=in_flight,
         progress=progress,
         on_error=on_error,
-        group=group or f"map-{uuid.uuid4().hex[:12]}",
-        is_named=group is not None,
-        options={name: option for name, option in options.items() if option is not None},
+        group=group,
+        is_named="group" in options,
+        options={**options, "group": group},
     )
 
 

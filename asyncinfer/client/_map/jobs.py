@@ -47,6 +47,8 @@ from asyncinfer.errors import (
     JobNotRetryable,
 )
 
+OnError = Literal["raise", "return"]
+
 _MAX_ROWS: Final = 256
 """The most rows of one job with batch="auto": larger jobs hardly save requests, and here a bad row
 does not hold up many."""
@@ -58,6 +60,21 @@ _ONE_ROW_FAILURES: Final = frozenset(
     {"model_failed", "timeout", "out_of_memory", "result_too_large", "worker_lost"}
 )
 """Failures of a whole job that one of its rows may have caused."""
+
+
+class MapOptions(Struct, frozen=True, kw_only=True):
+    """The arguments of a map."""
+
+    model: str | None
+    batch: int | Literal["auto"]
+    in_flight: int
+    progress: bool
+    on_error: OnError
+    group: str
+    is_named: bool
+    """The caller named the group, which may have jobs already."""
+    options: Mapping[str, Any]
+    """Those of each job, the group among them."""
 
 
 class MapPlan(Struct, frozen=True, kw_only=True):
@@ -77,35 +94,26 @@ class MapPlan(Struct, frozen=True, kw_only=True):
     """The group had jobs before."""
 
 
-def make_plan(
-    server: RemoteServer,
-    first: Any,
-    name: str | None,
-    batch: int | Literal["auto"],
-    options: Mapping[str, Any],
-    *,
-    is_named: bool,
-) -> Flow[MapPlan]:
-    """A plan from the first row and the server's description of the model `name`.
+def make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
+    """A plan from the first row, the arguments and the server's description of the model.
 
-    `batch` is the most rows of a job. `options` are those of each job, with the `group`.
-    `is_named`: the caller gave that group, so it is looked up on the server. Raises ModelNotFound
-    and other errors of these requests.
+    A group that the caller named is looked up on the server. Raises ModelNotFound and other errors
+    of these requests.
     """
-    model = yield from cached_model(server, name)
+    model = yield from cached_model(server, wanted.model)
     rows_are_inputs = _is_input(first, model)
-    group = options["group"]
-    rows_per_job = _rows_per_job(model, batch) if _shares_jobs(model) and not rows_are_inputs else 1
+    shares_jobs = _shares_jobs(model) and not rows_are_inputs
+    rows_per_job = _rows_per_job(model, wanted.batch) if shares_jobs else 1
     goes_as_lines = rows_per_job == 1 and is_json_value(first)
     return MapPlan(
         model=model,
-        model_name=name,
-        options={"ttl_seconds": _TTL_SECONDS, **options},
-        group=group,
+        model_name=wanted.model,
+        options={"ttl_seconds": _TTL_SECONDS, **wanted.options},
+        group=wanted.group,
         rows_are_inputs=rows_are_inputs,
         max_rows_per_job=rows_per_job,
         max_rows_per_block=MAX_LINES if goes_as_lines else rows_per_job,
-        is_resumed=is_named and (yield from _group_exists(server, group)),
+        is_resumed=wanted.is_named and (yield from _group_exists(server, wanted.group)),
     )
 
 

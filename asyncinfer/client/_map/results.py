@@ -18,7 +18,7 @@ from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._errors import ClientClosed, ConnectionFailed, WaitTimeout
 from asyncinfer.client._flows.waiting import why_waiting
 from asyncinfer.client._map import jobs
-from asyncinfer.client._map.jobs import MapPlan
+from asyncinfer.client._map.jobs import MapOptions
 from asyncinfer.client._map.rows import (
     ArrayRows,
     AsyncIteratedRows,
@@ -27,9 +27,8 @@ from asyncinfer.client._map.rows import (
     open_async_rows,
     open_rows,
 )
-from asyncinfer.client._map.run import MapOptions, MapRun
+from asyncinfer.client._map.run import MapRun
 from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
-from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer
 
 if TYPE_CHECKING:
@@ -47,11 +46,7 @@ class Results(Iterator[Any]):
     """
 
     def __init__(
-        self,
-        server: RemoteServer,
-        driver: Driver,
-        rows: Iterable[Any],
-        wanted: MapOptions,
+        self, server: RemoteServer, driver: Driver, rows: Iterable[Any], wanted: MapOptions
     ) -> None:
         self._server = server
         self._driver = driver
@@ -86,7 +81,7 @@ class Results(Iterator[Any]):
     def _begin(self, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
         if first := rows.read_first():
-            plan = self._driver.run(_make_plan(self._server, first[0], self._wanted))
+            plan = self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
             yield from self._run(MapRun(self._server, self._wanted, plan, rows.total), rows)
 
     def _run(self, run: MapRun, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
@@ -192,7 +187,7 @@ class AsyncResults(AsyncIterator[Any]):
         else:
             first = rows.read_first()
         if first:
-            plan = await self._driver.run(_make_plan(self._server, first[0], self._wanted))
+            plan = await self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
             run = MapRun(self._server, self._wanted, plan, rows.total)
             async with aclosing(self._run(run, rows)) as results:
                 async for result in results:
@@ -241,14 +236,6 @@ class AsyncResults(AsyncIterator[Any]):
         await tasks.join()
         # For jobs that were being submitted when the others were cancelled.
         await self._driver.run(jobs.cancel(self._server, self.group))
-
-
-def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
-    """The plan of a map from its first row and its arguments."""
-    options = {**wanted.options, "group": wanted.group}
-    return jobs.make_plan(
-        server, first, wanted.model, wanted.batch, options, is_named=wanted.is_named
-    )
 
 
 def _resume_hint(group: str) -> str:

@@ -2,14 +2,12 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
-
-from msgspec import Struct
+from collections.abc import Iterator
+from typing import Any, Final
 
 from asyncinfer.client._errors import SlowMapWarning, WaitTimeout
 from asyncinfer.client._map import jobs
-from asyncinfer.client._map.jobs import MapPlan
+from asyncinfer.client._map.jobs import MapOptions, MapPlan
 from asyncinfer.client._map.rows import RowBlock
 from asyncinfer.client._map.threads import FlowOutcome
 from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
@@ -18,28 +16,12 @@ from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import Notices, Silence, WaitingFor
 from asyncinfer.errors import AsyncinferError
 
-OnError = Literal["raise", "return"]
-
 _BLOCKS_PER_FLIGHT: Final = 2
 """Blocks that may be under way or done out of order, for each request that may be in flight. A
 slow block at the front holds up the others only so far, and only so many results wait in memory."""
 _FEW_ROWS: Final = 64
 """So few rows are run soon enough, each alone."""
 _CLIENT: Final = "asyncinfer.client."
-
-
-class MapOptions(Struct, frozen=True, kw_only=True):
-    """The arguments of a map."""
-
-    model: str | None
-    batch: int | Literal["auto"]
-    in_flight: int
-    progress: bool
-    on_error: OnError
-    group: str
-    is_named: bool
-    """The caller named the group, which may have jobs already."""
-    options: Mapping[str, Any]
 
 
 class MapRun:

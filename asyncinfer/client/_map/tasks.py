@@ -26,19 +26,13 @@ class FlowTasks:
         self._pause_reasons: dict[int, WaitingFor] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
-        """Starts a task for a flow, which may have to wait for others; returns at once.
-
-        `number` comes back in its outcome.
-        """
+        """Starts a task for a flow, which may have to wait for others; returns at once."""
         task = asyncio.create_task(self._work(number, flow))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
-        """The outcome of a flow that has ended, in the order of their ends, each once.
-
-        None if none ends within `seconds`. It does not raise the error of a flow.
-        """
+        """The outcome of a flow that has ended, each once; None if none ends in `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._outcomes.get()
@@ -56,10 +50,7 @@ class FlowTasks:
         return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """Lets no flow send another request; returns at once: `join` waits for the present ones.
-
-        A flow that had not ended has FlowStopped as its outcome.
-        """
+        """Lets no flow send another request; returns at once: `join` waits for the present ones."""
         self._stopping.set()
 
     async def join(self) -> None:
