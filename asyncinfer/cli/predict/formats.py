@@ -1,7 +1,9 @@
 """The formats of rows and results, and the names of files that show them."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 from asyncinfer.errors import FileRefused
@@ -36,3 +38,11 @@ def _format_of(path: str, formats: Mapping[str, str], flag: str) -> str:
         return found
     known = ", ".join(sorted(set(formats.values())))
     raise FileRefused(f"{path}: its name does not show its format. Set it with {flag}: {known}.")
+
+
+def import_arrow(module: str) -> ModuleType:
+    """Imports and returns a module of pyarrow; raises FileRefused if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise FileRefused("Parquet needs pyarrow: pip install 'asyncinfer[parquet]'.") from error

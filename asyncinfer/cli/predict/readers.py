@@ -11,17 +11,14 @@ import sys
 import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.predict.formats import input_format
+from asyncinfer.cli.predict.formats import import_arrow, input_format
 from asyncinfer.client import WaitTimeout
 from asyncinfer.errors import FileRefused
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 _SHOWN_CHARACTERS: Final = 40
 _MAX_CELL_CHARACTERS: Final = 10_000_000
@@ -370,7 +367,7 @@ def _npy(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
     """Yields the rows of a Parquet file, row group by row group; raises FileRefused, ValueError."""
-    parquet = import_arrow("pyarrow.parquet", "Parquet")
+    parquet = import_arrow("pyarrow.parquet")
     source = content if content.seekable() else io.BytesIO(content.read())
     file = parquet.ParquetFile(source)
     names = file.schema_arrow.names
@@ -380,19 +377,6 @@ def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
         for row in batch.to_pylist():
             number += 1
             yield Row(number, _row_value(columns, [row[name] for name in columns], options))
-
-
-def import_arrow(module: str, purpose: str) -> "ModuleType":
-    """Imports and returns a module of pyarrow; raises FileRefused if it is not installed.
-
-    `purpose`, such as Parquet, begins the message.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise FileRefused(f"{purpose} needs pyarrow: pip install 'asyncinfer[parquet]'.") from error
 
 
 _READERS: Final[dict[str, Callable[[IO[bytes], ReadOptions], Iterator[Row]]]] = {

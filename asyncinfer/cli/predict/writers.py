@@ -11,8 +11,7 @@ from typing import IO, Any, Final, Protocol
 import msgspec
 
 from asyncinfer.cli.output import show
-from asyncinfer.cli.predict.formats import output_format
-from asyncinfer.cli.predict.readers import import_arrow
+from asyncinfer.cli.predict.formats import import_arrow, output_format
 from asyncinfer.errors import FileRefused
 from asyncinfer.tensors.missing_values import as_nonfinite_words
 from asyncinfer.untrusted.printable import printable, printable_json
@@ -296,8 +295,8 @@ class _Parquet:
 
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
-        self._arrow = import_arrow("pyarrow", "Parquet")
-        self._parquet = import_arrow("pyarrow.parquet", "Parquet")
+        self._arrow = import_arrow("pyarrow")
+        self._parquet = import_arrow("pyarrow.parquet")
         self._writer: Any = None
         self._records: list[Record] = []
 
