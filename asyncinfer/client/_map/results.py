@@ -23,6 +23,7 @@ from asyncinfer.client._map.rows import (
     ArrayRows,
     AsyncIteratedRows,
     IteratedRows,
+    MapRows,
     RowBlock,
     open_async_rows,
     open_rows,
@@ -82,7 +83,7 @@ class Results(Iterator[Any]):
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
         if first := rows.read_first():
             plan = self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
-            yield from self._run(MapRun(self._server, self._wanted, plan, rows.total), rows)
+            yield from self._run(MapRun(self._server, self._wanted, plan, rows), rows)
 
     def _run(self, run: MapRun, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
         """Yields the results of all rows, and raises the error of their iterable, if it had one.
@@ -178,9 +179,7 @@ class AsyncResults(AsyncIterator[Any]):
         """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         await self._values.aclose()
 
-    async def _begin(
-        self, rows: ArrayRows | IteratedRows | AsyncIteratedRows
-    ) -> AsyncGenerator[Any, None]:
+    async def _begin(self, rows: MapRows) -> AsyncGenerator[Any, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
         if isinstance(rows, AsyncIteratedRows):
             first = await rows.read_first()
@@ -188,14 +187,12 @@ class AsyncResults(AsyncIterator[Any]):
             first = rows.read_first()
         if first:
             plan = await self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
-            run = MapRun(self._server, self._wanted, plan, rows.total)
+            run = MapRun(self._server, self._wanted, plan, rows)
             async with aclosing(self._run(run, rows)) as results:
                 async for result in results:
                     yield result
 
-    async def _run(
-        self, run: MapRun, rows: ArrayRows | IteratedRows | AsyncIteratedRows
-    ) -> AsyncGenerator[Any, None]:
+    async def _run(self, run: MapRun, rows: MapRows) -> AsyncGenerator[Any, None]:
         """Yields the results of all rows; ends as `Results._run` does."""
         from asyncinfer.client._map.tasks import FlowTasks
 

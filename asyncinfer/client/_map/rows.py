@@ -127,6 +127,9 @@ class AsyncIteratedRows:
             yield block
 
 
+MapRows = ArrayRows | IteratedRows | AsyncIteratedRows
+
+
 def open_rows(rows: Any) -> ArrayRows | IteratedRows:
     """Rows of any form, none of which is read yet; raises CannotSend for what has no rows."""
     if isinstance(rows, Mapping):
@@ -146,7 +149,7 @@ def open_rows(rows: Any) -> ArrayRows | IteratedRows:
         raise CannotSend(f"map takes an iterable of rows, not {kind}{hint}.") from None
 
 
-def open_async_rows(rows: Any) -> ArrayRows | IteratedRows | AsyncIteratedRows:
+def open_async_rows(rows: Any) -> MapRows:
     """The same as `open_rows` where rows may come from an asynchronous iterable."""
     return AsyncIteratedRows(rows) if hasattr(rows, "__aiter__") else open_rows(rows)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from asyncinfer.client._errors import SlowMapWarning, WaitTimeout
 from asyncinfer.client._map import jobs
 from asyncinfer.client._map.jobs import MapOptions, MapPlan
-from asyncinfer.client._map.rows import RowBlock
+from asyncinfer.client._map.rows import MapRows, RowBlock
 from asyncinfer.client._map.threads import FlowOutcome
 from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
 from asyncinfer.client._protocol import Flow
@@ -32,14 +32,16 @@ class MapRun:
     """
 
     def __init__(
-        self, server: RemoteServer, wanted: MapOptions, plan: MapPlan, total: int | None
+        self, server: RemoteServer, wanted: MapOptions, plan: MapPlan, rows: MapRows
     ) -> None:
-        """`total` is the number of rows, None if it is unknown."""
         self._server = server
         self._wanted = wanted
         self._plan = plan
+        self._rows = rows
         self.max_rows_per_block = plan.max_rows_per_block
-        self.bar: Progress = ProgressBar(total, wanted.group) if wanted.progress else LogProgress()
+        self.bar: Progress = (
+            ProgressBar(rows.total, wanted.group) if wanted.progress else LogProgress()
+        )
         self._notices = Notices(server.on_wait or self.bar.say, server.cadence)
         self._reason: WaitingFor | None = None
         self._has_more = True
@@ -108,8 +110,13 @@ class MapRun:
         name, verb = self._plan.model.model, "waits" if self._rows_out == 1 else "wait"
         self._notices.report(reason, f"{self._rows_text} of {name} {verb}", f"{name} goes on")
 
-    def _timeout_error(self, reason: WaitingFor | None) -> WaitTimeout:
-        """The error for the rows without an answer; None stands for the reason reported last."""
+    def _timeout_error(self, reason: WaitingFor | None) -> Exception:
+        """The error for the rows without an answer; None stands for the reason reported last.
+
+        If no more rows could be read, that error, as it came first.
+        """
+        if self._rows.failure:
+            return self._rows.failure
         reason = reason or self._reason
         why = f": {reason.message}" if reason else "."
         return WaitTimeout(
