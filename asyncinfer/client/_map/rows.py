@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.client._encoding import is_frame, to_plain
-from asyncinfer.client._errors import CannotSend, WaitTimeout
+from asyncinfer.client._errors import CannotSend
 
 _BLOCK_BYTES: Final = 1 << 20
 """About the most bytes of a block: well below what a server takes in JSON (MAX_JSON, 2 MiB)."""
@@ -85,8 +85,6 @@ class IteratedRows:
             for row in self._rows:
                 if block := builder.add(row):
                     yield block
-        except WaitTimeout:
-            raise  # the time of the client is over: the rows before it would have none
         except Exception as error:
             self.failure = error
         if block := builder.flush():
@@ -119,8 +117,6 @@ class AsyncIteratedRows:
             async for row in self._rows:
                 if block := builder.add(row):
                     yield block
-        except WaitTimeout:
-            raise  # the time of the client is over: the rows before it would have none
         except Exception as error:
             self.failure = error
         if block := builder.flush():
