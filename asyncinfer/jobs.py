@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import time
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -254,6 +255,11 @@ def record_seq(meta: bytes) -> bytes:
 def decode_facts(facts: bytes | None) -> Facts:
     """The facts in packed bytes; empty facts if those are missing or corrupt. Raises nothing."""
     return (facts and _read_facts(facts)) or _NO_FACTS
+
+
+def now_ms() -> int:
+    """The time of this machine's clock, in ms since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 # --- ids -----------------------------------------------------------------------------------

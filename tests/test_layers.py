@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -173,6 +174,15 @@ def test_each_library_has_one_door(library: str) -> None:
         if any(name.split(".")[0] == library for name in _imports(path))
     }
     assert users <= {DOORS[library]}
+
+
+def test_the_command_line_uses_the_client_as_its_users_do() -> None:
+    for path in sorted((PACKAGE / "cli").rglob("*.py")):
+        modules = [name for name in _imports(path) if name.startswith("asyncinfer.client.")]
+        assert not [name for name in modules if "._" in name], path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+                assert ast.unparse(node.value) in ("self", "os"), f"{path}:{node.lineno}"
 
 
 def test_each_module_has_a_one_line_summary() -> None:

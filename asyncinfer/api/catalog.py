@@ -22,7 +22,7 @@ from asyncinfer.errors import (
     StorageFull,
     VersionNotFound,
 )
-from asyncinfer.models.folder import is_valid_name
+from asyncinfer.models.folder import is_valid_name, version_order
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -314,7 +314,7 @@ class Catalog:
         served = {}
         for model, bodies in announced.models.items():
             if signatures := _signatures(model, bodies):
-                versions = tuple(sorted(signatures, key=_newest_first))
+                versions = tuple(sorted(signatures, key=version_order, reverse=True))
                 requested = announced.default_versions.get(model, "")
                 served[model] = Served(
                     keys.queue(self._store.queue_name, model, announced.default_model),
@@ -364,8 +364,3 @@ def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]
                 "Redis cannot be read, so the version is not served."
             )
     return signatures
-
-
-def _newest_first(version: str) -> tuple[int, str]:
-    """A sort key that puts the newest version first: numbers from the highest, then other names."""
-    return (-int(version), version) if version.isdecimal() else (0, version)

@@ -1,6 +1,5 @@
 """The job that a request names, and the errors if there is none to act on."""
 
-import time
 from typing import Any, Final
 
 from asyncinfer import jobs
@@ -19,7 +18,7 @@ def job_absent_error(services: Services, job_id: str) -> RequestError:
     which: JobExpired if its id is older than JOB_TTL, else JobNotFound."""
     created_ms = jobs.created_ms(job_id)
     ttl_seconds = services.config.policy.job_ttl_seconds
-    if created_ms is not None and created_ms + ttl_seconds * 1000 < time.time() * 1000:
+    if created_ms is not None and created_ms + ttl_seconds * 1000 < jobs.now_ms():
         return JobExpired(
             f"Jobs are kept for {ttl_seconds} s after they end (JOB_TTL), and this one was created "
             "before that. Submit its input again."

@@ -1,5 +1,6 @@
-"""URLs of the API and of Redis as users see them, without passwords."""
+"""Addresses of the API and of Redis as users see them, without passwords."""
 
+import ipaddress
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -13,6 +14,14 @@ def api_url(host: str, port: int) -> str:
     """
     host = _LOOPBACK_OF_WILDCARD.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is a loopback address, or `localhost`; other names are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def shown_url(redis_url: str) -> str:

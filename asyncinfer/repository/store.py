@@ -461,13 +461,12 @@ def _is_large(command: tuple[Any, ...]) -> bool:
 def check_info(info: Mapping[str, Any]) -> str:
     """The server's name and version, from the reply to INFO: managed services forbid CONFIG GET.
     Raises ServerRefused for an unsupported version or mode, or if the server evicts keys."""
-    valkey = info.get("valkey_version")
-    name, version = ("Valkey", valkey) if valkey else ("Redis", info.get("redis_version", "0"))
-    oldest = (7, 2) if valkey else (7, 0)
-    found = tuple(int(part) for part in str(version).split(".")[:2])
-    if found < oldest:
+    server = server_name(info)
+    name, _, version = server.partition(" ")
+    oldest = (7, 2) if name == "Valkey" else (7, 0)
+    if tuple(int(part) for part in version.split(".")[:2]) < oldest:
         raise ServerRefused(
-            f"This is {name} {version}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
+            f"This is {server}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
             "Upgrade it, or unset REDIS_URL to use the embedded Valkey."
         )
     if int(info.get("cluster_enabled", 0)):
@@ -481,4 +480,10 @@ def check_info(info: Mapping[str, Any]) -> str:
             f"This server evicts keys when full (maxmemory-policy {policy}), so accepted jobs "
             "could vanish. Set `maxmemory-policy noeviction`."
         )
-    return f"{name} {version}"
+    return server
+
+
+def server_name(info: Mapping[str, Any]) -> str:
+    """The server's name and version, such as `Valkey 8.1.1`, from the reply to INFO."""
+    valkey = info.get("valkey_version")
+    return f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '0')}"

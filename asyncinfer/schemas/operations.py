@@ -1,7 +1,9 @@
 """Answers about queues and workers."""
 
 import hashlib
+import math
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Annotated, Final, TypeAlias
@@ -60,6 +62,16 @@ class Percentiles(Struct, frozen=True):
     p50: float
     p95: float
     p99: float
+
+
+def percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    """Percentiles by nearest rank, so that each is one of the values; None without values."""
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+    return Percentiles(
+        *(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.50, 0.95, 0.99))
+    )
 
 
 class Queue(Struct, frozen=True, kw_only=True):

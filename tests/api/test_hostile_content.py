@@ -413,13 +413,13 @@ def _base64(content: bytes) -> str:
 
 CURSORS = {
     "nested": _base64(b"\x94\x00\x80\x00" + b"\x91" * 20_000 + b"\x90"),
-    "nested place": _base64(b"\x94\xa31-1\xa1q\x00" + b"\x91" * 2_500 + b"\x90"),
+    "nested place": _base64(b"\x94\x92\x01\x01\xa1q\x00" + b"\x91" * 2_500 + b"\x90"),
     "nested letter": _base64(b"\x94\x00\xa1q\xa1x" + b"\x91" * 2_500 + b"\x90"),
     "nested spot": _base64(b"\x93\x00\xa1x" + b"\x91" * 2_500 + b"\x90"),
     "huge numbers": _base64(msgspec.msgpack.encode([(1 << 64) - 1, {"q": [(1 << 64) - 1] * 3}])),
     "wrong types": _base64(msgspec.msgpack.encode({"x": [1, None]})),
     "not finite": _base64(msgspec.msgpack.encode([float("inf"), QUEUE, "x"])),
-    "no entry": _base64(msgspec.msgpack.encode(["9" * 20 + "-1", QUEUE, 0])),
+    "no entry": _base64(msgspec.msgpack.encode([(1e20, 1), QUEUE, 0])),
     "long": "A" * 30_000,
     "no base64": "\u00fc",
 }

@@ -114,6 +114,22 @@ def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path:
     assert (ran.out, ran.err) == ("", "")
 
 
+def test_an_error_of_a_row_is_shown_above_the_bar_which_fits_a_narrow_terminal(
+    url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 300 + "5.1,x,1.4,0.2\n")
+
+    shown = at_a_terminal(["predict", "many.csv", "-o", "answers.csv"], 40, cwd=tmp_path)
+
+    lines = shown.text.replace("\r", "\n").split("\n")
+    bars = [line for line in lines if " rows " in line]
+    assert shown.code == 1
+    assert any(line.startswith("row 301: line 301: column '2': 'x' is no number") for line in lines)
+    assert "301 rows" in bars[-1]
+    assert "errors=1" in bars[-1]
+    assert max(map(len, bars)) <= 40
+
+
 def test_a_terminal_gets_a_table_of_answers(url: str) -> None:
     shown = at_a_terminal(["predict", "5.1", "3.5", "1.4", "0.2"], 100)
 
@@ -133,7 +149,7 @@ def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> No
         run_command("resume", "digits")
 
     assert shown.code == 4
-    assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
+    assert "\rasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
 @pytest.mark.parametrize(

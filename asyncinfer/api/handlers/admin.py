@@ -1,6 +1,5 @@
 """The routes for operators: queues, workers, and retries or cancels of many jobs at once."""
 
-import time
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
@@ -66,7 +65,7 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
             selected, refused = await _jobs_by_id(services, request, job_ids)
         else:
             selected = await services.selection.jobs(job_filter, MAX_JOBS_PER_CALL)
-        verdicts = await services.operations.retry_all(selected.jobs, time.time_ns() // 1_000_000)
+        verdicts = await services.operations.retry_all(selected.jobs, jobs.now_ms())
         retried = [job_id for job_id, verdict in verdicts.items() if verdict == "ok"]
         audit.count = len(retried)
     refused += [

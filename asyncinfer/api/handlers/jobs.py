@@ -1,6 +1,5 @@
 """The routes to read, list, cancel and retry jobs."""
 
-import time
 from typing import Any, Final
 
 import msgspec
@@ -162,7 +161,7 @@ async def retry_job(services: Services, request: Request[JobQuery]) -> Reply:
     """
     with audited(request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = jobs.now_ms()
         verdicts = await services.operations.retry_all([stored], now_ms)
         verdict = verdicts[stored.job_id]
         if verdict != "ok":

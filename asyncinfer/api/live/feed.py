@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from asyncinfer.api.live.position import Position
 from asyncinfer.errors import RedisUnavailable
-from asyncinfer.jobs import DEFAULT_TENANT
+from asyncinfer.jobs import DEFAULT_TENANT, now_ms
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogPage, Place, StatusChange, parse_changes
@@ -326,7 +326,7 @@ class Feed:
         # A full page means that this queue has more entries, possibly older than those of others.
         if max(counts.values(), default=0) < _ENTRIES_A_READ:
             # An entry with a future time does not mean that the other logs were read that far.
-            newest_ms = min(newest_ms, time.time_ns() // 1_000_000) - _SLACK_MS
+            newest_ms = min(newest_ms, now_ms()) - _SLACK_MS
             self.base_ms = max(self.base_ms, newest_ms - newest_ms % _BASE_STEP_MS)
 
     async def _distribute(self, queue: str, changes: Sequence[StatusChange]) -> None:

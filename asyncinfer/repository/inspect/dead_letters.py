@@ -1,15 +1,14 @@
 """Dead letters: the listing of jobs that failed for good though another try might have helped."""
 
 import heapq
-import math
+import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
@@ -24,7 +23,7 @@ _MAX_LETTERS_READ: Final = 20_000
 class _Letter(Struct, frozen=True, array_like=True):
     """A dead letter: when it was added, to which queue, and its job."""
 
-    at_ms: float
+    at_ms: Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
     queue: str
     job_id: str
 
@@ -49,7 +48,7 @@ class DeadLetters:
         read_count = 0
         async for letters in self._letters(
             queues or await self._store.queues(),
-            _parse_cursor(cursor),
+            parse_cursor(cursor, _Letter),
             min(limit, _MAX_LETTERS_AT_ONCE),
         ):
             jobs = await read_jobs(self._store, [letter.job_id for letter in letters])
@@ -121,18 +120,3 @@ def _is_listed(letter: _Letter, after: _Letter | None) -> bool:
         and (letter.at_ms, letter.queue) == (after.at_ms, after.queue)
         and letter.job_id >= after.job_id
     )
-
-
-def _parse_cursor(cursor: str | None) -> _Letter | None:
-    if cursor is None:
-        return None
-    try:
-        letter = decode_cursor(cursor, _Letter)
-        if not math.isfinite(letter.at_ms):
-            raise ValueError(letter)
-    except ValueError as error:
-        raise InvalidQuery(
-            "`cursor` is not one that GET /jobs?dead=true gave; leave it out to start at the "
-            "newest letter."
-        ) from error
-    return letter

@@ -1,17 +1,15 @@
 """The listing of jobs by the log, live workers and the health of the queues."""
 
 import heapq
-import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.log import first_ids
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
+from asyncinfer.repository.inspect.log import entry_order, first_ids
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
@@ -50,12 +48,17 @@ class LiveWorkers(Struct, frozen=True, kw_only=True):
     """All live workers were read."""
 
 
+_Number = Annotated[int, Meta(ge=0)]
+_EntryId = tuple[_Number, _Number]
+"""The ms and the number of a log entry."""
+
+
 class _ListingCursor(Struct, frozen=True, array_like=True):
     """Where a listing stopped: a log entry, and how many of its jobs are listed."""
 
-    entry: str
+    entry: _EntryId
     queue: str
-    listed: int
+    listed: _Number
 
 
 class Inspection:
@@ -86,7 +89,7 @@ class Inspection:
         wanted = Filter.of(tenant, status, model, group)
         found: list[StoredJob] = []
         read_count = 0
-        async for places, ids in self._batches(queues, _parse_cursor(cursor), limit):
+        async for places, ids in self._batches(queues, parse_cursor(cursor, _ListingCursor), limit):
             stored = await read_summaries(self._store, ids)
             for place, job in zip(places, stored, strict=True):
                 read_count += 1
@@ -123,7 +126,7 @@ class Inspection:
 
     async def _merged_entries(
         self, queues: Sequence[str], place: _ListingCursor | None
-    ) -> AsyncIterator[tuple[str, str, int, list[str]]]:
+    ) -> AsyncIterator[tuple[_EntryId, str, int, list[str]]]:
         """Log entries of all queues, newest first: (entry id, queue, jobs that are listed already,
         ids of the others)."""
         heads = []
@@ -145,19 +148,20 @@ class Inspection:
 
     async def _entries(
         self, queue: str, place: _ListingCursor | None
-    ) -> AsyncIterator[tuple[str, list[str]]]:
+    ) -> AsyncIterator[tuple[_EntryId, list[str]]]:
         """The log entries of a queue in which jobs first appear, newest first, each with its ids,
         the newest job first."""
         end = "+"
         if place:
-            end = place.entry if queue >= place.queue else f"({place.entry}"
+            ms, number = place.entry
+            end = f"{'' if queue >= place.queue else '('}{ms}-{number}"
         while True:
             page = await self._store.read(
                 *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=()
             )
             for entry_id, fields in page:
                 if ids := first_ids(fields):
-                    yield entry_id.decode(), ids
+                    yield entry_order(entry_id), ids
             if len(page) < _ENTRIES_PER_PAGE:
                 return
             end = f"({page[-1][0].decode()}"
@@ -196,26 +200,6 @@ class Inspection:
         return Health(server, queues, len(await self._announcements.read_workers()))
 
 
-def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
-    ms, _, seq = entry.partition("-")
-    return -int(ms), -int(seq), queue
-
-
-_ENTRY: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
-_MAX_ENTRY_NUMBER: Final = (1 << 64) - 1
-
-
-def _parse_cursor(cursor: str | None) -> _ListingCursor | None:
-    if cursor is None:
-        return None
-    try:
-        place = decode_cursor(cursor, _ListingCursor)
-        if not _ENTRY.fullmatch(place.entry) or place.listed < 0:
-            raise ValueError(place)
-        if any(int(part) > _MAX_ENTRY_NUMBER for part in place.entry.split("-")):
-            raise ValueError(place)
-    except ValueError as error:
-        raise InvalidQuery(
-            "`cursor` is not one that GET /jobs gave; leave it out to start at the newest job."
-        ) from error
-    return place
+def _newest_first(entry: _EntryId, queue: str) -> tuple[int, int, str]:
+    ms, number = entry
+    return -ms, -number, queue

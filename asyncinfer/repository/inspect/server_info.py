@@ -14,7 +14,7 @@ from asyncinfer.repository.announcements import (
     serves_or_loads,
 )
 from asyncinfer.repository.redis_errors import translate_errors
-from asyncinfer.repository.store import Store
+from asyncinfer.repository.store import Store, server_name
 
 _CALLS: Final = 20
 
@@ -69,7 +69,7 @@ async def read_server_info(store: Store) -> ServerInfo:
     ]
     default = await store.default_model()
     return ServerInfo(
-        server=_name(info),
+        server=server_name(info),
         refusal=refusal,
         round_trip_seconds=round_trip,
         clock_ahead_seconds=ahead,
@@ -115,11 +115,6 @@ async def _times(store: Store) -> tuple[float, float]:
     server_seconds = await store.time_ms() / 1000
     trip = median(trips)
     return trip, time.time() - trip / 2 - server_seconds
-
-
-def _name(info: Mapping[str, Any]) -> str:
-    valkey = info.get("valkey_version")
-    return f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '?')}"
 
 
 def _write_error(info: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Statistics: the throughput of each queue, and what each worker does."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -19,7 +18,7 @@ from asyncinfer.repository.inspect.queue_load import (
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.schemas.operations import Percentiles, Queue, WaitingJobs, Worker
+from asyncinfer.schemas.operations import Queue, WaitingJobs, Worker, percentiles
 from asyncinfer.untrusted import decoding
 
 _WINDOW_MS: Final = 60_000
@@ -108,16 +107,6 @@ class Statistics:
             reply = await self._store.call(script("tally"), queues[start : start + at_once], [args])
             tallies += [_parse_tally(*parts) if parts else _EMPTY_TALLY for parts in reply]
         return tallies
-
-
-def percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    """Percentiles by nearest rank, so that each is one of the values; None without values."""
-    if not seconds:
-        return None
-    ordered = sorted(seconds)
-    return Percentiles(
-        *(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.50, 0.95, 0.99))
-    )
 
 
 def _parse_tally(
