@@ -6,12 +6,7 @@ from typing import Final, cast
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.jobs import (
-    Record,
-    Status,
-    id_text,
-    read_record,
-)
+from asyncinfer.jobs import DEFAULT_TENANT, TERMINAL, Record, Status, id_text, read_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
@@ -30,6 +25,25 @@ class StoredJob(Struct, frozen=True):
     error: bytes | None
     record: Record | None
     meta: bytes = b""
+
+    @property
+    def tenant(self) -> str:
+        """Whose job it is; an external job is the default tenant's."""
+        return self.record.tenant if self.record else DEFAULT_TENANT
+
+    @property
+    def model(self) -> str | None:
+        """None for an external job, which is one of the default model."""
+        return self.record.model if self.record else None
+
+    @property
+    def group(self) -> str | None:
+        return self.record.options.group if self.record else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job is completed, failed or cancelled."""
+        return self.status in TERMINAL
 
 
 def parse_inbox_entry(fields: dict[bytes, bytes]) -> Iterator[tuple[str, StoredJob | None]]:

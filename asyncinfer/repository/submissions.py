@@ -271,8 +271,17 @@ def _error_of(error: RequestError, job_id: str) -> RequestError:
     """The error of a call as that of one of its jobs. It names the job if the job may be stored:
     not if Redis has no memory left or refuses all writes."""
     may_exist = isinstance(error, RedisUnavailable) and not isinstance(error, WritesRefused)
-    named = job_id if may_exist else None
-    return type(error)(error.detail, retry_after_seconds=error.retry_after_seconds, job_id=named)
+    return with_job_id(error, job_id if may_exist else None)
+
+
+def with_job_id(error: RequestError, job_id: str | None) -> RequestError:
+    """A copy of the error with the id of its job, without its faults."""
+    return type(error)(
+        error.detail,
+        retry_after_seconds=error.retry_after_seconds,
+        job_id=job_id,
+        headers=error.headers,
+    )
 
 
 def _parse_submit(job: NewJob, verdict: Any) -> SubmitReply:

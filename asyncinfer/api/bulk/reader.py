@@ -11,7 +11,7 @@ from starlette.types import Message
 
 from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
 from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
-from asyncinfer.api.bulk.writer import ResponseWriter, accepted_line, problem_line, with_job_id
+from asyncinfer.api.bulk.writer import ResponseWriter, accepted_line, problem_line
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
@@ -37,6 +37,7 @@ from asyncinfer.repository.submissions import (
     MAX_JOBS_PER_CALL,
     NewJob,
     SubmitReply,
+    with_job_id,
 )
 from asyncinfer.schemas.requests import RequestOptions
 

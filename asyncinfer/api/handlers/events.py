@@ -17,7 +17,7 @@ from asyncinfer.api.live.feed import Follower, JobChange, Topic
 from asyncinfer.api.live.position import Position, decode_position
 from asyncinfer.api.live.wait import wait_for_disconnect
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import has_ended, summary_view
+from asyncinfer.api.views import summary_view
 from asyncinfer.errors import RedisUnavailable, TooManyStreams
 from asyncinfer.jobs import Status
 from asyncinfer.repository.inspect.log import LogTrimmed
@@ -49,7 +49,7 @@ async def follow_job(services: Services, request: Request[JobEventsQuery]) -> Re
     """
     stored = await find_job(services, request)
     position = _requested_position(request)
-    if position and position.ended and has_ended(stored) and position.ended == _round(stored):
+    if position and position.ended and stored.has_ended and position.ended == _round(stored):
         # Everything was sent, and a 204 keeps a browser's EventSource from reconnecting.
         return Reply(204, b"")
     queue = queue_of(services.store, stored)
@@ -219,7 +219,7 @@ class JobEventSource:
             self.is_over = stored is None
             if stored and self._saw_end:
                 events += self._encode_end(stored, follower)
-            self._saw_end = stored is not None and has_ended(stored)
+            self._saw_end = stored is not None and stored.has_ended
         return events
 
     def _schedule_check(self) -> None:
@@ -238,7 +238,7 @@ class JobEventSource:
     def _encode_end(self, stored: StoredJob, follower: Follower) -> bytes:
         """The event of the job's end, after which the source is over; empty if the job has not
         ended."""
-        if not has_ended(stored):
+        if not stored.has_ended:
             return b""
         self.is_over = True
         view = _summary(self._services, stored)

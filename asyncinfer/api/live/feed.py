@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import (
@@ -22,12 +21,13 @@ from msgspec import Struct
 
 from asyncinfer.api.live.position import Position
 from asyncinfer.errors import RedisUnavailable
-from asyncinfer.jobs import DEFAULT_TENANT, now_ms
+from asyncinfer.jobs import now_ms
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogPage, Place, StatusChange, parse_changes
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
+from asyncinfer.timeouts import pause_before_retry, set_within
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -262,12 +262,12 @@ class Feed:
                 if not self._closing.is_set():
                     _log.warning(f"Events: {error.detail}")
                     self._log_may_be_cut = True
-                    await _pause(self._closing, random.uniform(0.1, 0.5))
+                    await pause_before_retry(self._closing)
             except Exception as error:
                 # Anyone may write anything into Redis; no content may end the only reader.
                 _log.unexpected("The logs of the queues could not be followed.", error)
                 self._return_all_to_log()
-                await _pause(self._closing, _READ_SECONDS)
+                await set_within(self._closing, _READ_SECONDS)
 
     async def _wait_for_followers(self) -> None:
         """Drops all state while there are no followers, and returns when there is one."""
@@ -470,7 +470,7 @@ class Follower:
         """Waits until the follower is woken, at most `seconds`; not at all once it is closed."""
         if not self.closed:
             self._woken.clear()
-            await _pause(self._woken, seconds)
+            await set_within(self._woken, seconds)
 
     def close(self) -> None:
         """Ends the follower for good: sets `closed` and wakes it."""
@@ -584,14 +584,8 @@ class _Owners:
             part = unknown[start : start + _OWNERS_A_CALL]
             for job_id, stored in zip(part, await read_summaries(self._store, part), strict=True):
                 if stored:
-                    self._known[job_id] = _owner(stored)
+                    self._known[job_id] = stored.tenant, stored.group
         return {job_id: self._known[job_id] for job_id in job_ids if job_id in self._known}
-
-
-def _owner(stored: StoredJob) -> tuple[str, str | None]:
-    """The job's (tenant, group); an external job is the default tenant's."""
-    record = stored.record
-    return (record.tenant, record.options.group) if record else (DEFAULT_TENANT, None)
 
 
 def _includes(topic: Topic, owner: tuple[str, str | None] | None, queue: str) -> bool:
@@ -638,10 +632,3 @@ async def _close_after(gone: Callable[[], Awaitable[None]], follower: Follower) 
     """Closes the follower when `gone` returns."""
     await gone()
     follower.close()
-
-
-async def _pause(event: asyncio.Event, seconds: float) -> None:
-    """Returns once the event is set, or after `seconds`."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.jobs import DEFAULT_TENANT, STATUSES, TERMINAL
+from asyncinfer.jobs import STATUSES, TERMINAL
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import first_ids
 from asyncinfer.repository.store import Store
@@ -36,15 +36,11 @@ class Filter(Struct, frozen=True, kw_only=True):
         return cls(tenant=tenant, statuses=statuses, model=model, group=group)
 
     def matches(self, job: StoredJob, default_model: str | None) -> bool:
-        record = job.record
-        owner = record.tenant if record else DEFAULT_TENANT
-        model = record.model if record else default_model
-        group = record.options.group if record else None
         return (
             (self.statuses is None or job.status in self.statuses)
-            and self.tenant in (None, owner)
-            and self.model in (None, model)
-            and self.group in (None, group)
+            and self.tenant in (None, job.tenant)
+            and self.model in (None, job.model or default_model)
+            and self.group in (None, job.group)
         )
 
 
