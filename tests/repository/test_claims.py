@@ -743,6 +743,19 @@ async def test_a_finish_of_an_external_job_sent_again_is_recognised(
     assert await hands.finish_for_verdicts(claim, outcome, body=b'"another"') == ["stale"]
 
 
+@pytest.mark.parametrize("outcome", ["retry", "released", "suspect"])
+async def test_a_job_that_was_given_back_is_recognised_when_that_is_sent_again(
+    hands: QueueDriver, outcome: Outcome
+) -> None:
+    await hands.submit_one()
+    hands.add_external_job("theirs")
+    claim = await hands.claim_jobs()
+    await hands.finish(claim, outcome)
+    before = hands.waiting_ids()
+    assert await hands.finish_for_verdicts(claim, outcome) == ["already", "already"]
+    assert hands.waiting_ids() == before
+
+
 async def test_a_finish_of_many_sent_again_is_recognised_for_each_job(hands: QueueDriver) -> None:
     mine, lost = await hands.submit_many(2)
     claim = await hands.claim_jobs()
