@@ -250,7 +250,8 @@ ROUTES: Final = (
         {200: RetryResult},
         (
             *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
-            *(InvalidInput, RedisUnavailable, *_FULL),
+            *(InvalidInput, RedisUnavailable),
+            *_FULL,
         ),
         query=RetryQuery,
         bodies=(RetryRequest,),

@@ -20,7 +20,16 @@ class WaitingFor(Struct, frozen=True):
     """Why a job does not run now, and what to do about it."""
 
     code: Annotated[
-        Literal["no_worker", "paused", "starting", "delayed", "retry", "storage_full", "disk_full"],
+        Literal[
+            "no_worker",
+            "paused",
+            "starting",
+            "delayed",
+            "retry",
+            "storage_full",
+            "disk_full",
+            "redis_refuses_writes",
+        ],
         Meta(description="Stable, for machines."),
     ]
     message: Annotated[str, Meta(description="For people: since when, and what to do.")]
