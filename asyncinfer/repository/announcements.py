@@ -202,6 +202,11 @@ class Announcements:
         )
         return sorted(filter(None, map(decoding.name, known)))
 
+    async def read_queues(self, default_model: str | None) -> set[str]:
+        """The queues of the announced models, and that of the default model."""
+        n = self._store.queue_name
+        return {n, *(keys.queue(n, name, default_model) for name in await self.read_model_names())}
+
     async def read_models(self) -> AnnouncedModels:
         """All announced models with their versions and defaults: two commands and one a model."""
         names = await self.read_model_names()

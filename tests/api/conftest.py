@@ -6,12 +6,14 @@ from pathlib import Path
 import httpx2
 import msgspec
 import pytest
+import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api_keys import entry_of
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
+from tests.queue_driver import QueueDriver
 from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
@@ -39,6 +41,11 @@ async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> As
     await announce(store, "iris", default="iris")
     async with hosted(running(msgspec.structs.replace(config, api_keys=path))) as port:
         yield port
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 @pytest.fixture

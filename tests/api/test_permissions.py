@@ -261,11 +261,6 @@ async def test_without_keys_everyone_is_an_operator(
     assert "key=none" in audit.line()
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 # --- workers ---------------------------------------------------------------------------------
 
 

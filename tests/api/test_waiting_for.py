@@ -41,11 +41,6 @@ NDJSON = {"content-type": "application/x-ndjson"}
 LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}

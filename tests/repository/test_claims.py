@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import JobError, Outcome, encode_record, record_seq
@@ -18,11 +17,6 @@ from tests.faults.harness import assert_at_rest, eventually
 from tests.queue_driver import DATA, ERROR, RESULT, Q, QueueDriver, ids_of, new_job, outcome_of
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 async def redelivered(hands: QueueDriver, job_id: str) -> None:

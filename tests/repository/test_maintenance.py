@@ -4,24 +4,18 @@ import asyncio
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.store import encode_args
 from tests.faults.harness import assert_at_rest, eventually
 from tests.queue_driver import DATA, RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
 PAUSE = 0.02
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 # --- one sweep a tick ----------------------------------------------------------------------

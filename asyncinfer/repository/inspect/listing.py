@@ -189,14 +189,19 @@ class Inspection:
         return [flag is not None for flag in flags]
 
     async def health(self) -> Health:
-        """Raises ServerRefused as `Store.check_server` does, and RedisUnavailable."""
+        """Leaves out a queue without waiting jobs whose model is not announced any more.
+
+        Raises ServerRefused as `Store.check_server` does, and RedisUnavailable.
+        """
         server = await self._store.check_server()
+        announced = await self._announcements.read_queues(await self._store.default_model())
         queues = {}
         for queue in await self._store.queues():
             high, normal, low = [
                 await self._store.read("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
-            queues[queue] = high + normal + low
+            if (waiting := high + normal + low) or queue in announced:
+                queues[queue] = waiting
         return Health(server, queues, len(await self._announcements.read_workers()))
 
 
