@@ -29,7 +29,6 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
     AnnouncedModels,
     Announcements,
-    decode_worker_announcement,
     upcoming_models,
 )
 from asyncinfer.repository.inspect.listing import Inspection
@@ -299,8 +298,7 @@ class Catalog:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        bodies = (await self._announcements.read_workers()).values()
-        workers = [decode_worker_announcement(body) for body in bodies]
+        workers = (await self._announcements.read_workers()).values()
         self._models_are_loading = any(upcoming_models(worker) for worker in workers)
         defaults = [worker.default_model for worker in workers]
         self._has_no_default = None in defaults and not any(defaults)

@@ -13,7 +13,6 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
     Announcements,
     WorkerAnnouncement,
-    decode_worker_announcement,
     serves_or_loads,
 )
 from asyncinfer.repository.scripts import script
@@ -45,9 +44,7 @@ class UnservedModels:
     async def workers(self) -> list[WorkerAnnouncement]:
         """The announcements of live workers. A killed worker counts as live for 15 s, unless its
         process is known to have ended."""
-        workers = map(
-            decode_worker_announcement, (await self._announcements.read_workers()).values()
-        )
+        workers = (await self._announcements.read_workers()).values()
         return [worker for worker in workers if not (self._all_here and _has_ended(worker))]
 
     async def is_known(self, model: str) -> bool:

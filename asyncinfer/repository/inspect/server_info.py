@@ -10,7 +10,6 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import (
     Announcements,
-    decode_worker_announcement,
     serves_or_loads,
 )
 from asyncinfer.repository.redis_errors import translate_errors
@@ -63,10 +62,7 @@ async def read_server_info(store: Store) -> ServerInfo:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [
-        decode_worker_announcement(body)
-        for body in (await Announcements(store).read_workers()).values()
-    ]
+    workers = (await Announcements(store).read_workers()).values()
     default = await store.default_model()
     return ServerInfo(
         server=server_name(info),
