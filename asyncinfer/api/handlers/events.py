@@ -13,8 +13,9 @@ from asyncinfer.api.handlers.groups import group_view
 from asyncinfer.api.http.messages import Reply, Request, Stream
 from asyncinfer.api.job_lookup import find_job
 from asyncinfer.api.live.event_text import encode_event
-from asyncinfer.api.live.feed import Follower, JobChange, Topic
+from asyncinfer.api.live.follower import Follower
 from asyncinfer.api.live.position import Position, decode_position
+from asyncinfer.api.live.shared_reads import JobChange, Topic
 from asyncinfer.api.live.wait import wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import summary_view
@@ -193,7 +194,8 @@ class JobEventSource:
     async def snapshot(self, follower: Follower) -> bytes:
         """Reads the job and the log's end at one moment: no change is lost or sent twice. The event
         of the end follows the snapshot of an ended job; empty if the job is gone."""
-        stored, place = await self._services.feed.log.read_job_and_place(self._queue, self._job_id)
+        log = self._services.feed.reads.log
+        stored, place = await log.read_job_and_place(self._queue, self._job_id)
         position = Position(place[0], {self._queue: place})
         follower.begin_at(position)
         self._schedule_check()
@@ -265,7 +267,7 @@ class JobsEventSource:
         that no change is lost; one may be in the snapshot and also follow it."""
         follower.begin_at(Position(await self._services.store.time_ms()))
         # When a log was trimmed, all streams take a new snapshot at once.
-        async with self._services.feed.turn():
+        async with self._services.feed.reads.turn():
             page = await self._services.inspection.jobs(
                 tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
             )
