@@ -41,6 +41,11 @@ class StoredJob(Struct, frozen=True):
         return self.record.options.group if self.record else None
 
     @property
+    def round(self) -> int:
+        """The number of the job's round, from 1; each retry begins another."""
+        return self.record.round if self.record else 1
+
+    @property
     def has_ended(self) -> bool:
         """Whether the job is completed, failed or cancelled."""
         return self.status in TERMINAL
