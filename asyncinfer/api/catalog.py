@@ -26,11 +26,7 @@ from asyncinfer.models.folder import is_valid_name, version_order
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import (
-    AnnouncedModels,
-    Announcements,
-    upcoming_models,
-)
+from asyncinfer.repository.announcements import AnnouncedModels, Announcements, upcoming_models
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name_detail

@@ -6,14 +6,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from asyncinfer.jobs import (
-    TERMINAL,
-    JobError,
-    Priority,
-    Record,
-    Status,
-    created_ms,
-)
+from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms
 from asyncinfer.models.results import render_packed
 from asyncinfer.repository.inspect.log import StatusChange
 from asyncinfer.repository.stored_jobs import StoredJob

@@ -32,15 +32,7 @@ _MIN_TOKEN_BYTES: Final = 65
 """One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
 FinishVerdict = Literal[
-    "completed",
-    "failed",
-    "cancelled",
-    "retry",
-    "dead",
-    "released",
-    "suspect",
-    "stale",
-    "already",
+    "completed", "failed", "cancelled", "retry", "dead", "released", "suspect", "stale", "already"
 ]
 """What a finish did with a job. `stale`: the claim does not hold the job any more, so that its
 outcome was discarded. `already`: an earlier try of the same call has stored this outcome."""
@@ -199,12 +191,7 @@ class QueueConsumer:
         return verdicts + ended, claimed
 
     async def _finish(
-        self,
-        claim: Claim,
-        part: PackedOutcomes,
-        *,
-        last: bool,
-        following: ClaimRequest | None,
+        self, claim: Claim, part: PackedOutcomes, *, last: bool, following: ClaimRequest | None
     ) -> tuple[list[FinishVerdict], ClaimReply]:
         header: dict[str, Any] = {**self._store.policy.end_arguments(), "token": claim.token}
         header["is_last"] = last
@@ -288,12 +275,7 @@ def _parse_job(
     if record and is_later(record):
         later_schema, record = record.schema, None
     return ClaimedJob(
-        id_text(job_id or b""),
-        data or b"",
-        meta or b"",
-        record,
-        decode_facts(facts),
-        later_schema,
+        id_text(job_id or b""), data or b"", meta or b"", record, decode_facts(facts), later_schema
     )
 
 

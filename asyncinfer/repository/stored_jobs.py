@@ -77,17 +77,8 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[StoredJob | No
     """Reads jobs in one call; None for each that is absent or whose record is unreadable."""
     if not job_ids:
         return []
-    names = [
-        name
-        for job_id in job_ids
-        for name in (
-            keys.status(job_id),
-            keys.result(job_id),
-            keys.error(job_id),
-            keys.meta(job_id),
-        )
-    ]
-    reply = await store.command("MGET", *names)
+    key_makers = (keys.status, keys.result, keys.error, keys.meta)
+    reply = await store.command("MGET", *(key(job_id) for job_id in job_ids for key in key_makers))
     return [parse_job(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
 
 
@@ -155,11 +146,7 @@ def next_round(record: Record, now_ms: int) -> Record:
 
 
 def parse_job(
-    job_id: str,
-    status: bytes | None,
-    result: bytes | None,
-    error: bytes | None,
-    meta: bytes | None,
+    job_id: str, status: bytes | None, result: bytes | None, error: bytes | None, meta: bytes | None
 ) -> StoredJob | None:
     """None for an absent job and for one whose record is unreadable."""
     if status is None:

@@ -8,22 +8,12 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from msgspec import Struct
 
 from asyncinfer.errors import InternalError, RedisUnavailable, RequestError, WritesRefused
-from asyncinfer.jobs import (
-    Options,
-    Record,
-    Status,
-    encode_record,
-)
+from asyncinfer.jobs import Options, Record, Status, encode_record
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.repository.stored_jobs import (
-    StoredJob,
-    decode_status,
-    parse_job,
-    read_jobs,
-)
+from asyncinfer.repository.stored_jobs import StoredJob, decode_status, parse_job, read_jobs
 from asyncinfer.untrusted import decoding
 
 T = TypeVar("T")

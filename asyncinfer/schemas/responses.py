@@ -5,12 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.jobs import (
-    JobError,
-    Options,
-    Priority,
-    Status,
-)
+from asyncinfer.jobs import JobError, Options, Priority, Status
 from asyncinfer.schemas.operations import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
 from asyncinfer.tensors.datatypes import TensorSpec
 from asyncinfer.untrusted import decoding

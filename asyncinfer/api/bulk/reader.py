@@ -27,11 +27,7 @@ from asyncinfer.errors import (
     ServerStopping,
     TooManyRefusedLines,
 )
-from asyncinfer.repository.submissions import (
-    MAX_BYTES_PER_CALL,
-    MAX_JOBS_PER_CALL,
-    NewJob,
-)
+from asyncinfer.repository.submissions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, NewJob
 from asyncinfer.schemas.requests import RequestOptions
 
 T = TypeVar("T")

@@ -18,10 +18,7 @@ from asyncinfer.api.views import (
     summary_view,
     url_of,
 )
-from asyncinfer.errors import (
-    JobFinished,
-    JobNotFinished,
-)
+from asyncinfer.errors import JobFinished, JobNotFinished
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.stored_jobs import StoredJob, next_round

@@ -152,11 +152,7 @@ def _ended_reply(services: Services, stored: StoredJob, form: ResultForm, applie
 
 
 def _accepted_reply(
-    services: Services,
-    job_id: str,
-    status: jobs.Status,
-    record: jobs.Record,
-    *headers: Header,
+    services: Services, job_id: str, status: jobs.Status, record: jobs.Record, *headers: Header
 ) -> Reply:
     """The 202 of a job; `record` says why it waits."""
     location = (b"location", url_of(job_id).encode())

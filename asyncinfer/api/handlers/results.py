@@ -99,8 +99,7 @@ def result_reply(
         text = result_text(msgspec.structs.replace(stored, result=selected))
     except packing.DamagedPayload as error:
         raise ResultDamaged(
-            f"The stored result is damaged: {error}. Submit the input again.",
-            job_id=stored.job_id,
+            f"The stored result is damaged: {error}. Submit the input again.", job_id=stored.job_id
         ) from error
     return Reply(200, bytes(text or b"null"), tuple(headers))
 

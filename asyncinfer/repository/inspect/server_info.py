@@ -8,10 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import (
-    Announcements,
-    serves_or_loads,
-)
+from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.store import Store, server_name
 
