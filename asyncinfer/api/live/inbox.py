@@ -17,7 +17,6 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_inbox_entry, queue_of
 from asyncinfer.repository.submissions import Submissions
 from asyncinfer.timeouts import done_within, pause_before_retry, set_within
-from asyncinfer.untrusted import decoding
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -242,11 +241,11 @@ class Inbox:
 
     async def _ended_or_absent(self, job_ids: list[str]) -> list[str]:
         """Those of the jobs that have ended or do not exist, by their status alone."""
-        statuses = await self._store.command("MGET", *map(keys.status, job_ids))
+        statuses = await self._submissions.statuses(job_ids)
         return [
             job_id
             for job_id, status in zip(job_ids, statuses, strict=True)
-            if status is None or decoding.text(status) in TERMINAL
+            if status is None or status in TERMINAL
         ]
 
 
