@@ -191,7 +191,12 @@ class QueueConsumer:
         return verdicts + ended, claimed
 
     async def _finish(
-        self, claim: Claim, part: PackedOutcomes, *, last: bool, following: ClaimRequest | None
+        self,
+        claim: Claim,
+        part: PackedOutcomes,
+        *,
+        last: bool,
+        following: ClaimRequest | None,
     ) -> tuple[list[FinishVerdict], ClaimReply]:
         header: dict[str, Any] = {**self._store.policy.end_arguments(), "token": claim.token}
         header["is_last"] = last
