@@ -15,13 +15,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
 Outcome = Literal["completed", "failed", "cancelled", "retry", "dead", "released", "suspect"]
 
-STATUSES: Final[tuple[Status, ...]] = (
-    "pending",
-    "processing",
-    "completed",
-    "failed",
-    "cancelled",
-)
+STATUSES: Final[tuple[Status, ...]] = ("pending", "processing", "completed", "failed", "cancelled")
 TERMINAL: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
 
 DEFAULT_TENANT: Final = "default"
@@ -70,8 +64,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ) = None
     ttl_seconds: (
         Annotated[
-            int,
-            Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept."),
+            int, Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept.")
         ]
         | None
     ) = None

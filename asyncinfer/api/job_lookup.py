@@ -6,7 +6,6 @@ from asyncinfer import jobs
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.new_job import queue_full_error
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import owner_of
 from asyncinfer.errors import JobExpired, JobNotFound, JobNotRetryable, RequestError
 from asyncinfer.repository.stored_jobs import StoredJob
 
@@ -38,7 +37,7 @@ async def find_job(services: Services, request: Request[Any]) -> StoredJob:
 
 def is_in_reach(request: Request[Any], stored: StoredJob) -> bool:
     """Whether the job belongs to the tenant that the request is about, which may be all tenants."""
-    return request.reach.tenant in (None, owner_of(stored))
+    return request.reach.tenant in (None, stored.tenant)
 
 
 def not_retried_error(services: Services, stored: StoredJob, verdict: str) -> RequestError:

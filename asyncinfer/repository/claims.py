@@ -32,15 +32,7 @@ _MIN_TOKEN_BYTES: Final = 65
 """One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
 FinishVerdict = Literal[
-    "completed",
-    "failed",
-    "cancelled",
-    "retry",
-    "dead",
-    "released",
-    "suspect",
-    "stale",
-    "already",
+    "completed", "failed", "cancelled", "retry", "dead", "released", "suspect", "stale", "already"
 ]
 """What a finish did with a job. `stale`: the claim does not hold the job any more, so that its
 outcome was discarded. `already`: an earlier try of the same call has stored this outcome."""
@@ -223,20 +215,18 @@ class QueueConsumer:
     async def _recognise_own_finishes(
         self, claim: Claim, finished: Sequence[JobOutcome], verdicts: list[FinishVerdict]
     ) -> list[FinishVerdict]:
-        """Turns `stale` into `already` for jobs that this claim has finished: a repeated call gets
-        `stale` for its own work, and the job's record names the claim that finished it."""
+        """Turns `stale` into `already` for outcomes that are stored: a repeated call gets `stale`
+        for its own work."""
         stale = [job for job, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
-        names = [
-            name
-            for job in stale
-            for name in (
-                id_bytes(keys.meta(job.job_id)),
-                id_bytes(keys.result(job.job_id)),
-                id_bytes(keys.error(job.job_id)),
-            )
-        ]
-        reply = iter(await self._store.command("MGET", *names))
-        own_ids = {job.job_id for job in stale if _is_stored(job, claim.token, *_next_three(reply))}
+        key_makers = (keys.status, keys.meta, keys.result, keys.error)
+        names = [id_bytes(key_of(job.job_id)) for job in stale for key_of in key_makers]
+        values = iter(await self._store.command("MGET", *names))
+        states = zip(values, values, values, values, strict=True)
+        own_ids = {
+            job.job_id
+            for job, state in zip(stale, states, strict=True)
+            if _is_stored(job, claim.token, *state)
+        }
         return [
             "already" if verdict == "stale" and job.job_id in own_ids else verdict
             for job, verdict in zip(finished, verdicts, strict=True)
@@ -290,23 +280,22 @@ def _parse_job(
     if record and is_later(record):
         later_schema, record = record.schema, None
     return ClaimedJob(
-        id_text(job_id or b""),
-        data or b"",
-        meta or b"",
-        record,
-        decode_facts(facts),
-        later_schema,
+        id_text(job_id or b""), data or b"", meta or b"", record, decode_facts(facts), later_schema
     )
 
 
-def _next_three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
-    return next(reply), next(reply), next(reply)
-
-
 def _is_stored(
-    job: JobOutcome, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
+    job: JobOutcome,
+    token: str,
+    status: bytes | None,
+    meta: bytes | None,
+    result: bytes | None,
+    error: bytes | None,
 ) -> bool:
-    """Whether a job's stored state is the outcome that the claim of `token` sent."""
+    """Whether a job's stored state is the outcome that the claim of `token` sent: an ended job's
+    record names the claim, and one that was given back waits with the record that was sent."""
+    if job.outcome in ("retry", "released", "suspect"):
+        return status == b"pending" and (meta or b"") == job.meta
     if meta:
         record = read_record(meta)
         return record is not None and record.claim == token

@@ -77,11 +77,7 @@ class Endpoint(Struct, frozen=True):
 
     @staticmethod
     def _common(name: str) -> dict[str, Any]:
-        return {
-            "protocol": 2,
-            "client_name": name,
-            "socket_connect_timeout": _CONNECT_SECONDS,
-        }
+        return {"protocol": 2, "client_name": name, "socket_connect_timeout": _CONNECT_SECONDS}
 
 
 # A sentinel that is down must not use up the time of a call, so that the next one can be asked.

@@ -326,6 +326,12 @@ class Store:
             {self.queue_name, *(name for name in names if name.startswith(f"{self.queue_name}:"))}
         )
 
+    async def queues_of(self, model: str | None, default_model: str | None) -> list[str]:
+        """The queue of a model, or all queues for None."""
+        if model is None:
+            return await self.queues()
+        return [keys.queue(self.queue_name, model, default_model)]
+
     async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
         """The subset of `queues` in which a job waits, is delayed or runs."""
         if not queues:

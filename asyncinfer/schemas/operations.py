@@ -34,8 +34,7 @@ LivingWorkers: TypeAlias = Annotated[
 ]
 Slots: TypeAlias = Annotated[int, Meta(description="Batches these workers run in parallel.")]
 SecondsPerJob: TypeAlias = Annotated[
-    float | None,
-    Meta(description="Recent slot time per job; null before the model's first run."),
+    float | None, Meta(description="Recent slot time per job; null before the model's first run.")
 ]
 Backlog: TypeAlias = Annotated[
     float | None,
@@ -145,8 +144,7 @@ class Worker(Struct, frozen=True, kw_only=True):
         Meta(description="The versions in memory as model/version, least recently used first."),
     ]
     problems: Annotated[
-        dict[str, dict[str, str]],
-        Meta(description="By model and version, why it is not served."),
+        dict[str, dict[str, str]], Meta(description="By model and version, why it is not served.")
     ]
     seconds_per_job: Annotated[
         dict[str, float], Meta(description="By model, recent slot time per job.")

@@ -34,11 +34,6 @@ DIGITS = f"{QUEUE}:digits"
 NOTHING = {"cancelled": 0, "stopping": 0, "purged": 0, "more": False}
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 async def ok_body(reply: httpx2.Response) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     body: dict[str, Any] = reply.json()

@@ -10,16 +10,11 @@ import redis
 from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.store import Store, check_info
+from asyncinfer.repository.store import check_info
 from tests.faults.harness import eventually
 from tests.queue_driver import Q, QueueDriver, ids_of, new_job
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 async def listed(hands: QueueDriver, *, tenant: str = "default", **filters: str) -> list[str]:

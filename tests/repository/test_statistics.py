@@ -4,7 +4,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.jobs import encode_record, record_seq
 from asyncinfer.repository import keys
@@ -15,11 +14,6 @@ from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJ
 from tests.queue_driver import RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 @pytest.fixture

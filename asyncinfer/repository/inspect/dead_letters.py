@@ -1,6 +1,5 @@
 """Dead letters: the listing of jobs that failed for good though another try might have helped."""
 
-import heapq
 import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Final
@@ -9,7 +8,7 @@ from msgspec import Meta, Struct
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
-from asyncinfer.repository.inspect.listing import Page
+from asyncinfer.repository.inspect.listing import Page, merge_sorted
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_jobs
@@ -41,13 +40,10 @@ class DeadLetters:
         at most.
         """
         default = await self._store.default_model()
-        queues = (
-            [keys.queue(self._store.queue_name, wanted.model, default)] if wanted.model else None
-        )
         found: list[StoredJob] = []
         read_count = 0
         async for letters in self._letters(
-            queues or await self._store.queues(),
+            await self._store.queues_of(wanted.model, default),
             parse_cursor(cursor, _Letter),
             min(limit, _MAX_LETTERS_AT_ONCE),
         ):
@@ -66,23 +62,14 @@ class DeadLetters:
         """Pages of the letters of all queues behind `after`: newest first, then by queue, then by
         id."""
         sources = [self._letters_of(queue, after) for queue in queues]
-        heads = [
-            (-first.at_ms, first.queue, first, source)
-            for source in sources
-            if (first := await anext(source, None))
-        ]
-        heapq.heapify(heads)
         batch: list[_Letter] = []
-        while heads:
-            _, queue, letter, source = heads[0]
+        async for letter in merge_sorted(sources, lambda letter: (-letter.at_ms, letter.queue)):
             batch.append(letter)
-            if following := await anext(source, None):
-                heapq.heapreplace(heads, (-following.at_ms, queue, following, source))
-            else:
-                heapq.heappop(heads)
-            if len(batch) == at_once or not heads:
+            if len(batch) == at_once:
                 yield batch
                 batch = []
+        if batch:
+            yield batch
 
     async def _letters_of(self, queue: str, after: _Letter | None) -> AsyncIterator[_Letter]:
         """The letters of a queue, newest first; those of one ms in the reverse order of their

@@ -8,11 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import (
-    Announcements,
-    decode_worker_announcement,
-    serves_or_loads,
-)
+from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.store import Store, server_name
 
@@ -63,10 +59,7 @@ async def read_server_info(store: Store) -> ServerInfo:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [
-        decode_worker_announcement(body)
-        for body in (await Announcements(store).read_workers()).values()
-    ]
+    workers = (await Announcements(store).read_workers()).values()
     default = await store.default_model()
     return ServerInfo(
         server=server_name(info),

@@ -7,7 +7,11 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerAnnouncement, decode_worker_announcement
+from asyncinfer.repository.announcements import (
+    Announcements,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+)
 from asyncinfer.repository.inspect.queue_load import (
     QueueLoad,
     combine_load,
@@ -54,11 +58,12 @@ class Statistics:
         self._store = store
 
     async def queues(self) -> list[Queue]:
-        """The statistics of all queues, by name; leaves out a queue with a key of the wrong
-        type."""
+        """The statistics of all queues, by name; leaves out a queue with a key of the wrong type,
+        and one without jobs whose model is not announced any more."""
         store = self._store
-        queues = await self._store.queues()
+        queues = await store.queues()
         default = await store.default_model()
+        announced = await Announcements(store).read_queues(default)
         models = [keys.model_of(store.queue_name, queue, default) for queue in queues]
         read = await read_depths(store, queues)
         workers, paces = await workers_and_paces(
@@ -70,7 +75,7 @@ class Statistics:
             for queue, model, depth, pace, tally in zip(
                 queues, models, read.depths, paces, tallies, strict=True
             )
-            if depth is not None
+            if depth is not None and (queue in announced or not depth.is_at_rest)
         ]
 
     async def workers(self) -> list[Worker]:

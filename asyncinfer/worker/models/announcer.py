@@ -21,7 +21,6 @@ from asyncinfer.repository.announcements import (
     ANNOUNCE_INTERVAL_SECONDS,
     Announcements,
     WorkerAnnouncement,
-    decode_worker_announcement,
     serves_or_loads,
 )
 from asyncinfer.repository.store import Store
@@ -239,12 +238,8 @@ class Announcer:
     async def _read_others(self) -> list[WorkerAnnouncement]:
         """What other live workers announce now; notes when each was last seen. Raises
         RedisUnavailable."""
-        bodies = await self._announcements.read_workers()
-        others = {
-            worker_id: decode_worker_announcement(body)
-            for worker_id, body in bodies.items()
-            if worker_id != self._worker_id
-        }
+        others = await self._announcements.read_workers()
+        others.pop(self._worker_id, None)
         now = time.monotonic()
         lately = {
             worker_id: (says, seen_at)
