@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from asyncinfer.repository.store import Store
 
 from . import checkout
 from .faults import harness
+from .redis_server import wait_for_server
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
@@ -65,21 +65,6 @@ def redis_url() -> Iterator[str]:
         yield url
         server.terminate()
         server.wait()
-
-
-def wait_for_server(url: str) -> None:
-    client = redis.Redis.from_url(url)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            client.ping()
-        except redis.ConnectionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            client.close()
-            return
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from asyncinfer import __version__
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, PythonProcess, python_process, running_processes
 
 EXIT_REFUSED: Final = 2
@@ -46,12 +46,6 @@ class ServeProcess:
             for process in running_processes()
             if process.parent_pid == self.process.process.pid
         ]
-
-
-def free_port() -> int:
-    """A port that was free a moment ago; another process may take it meanwhile."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextmanager

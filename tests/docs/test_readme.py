@@ -25,8 +25,9 @@ from tests.docs.markdown import (
     steps,
 )
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY
-from tests.serving import free_port, running_serve, wait_for_result
+from tests.serving import running_serve, wait_for_result
 from tests.zoo import mlp
 
 # --- sessions ------------------------------------------------------------------------------

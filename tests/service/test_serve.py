@@ -15,8 +15,9 @@ from asyncinfer.api_keys import Caller, Keyring
 from asyncinfer.cli import main
 from tests import zoo
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, is_gone, python_process
-from tests.serving import EXIT_REFUSED, ServeProcess, free_port, running_serve, wait_for_result
+from tests.serving import EXIT_REFUSED, ServeProcess, running_serve, wait_for_result
 
 
 @pytest.fixture(autouse=True)
