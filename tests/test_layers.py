@@ -77,7 +77,7 @@ def test_a_room_imports_only_from_rooms_below_it() -> None:
 
 def test_a_room_has_an_order_of_its_own() -> None:
     assert [
-        f"{name} imports {target}"
+        f"{room}: {name} imports {target}"
         for room, rows in INSIDE.items()
         for name, target in _edges_inside(f"asyncinfer.{room}.")
         if not _is_below(rows, name, target)

@@ -490,7 +490,7 @@ async def test_a_bulk_client_that_expects_100_continue_gets_it(port: int) -> Non
         await bulk.send(GOOD)
         bulk.end()
         assert b" 200 " in await bulk.read_head()
-        assert await bulk.read_line()
+        assert (await bulk.read_line() or {})["status"] == "pending"
         assert await bulk.read_line() is None
 
 

@@ -140,7 +140,9 @@ def test_the_example_that_a_model_shows_works(url: str) -> None:
     )
     row = line.partition("'")[2].rpartition("'")[0]
 
-    assert run_command("predict", "--model", "iris", row).code == 0
+    ran = run_command("predict", "--model", "iris", row)
+    assert ran.code == 0, ran
+    assert any(label in ran.out for label in ("setosa", "versicolor", "virginica")), ran.out
 
 
 def test_a_model_is_paused_and_resumed(url: str) -> None:

@@ -115,7 +115,9 @@ def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
     hostile.answers["GET /models/iris"] = misdeclared
     hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [misdeclared]}
 
-    assert run_command("models").code == 0
+    shown = run_command("models")
+    assert shown.code == 0
+    assert "iris" in shown.out
     assert run_command("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
 
 
