@@ -436,7 +436,8 @@ def test_the_cluster_of_the_least_distance_is_the_class(tmp_path: Path) -> None:
 
 def table_model() -> bytes:
     outputs = (("label", ["b"], INT64), SCORES)
-    return three_column_model(with_scores(*TABLES["LabelEncoder"]), *outputs).SerializeToString()
+    made = three_column_model(with_scores(*TABLES["LabelEncoder"]), *outputs)
+    return bytes(made.SerializeToString())
 
 
 def test_half_a_file_has_no_table(tmp_path: Path) -> None:
