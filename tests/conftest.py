@@ -3,10 +3,11 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import redis
@@ -19,9 +20,17 @@ from . import checkout, tools
 from .faults import harness
 from .redis_server import wait_for_server
 
+# The tests start some hundreds of processes, each of which would compile the package anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_EXTRA_PROCESSES: Final = {"not soak and not by_hand": 1, "soak": 2}
+"""By suite, how many processes it has beside one for each core; those of soak wait longer."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,19 +48,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole default suite runs in two processes; a selection of tests runs in this one."""
+    """A whole suite, default or soak, runs in several processes; a selection runs in this one.
+
+    There are more processes than cores, since tests wait for timers and other processes.
+    """
     is_selection = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     option = config.option
     if (
         is_selection
         or option.keyword
-        or option.markexpr != "not soak"
+        or option.markexpr not in _EXTRA_PROCESSES
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
-    # A file's tests stay together, since they may share a service.
-    option.dist = "loadfile"
-    return 2
+    # Each process gets a part of the list in its order, since neighbours share a service, and takes
+    # tests from the others once it has none left.
+    option.dist = "worksteal"
+    return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES[option.markexpr]
 
 
 @pytest.fixture(scope="session")

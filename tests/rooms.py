@@ -5,9 +5,9 @@ ROOMS = (
     ("errors",),
     ("jobs", "timeouts"),
     ("settings", "tensors", "api_keys", "processes"),
-    ("models", "schemas", "client"),
-    ("repository", "engine", "testing"),
-    ("api", "worker"),
+    ("models", "schemas"),
+    ("client", "repository", "engine"),
+    ("api", "testing", "worker"),
     ("cli",),
     ("__main__",),
 )

@@ -2,6 +2,8 @@
 
 import math
 import re
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode
@@ -10,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.client import Client, Model, NotAsyncinfer
+from asyncinfer.client import Cadence, Client, Model, ModelProblem, NotAsyncinfer
 from asyncinfer.client._protocol import Request
 from asyncinfer.client._requests import fetch_json
 from asyncinfer.untrusted.printable import printable_line
@@ -18,19 +20,20 @@ from asyncinfer.untrusted.printable import printable_line
 _T = TypeVar("_T")
 _MARGIN_SECONDS: Final = 15.0
 _COUNT: Final = re.compile("[0-9]{1,18}")
+_CADENCE: Final = Cadence()
 _RETRIES: Final = 2
 """Two retries take some two seconds, which is enough while a person waits."""
 
 
 class ModelList(Struct, frozen=True):
     models: tuple[Model, ...]
-    problems: tuple[dict[str, Any], ...] = ()
+    problems: tuple[ModelProblem, ...] = ()
     """Problems of models of which no worker serves any version."""
     loading: tuple[str, ...] = ()
     """Names of models that a worker is loading."""
 
     @property
-    def all_problems(self) -> list[dict[str, Any]]:
+    def all_problems(self) -> list[ModelProblem]:
         of_served = (problem for model in self.models for problem in model.problems)
         return [*self.problems, *of_served]
 
@@ -45,16 +48,24 @@ class ApiClient:
         retries: int = _RETRIES,
         deadline: float = math.inf,
         waits_for_models: bool = False,
+        on_wait: Callable[[str], None] | None = None,
+        cadence: Cadence = _CADENCE,
     ) -> None:
         """Each request is retried up to `retries` times; nothing is sent yet.
 
         After `deadline`, on the monotonic clock, no request is retried and no wait goes on. With
         `waits_for_models` a model that a worker is loading is waited for until then; without it
-        such a request raises ModelLoading.
+        such a request raises ModelLoading. `on_wait` takes lines that say why no answer comes.
         """
-        self.client = Client(server.url, server.api_key, retries=retries)
-        self.client._server.until = deadline
-        self.client._server.waits_for_models = waits_for_models
+        self.client = Client(
+            server.url,
+            server.api_key,
+            retries=retries,
+            total_timeout=deadline - time.monotonic(),
+            wait_for_models=waits_for_models,
+            on_wait=on_wait,
+            cadence=cadence,
+        )
 
     def __enter__(self) -> "ApiClient":
         return self
@@ -108,11 +119,10 @@ class ApiClient:
             ) from error
 
 
-def problem_line(problem: dict[str, Any]) -> str:
+def problem_line(problem: ModelProblem) -> str:
     """A problem of a model, as a server lists it, in one printable line."""
-    version = problem.get("version") or "all versions"
-    where = f"{problem.get('model')} {version}, worker {problem.get('worker')}"
-    return printable_line(f"{where}: {problem.get('reason')}")
+    where = f"{problem.model} {problem.version or 'all versions'}, worker {problem.worker}"
+    return printable_line(f"{where}: {problem.reason}")
 
 
 def seconds_by_rows(times: dict[str, float]) -> list[tuple[int, float]]:

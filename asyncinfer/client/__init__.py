@@ -3,6 +3,15 @@
 Importing it loads no server, no model runtime, and not yet numpy or an HTTP library.
 """
 
+from asyncinfer.client._answers import (
+    ClearedJobs,
+    GroupCounts,
+    Health,
+    PausedState,
+    RefusedJob,
+    RetriedJobs,
+    ValidInput,
+)
 from asyncinfer.client._async_client import AsyncClient
 from asyncinfer.client._client import Client
 from asyncinfer.client._errors import (
@@ -17,9 +26,10 @@ from asyncinfer.client._errors import (
 )
 from asyncinfer.client._groups import AsyncGroup, Group
 from asyncinfer.client._jobs import AsyncJob, Job
-from asyncinfer.client._models import Model, TensorInfo
+from asyncinfer.client._models import Catalog, Model, ModelProblem, TensorInfo
+from asyncinfer.client._progress import ProgressBar
 from asyncinfer.client._protocol import Event
-from asyncinfer.client._wait_reasons import WaitingFor
+from asyncinfer.client._wait_reasons import Cadence, WaitingFor
 from asyncinfer.errors import (
     AsyncinferError,
     BodyTooLarge,
@@ -44,6 +54,8 @@ from asyncinfer.errors import (
     Unauthorized,
     VersionNotFound,
 )
+from asyncinfer.jobs import JobError
+from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs, Worker
 
 __all__ = [
     "AsyncClient",
@@ -51,39 +63,56 @@ __all__ = [
     "AsyncJob",
     "AsyncinferError",
     "BodyTooLarge",
+    "Cadence",
     "CannotSend",
+    "Catalog",
+    "ClearedJobs",
     "Client",
     "ClientClosed",
     "ConnectionFailed",
     "Event",
     "Forbidden",
     "Group",
+    "GroupCounts",
     "GroupNotFound",
+    "Health",
     "IdempotencyConflict",
     "InvalidInput",
     "InvalidQuery",
     "Job",
     "JobCancelled",
+    "JobError",
     "JobExpired",
     "JobFailed",
     "JobFinished",
     "JobNotFinished",
     "JobNotFound",
     "JobNotRetryable",
+    "JobsDone",
     "Model",
     "ModelLoading",
     "ModelNotFound",
+    "ModelProblem",
     "NoModelAnnounced",
     "NotAsyncinfer",
+    "PausedState",
+    "Percentiles",
+    "ProgressBar",
+    "Queue",
     "QueueFull",
     "RedisUnavailable",
+    "RefusedJob",
     "RequestError",
+    "RetriedJobs",
     "SlowMapWarning",
     "TensorInfo",
     "Unauthorized",
     "UnknownAnswer",
+    "ValidInput",
     "VersionNotFound",
     "WaitTimeout",
     "WaitingFor",
+    "WaitingJobs",
+    "Worker",
     "WrongAddress",
 ]

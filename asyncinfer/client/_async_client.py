@@ -1,19 +1,38 @@
 """The client for event loops: a line a method, with the flows of `Client`."""
 
-from collections.abc import AsyncIterable, Iterable, Sequence
+import math
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Unpack
 
-from asyncinfer.client import _flows
-from asyncinfer.client._client import Client, map_options, new_server, warn_if_open
+from asyncinfer.client._answers import (
+    ClearedJobs,
+    Health,
+    PausedState,
+    RetriedJobs,
+    ValidInput,
+)
+from asyncinfer.client._client import (
+    Client,
+    map_options,
+    new_server,
+    warn_if_open,
+)
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver
-from asyncinfer.client._flows import JobOptions, Status
+from asyncinfer.client._flows import jobs, models, operations, submitting
+from asyncinfer.client._flows.submitting import JobOptions
+from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import AsyncGroup
 from asyncinfer.client._jobs import AsyncJob
 from asyncinfer.client._map import dataframes
-from asyncinfer.client._map.results import AsyncResults, OnError
-from asyncinfer.client._models import Model
+from asyncinfer.client._map.jobs import OnError
+from asyncinfer.client._map.results import AsyncResults
+from asyncinfer.client._models import Catalog, Model
+from asyncinfer.client._requests import call
+from asyncinfer.client._wait_reasons import CADENCE, Cadence
+from asyncinfer.jobs import Status
+from asyncinfer.schemas.operations import Queue, Worker
 
 
 @with_docstrings_of(Client)
@@ -38,9 +57,15 @@ class AsyncClient:
         *,
         timeout: float = 60.0,
         retries: int = 5,
+        total_timeout: float = math.inf,
+        wait_for_models: bool = False,
+        on_wait: Callable[[str], None] | None = None,
+        cadence: Cadence = CADENCE,
     ) -> None:
-        self._server = new_server(url, api_key, timeout, retries)
-        self._driver = AsyncDriver(self._server.url)
+        self._server = new_server(
+            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
+        )
+        self._driver = AsyncDriver(self._server)
 
     @property
     def url(self) -> str:
@@ -58,9 +83,9 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> Any:
         """Submits an input, waits for its job, and returns the result."""
-        job = _flows.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options)
         return await self._driver.run(
-            _flows.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
+            submitting.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
         )
 
     async def submit(
@@ -72,8 +97,8 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> AsyncJob:
         """Submits an input and returns its job, which is stored and will run."""
-        job = _flows.new_job(data, model, idempotency_key, options)
-        return self._job(await self._driver.run(_flows.submit(self._server, job)))
+        job = submitting.new_job(data, model, idempotency_key, options)
+        return self._job(await self._driver.run(submitting.submit(self._server, job)))
 
     def map(
         self,
@@ -104,17 +129,17 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> Any:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own."""
-        known = await self._driver.run(_flows.cached_model(self._server, model))
-        rows = dataframes.input_rows(frame, columns, known)
         wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        known = await self._driver.run(models.cached_model(self._server, model))
+        rows = dataframes.input_rows(frame, columns, known)
         results = [
             result async for result in AsyncResults(self._server, self._driver, rows, wanted)
         ]
         return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
 
-    async def job(self, job_id: str) -> AsyncJob:
+    async def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJob:
         """Returns a job by its id, wherever it was submitted."""
-        return self._job(await self._driver.run(_flows.read(self._server, job_id)))
+        return self._job(await self._driver.run(jobs.read_job(self._server, job_id, tenant=tenant)))
 
     async def jobs(
         self,
@@ -128,40 +153,43 @@ class AsyncClient:
     ) -> list[AsyncJob]:
         """Returns at most `limit` jobs of your own that match, newest first."""
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
-        views = await self._driver.run(_flows.list_jobs(self._server, limit, query))
+        views = await self._driver.run(jobs.list_jobs(self._server, limit, query))
         return [self._job(view) for view in views]
 
     async def models(self) -> list[Model]:
         """Returns the models that workers serve."""
-        return await self._driver.run(_flows.models(self._server))
+        return list((await self.catalog()).models)
+
+    async def catalog(self) -> Catalog:
+        """Returns the models that workers serve, the names of those that load, and problems."""
+        return await self._driver.run(models.catalog(self._server))
 
     async def model(self, name: str | None = None) -> Model:
         """Returns one model, or the default one; raises ModelNotFound, NoModelAnnounced."""
-        return await self._driver.run(_flows.model(self._server, name))
+        return await self._driver.run(models.model(self._server, name))
 
     async def group(self, name: str) -> AsyncGroup:
         """Returns the group of the jobs that were submitted with `group=name`."""
-        return self._group(await self._driver.run(_flows.group(self._server, name)))
+        return self._group(await self._driver.run(operations.group(self._server, name)))
 
     async def validate(
         self, data: Any, model: str | None = None, **options: Unpack[JobOptions]
-    ) -> dict[str, Any]:
-        """Returns how an input would be understood, with the keys of `Client.validate`."""
-        return await self._driver.run(_flows.validate(self._server, data, model, options))
+    ) -> ValidInput:
+        """Returns how an input would be understood, and runs nothing."""
+        return await self._driver.run(submitting.validate(self._server, data, model, options))
 
     async def cancel_all(
         self,
+        job_ids: Sequence[str] | None = None,
         *,
         status: Literal["pending", "processing"] | None = None,
         model: str | None = None,
         group: str | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
-        """Cancels your unfinished jobs that match; returns the counts of `Client.cancel_all`."""
+    ) -> ClearedJobs:
+        """Cancels the jobs of `job_ids`, else your unfinished jobs that match; returns how many."""
         query = {"status": status, "model": model, "group": group, "tenant": tenant}
-        return await self._driver.run(
-            _flows.call_until_done(self._server, "DELETE", "/jobs", query)
-        )
+        return await self._driver.run(jobs.cancel_jobs(self._server, job_ids, query))
 
     async def retry_all(
         self,
@@ -172,51 +200,54 @@ class AsyncClient:
         group: str | None = None,
         dead: bool | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
-        """Runs the jobs of `job_ids` again, else all that match; returns as `Client.retry_all`."""
+    ) -> RetriedJobs:
+        """Runs the jobs of `job_ids` again, else your failed and cancelled jobs that match."""
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
-        return await self._driver.run(_flows.retry_many(self._server, job_ids, query))
+        return await self._driver.run(jobs.retry_jobs(self._server, job_ids, query))
 
     async def purge(
         self,
+        job_ids: Sequence[str] | None = None,
         *,
         status: Literal["completed", "failed", "cancelled", "ended"] | None = "ended",
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
-        """Deletes your ended jobs that match all filters, with all data; without any, all that have
-        ended. Returns how many as `purged`, with the other keys of `Client.purge`."""
-        selected = {"status": status, "model": model, "group": group, "dead": dead}
-        query = {**selected, "purge": True, "tenant": tenant}
-        return await self._driver.run(
-            _flows.call_until_done(self._server, "DELETE", "/jobs", query)
-        )
+    ) -> ClearedJobs:
+        """Deletes the jobs of `job_ids`, else your ended jobs that match; returns how many."""
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
+        return await self._driver.run(jobs.purge_jobs(self._server, job_ids, query))
 
-    async def purge_queue(self, model: str) -> dict[str, Any]:
-        """Cancels all waiting jobs of a model, of all tenants; returns `model` and `cancelled`."""
-        return await self._driver.run(_flows.purge_queue(self._server, model))
+    async def purge_queue(self, model: str) -> ClearedJobs:
+        """Cancels all jobs that wait for a model, of all tenants; returns how many."""
+        return await self._driver.run(operations.purge_queue(self._server, model))
 
-    async def pause(self, model: str) -> dict[str, Any]:
-        """Stops running a model's jobs until `resume`; returns `model` and `paused`."""
-        return await self._driver.run(_flows.set_paused(self._server, model, True))
+    async def pause(self, model: str) -> PausedState:
+        """Stops running a model's jobs until `resume`; they are still accepted."""
+        return await self._driver.run(operations.set_paused(self._server, model, True))
 
-    async def resume(self, model: str) -> dict[str, Any]:
-        """Runs a paused model's jobs again; returns `model` and `paused`."""
-        return await self._driver.run(_flows.set_paused(self._server, model, False))
+    async def resume(self, model: str) -> PausedState:
+        """Runs a paused model's jobs again."""
+        return await self._driver.run(operations.set_paused(self._server, model, False))
 
-    async def queues(self) -> list[dict[str, Any]]:
-        """Returns what waits and runs, a dict for each model with the keys of `Client.queues`."""
-        return await self._driver.run(_flows.list_all(self._server, "queues"))
+    async def queues(self) -> list[Queue]:
+        """Returns what waits and runs, and how fast, for each model."""
+        return await self._driver.run(operations.queues(self._server))
 
-    async def workers(self) -> list[dict[str, Any]]:
-        """Returns the living workers, a dict for each with the keys of `Client.workers`."""
-        return await self._driver.run(_flows.list_all(self._server, "workers"))
+    async def workers(self) -> list[Worker]:
+        """Returns the living workers."""
+        return await self._driver.run(operations.workers(self._server))
 
-    async def health(self) -> dict[str, Any]:
-        """Returns `status` "ok" and what `Client.health` lists; raises RedisUnavailable."""
-        return await self._driver.run(_flows.health(self._server))
+    async def health(self) -> Health:
+        """Returns the state of the server; raises RedisUnavailable."""
+        return await self._driver.run(operations.health(self._server))
+
+    async def request(
+        self, method: str, path: str, *, body: Any = None, **query: str | float | None
+    ) -> Any:
+        """Sends a request for which there is no method here; returns the decoded JSON."""
+        return await self._driver.run(call(self._server, method, path, query, body))
 
     async def close(self) -> None:
         """Closes the connections; jobs go on. `async with` does so at its end."""
@@ -239,7 +270,7 @@ class AsyncClient:
     def __del__(self) -> None:
         warn_if_open(self)
 
-    def _job(self, view: _flows.View) -> AsyncJob:
+    def _job(self, view: View) -> AsyncJob:
         """The AsyncJob of a view as the server shows it."""
         return AsyncJob(self._server, self._driver, view)
 

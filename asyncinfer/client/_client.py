@@ -1,22 +1,36 @@
 """The client for scripts, notebooks and threads: a line a method."""
 
+import math
 import os
+import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
-from asyncinfer.client import _flows
+from asyncinfer.client._answers import (
+    ClearedJobs,
+    Health,
+    PausedState,
+    RetriedJobs,
+    ValidInput,
+)
 from asyncinfer.client._drivers import Driver
 from asyncinfer.client._errors import CannotSend, normalized_key, normalized_url
-from asyncinfer.client._flows import JobOptions, Status
+from asyncinfer.client._flows import jobs, models, operations, submitting
+from asyncinfer.client._flows.submitting import JobOptions
+from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
 from asyncinfer.client._map import dataframes
-from asyncinfer.client._map.results import MapOptions, OnError, Results
-from asyncinfer.client._models import Model
-from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._map.jobs import MapOptions, OnError
+from asyncinfer.client._map.results import Results
+from asyncinfer.client._models import Catalog, Model
+from asyncinfer.client._requests import RemoteServer, call
+from asyncinfer.client._wait_reasons import CADENCE, Cadence
+from asyncinfer.jobs import Status
+from asyncinfer.schemas.operations import Queue, Worker
 
 _URL: Final = "http://127.0.0.1:8000"
 
@@ -36,6 +50,12 @@ class Client:
         timeout: How long `predict`, `Job.result` and `Job.wait` wait, in seconds.
         retries: How often a request is sent again if the server is away or its queue is full;
             5 last about a minute.
+        total_timeout: The seconds after which this client gives up: nothing is awaited or sent
+            again then, and WaitTimeout is raised.
+        wait_for_models: Wait for a model that a worker is loading, whatever `retries` says.
+        on_wait: Takes lines that say why no answer comes, in the thread that waits. Without it
+            those of a map are shown beside its bar or logged, and others are not shown.
+        cadence: How soon these lines come, and how often.
 
     One client may be used from many threads. Each method may raise ConnectionFailed,
     NotAsyncinfer, Unauthorized, Forbidden (the key lacks a scope), RedisUnavailable and
@@ -72,9 +92,15 @@ class Client:
         *,
         timeout: float = 60.0,
         retries: int = 5,
+        total_timeout: float = math.inf,
+        wait_for_models: bool = False,
+        on_wait: Callable[[str], None] | None = None,
+        cadence: Cadence = CADENCE,
     ) -> None:
-        self._server = new_server(url, api_key, timeout, retries)
-        self._driver = Driver(self._server.url)
+        self._server = new_server(
+            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
+        )
+        self._driver = Driver(self._server)
 
     @property
     def url(self) -> str:
@@ -108,9 +134,9 @@ class Client:
         >>> {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
         {'label': ('int64', (1,)), 'probabilities': ('float32', (1, 3))}
         """
-        job = _flows.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options)
         return self._driver.run(
-            _flows.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
+            submitting.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
         )
 
     def submit(
@@ -132,8 +158,8 @@ class Client:
         >>> job.result(timeout=10)["class_name"]
         'setosa'
         """
-        job = _flows.new_job(data, model, idempotency_key, options)
-        return self._job(self._driver.run(_flows.submit(self._server, job)))
+        job = submitting.new_job(data, model, idempotency_key, options)
+        return self._job(self._driver.run(submitting.submit(self._server, job)))
 
     def map(
         self,
@@ -162,8 +188,9 @@ class Client:
         An error of a row (InvalidInput, CannotSend, BodyTooLarge, JobFailed, JobCancelled) is
         raised, or given in the place of its result with `on_error="return"`; `.row` is the number
         of the row. All other errors end the map: ModelNotFound, NoModelAnnounced, Unauthorized,
-        Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). A `batch` below
-        1 raises CannotSend at once.
+        Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). An error of the
+        iterable comes after the results of the rows before it. Arguments that cannot be right
+        raise CannotSend at once.
 
         Leaving early, also by Ctrl-C, cancels what has not run; `with client.map(rows) as
         results:` does so too if the body of the loop raises. The same rows with the same `group`
@@ -203,21 +230,22 @@ class Client:
         >>> list(client.map_frame(flowers, model="iris", progress=False).columns)
         ['sl', 'sw', 'pl', 'pw', 'prediction', 'class_name', 'probability']
         """
-        known = self._driver.run(_flows.cached_model(self._server, model))
-        rows = dataframes.input_rows(frame, columns, known)
         wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        known = self._driver.run(models.cached_model(self._server, model))
+        rows = dataframes.input_rows(frame, columns, known)
         results = [result for result in Results(self._server, self._driver, rows, wanted)]
         return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str, *, tenant: str | None = None) -> Job:
         """Returns a job by its id, wherever it was submitted.
 
-        Raises JobNotFound, also for a job of another tenant, and JobExpired.
+        Raises JobNotFound, also for a job of another tenant, and JobExpired. A key with the scope
+        `operator` may name the job's `tenant`.
 
         >>> client.job(client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").id).model
         'iris'
         """
-        return self._job(self._driver.run(_flows.read(self._server, job_id)))
+        return self._job(self._driver.run(jobs.read_job(self._server, job_id, tenant=tenant)))
 
     def jobs(
         self,
@@ -241,16 +269,24 @@ class Client:
         True
         """
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
-        views = self._driver.run(_flows.list_jobs(self._server, limit, query))
+        views = self._driver.run(jobs.list_jobs(self._server, limit, query))
         return [self._job(view) for view in views]
 
     def models(self) -> list[Model]:
-        """Returns the models that workers serve.
+        """Returns the models that workers serve; `catalog` has those that are not served too.
 
         >>> [model.model for model in client.models() if model.default]
         ['iris']
         """
-        return self._driver.run(_flows.models(self._server))
+        return list(self.catalog().models)
+
+    def catalog(self) -> Catalog:
+        """Returns the models that workers serve, the names of those that load, and problems.
+
+        >>> client.catalog().problems
+        ()
+        """
+        return self._driver.run(models.catalog(self._server))
 
     def model(self, name: str | None = None) -> Model:
         """Returns one model, or the default one; raises ModelNotFound, NoModelAnnounced.
@@ -258,7 +294,7 @@ class Client:
         >>> client.model("iris").inputs
         (TensorInfo(name='input', datatype='FP32', shape=('batch', 4), optional=False),)
         """
-        return self._driver.run(_flows.model(self._server, name))
+        return self._driver.run(models.model(self._server, name))
 
     def group(self, name: str) -> Group:
         """Returns the group of the jobs that were submitted with `group=name`.
@@ -269,41 +305,40 @@ class Client:
         >>> client.group("docs").progress
         1.0
         """
-        return self._group(self._driver.run(_flows.group(self._server, name)))
+        return self._group(self._driver.run(operations.group(self._server, name)))
 
     def validate(
         self, data: Any, model: str | None = None, **options: Unpack[JobOptions]
-    ) -> dict[str, Any]:
+    ) -> ValidInput:
         """Returns how an input would be understood, and runs nothing.
 
-        The keys are `valid` (True), `model`, `version`, `inputs` (dicts of `name`, `datatype` and
-        `shape`, a list of int), `outputs` (names), `rows` (int, None if the model fixes their
-        number) and `options`. Raises what `submit` raises for the input.
+        Raises what `submit` raises for the input.
 
-        >>> client.validate([[5.1, 3.5, 1.4, 0.2]], "iris")["inputs"]
-        [{'name': 'input', 'datatype': 'FP32', 'shape': [1, 4]}]
+        >>> client.validate([[5.1, 3.5, 1.4, 0.2]], "iris").inputs[0].shape
+        (1, 4)
         """
-        return self._driver.run(_flows.validate(self._server, data, model, options))
+        return self._driver.run(submitting.validate(self._server, data, model, options))
 
     def cancel_all(
         self,
+        job_ids: Sequence[str] | None = None,
         *,
         status: Literal["pending", "processing"] | None = None,
         model: str | None = None,
         group: str | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
-        """Cancels your unfinished jobs that match; returns how many.
+    ) -> ClearedJobs:
+        """Cancels the jobs of `job_ids`, else your unfinished jobs that match; returns how many.
 
-        The keys are `cancelled` (int, jobs that waited), `stopping` (int, running jobs that will
-        stop) and `purged` (0). At least one of `status`, `model` and `group` is needed:
-        else InvalidQuery is raised. `tenant` is as in `jobs`.
+        Without `job_ids` at least one of `status`, `model` and `group` is needed: else InvalidQuery
+        is raised. `tenant` is as in `jobs`. A job of `job_ids` that cannot be cancelled is among
+        the `refused` of the result.
 
-        >>> client.cancel_all(group="docs")["cancelled"]
-        0
+        >>> client.cancel_all(group="docs")
+        ClearedJobs(cancelled=0)
         """
         query = {"status": status, "model": model, "group": group, "tenant": tenant}
-        return self._driver.run(_flows.call_until_done(self._server, "DELETE", "/jobs", query))
+        return self._driver.run(jobs.cancel_jobs(self._server, job_ids, query))
 
     def retry_all(
         self,
@@ -314,116 +349,125 @@ class Client:
         group: str | None = None,
         dead: bool | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> RetriedJobs:
         """Runs the jobs of `job_ids` again, else your failed and cancelled jobs that match.
 
-        The keys of the result are `retried` (list of ids) and `refused` (list of dicts with
-        `job_id`, `code` and `detail`). Without `job_ids` at least one of `status`, `model`,
-        `group` and `dead` is needed: else InvalidQuery is raised. `tenant` is as in `jobs`.
+        Without `job_ids` at least one of `status`, `model`, `group` and `dead` is needed: else
+        InvalidQuery is raised. `tenant` is as in `jobs`. A job that cannot be retried is among the
+        `refused` of the result.
 
         >>> client.retry_all(group="docs", status="failed")
-        {'retried': [], 'refused': []}
+        RetriedJobs(retried=(), refused=())
         """
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
-        return self._driver.run(_flows.retry_many(self._server, job_ids, query))
+        return self._driver.run(jobs.retry_jobs(self._server, job_ids, query))
 
     def purge(
         self,
+        job_ids: Sequence[str] | None = None,
         *,
         status: Literal["completed", "failed", "cancelled", "ended"] | None = "ended",
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
         tenant: str | None = None,
-    ) -> dict[str, Any]:
-        """Deletes your ended jobs that match, with their inputs and results; returns how many.
+    ) -> ClearedJobs:
+        """Deletes the jobs of `job_ids`, else your ended jobs that match, with inputs and results.
 
-        Without arguments it deletes all that have ended. The keys are `purged` (int), and
-        `cancelled` and `stopping` (0). `tenant` is as in `jobs`.
+        Without arguments it deletes all that have ended. Returns how many, `purged`; a job of
+        `job_ids` that has not ended is among the `refused`. `tenant` is as in `jobs`.
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-purge").wait()
-        >>> client.purge(group="docs-purge")["purged"]
+        >>> client.purge(group="docs-purge").purged
         1
         """
-        selected = {"status": status, "model": model, "group": group, "dead": dead}
-        query = {**selected, "purge": True, "tenant": tenant}
-        return self._driver.run(_flows.call_until_done(self._server, "DELETE", "/jobs", query))
+        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
+        return self._driver.run(jobs.purge_jobs(self._server, job_ids, query))
 
-    def purge_queue(self, model: str) -> dict[str, Any]:
+    def purge_queue(self, model: str) -> ClearedJobs:
         """Cancels all jobs that wait for a model, of all tenants; returns how many.
 
-        The keys are `model` and `cancelled` (int). Needs the scope `operator`; raises
-        ModelNotFound.
+        Needs the scope `operator`; raises ModelNotFound.
 
-        >>> sorted(client.purge_queue("iris"))
-        ['cancelled', 'model']
+        >>> client.purge_queue("iris")
+        ClearedJobs(cancelled=0)
         """
-        return self._driver.run(_flows.purge_queue(self._server, model))
+        return self._driver.run(operations.purge_queue(self._server, model))
 
-    def pause(self, model: str) -> dict[str, Any]:
+    def pause(self, model: str) -> PausedState:
         """Stops running a model's jobs until `resume`; they are still accepted.
 
-        The keys of the result are `model` and `paused` (bool). Needs the scope `admin`; raises
-        ModelNotFound.
+        Needs the scope `admin`; raises ModelNotFound.
 
         >>> client.pause("iris")
-        {'model': 'iris', 'paused': True}
+        PausedState(model='iris', paused=True)
         >>> client.resume("iris")
-        {'model': 'iris', 'paused': False}
+        PausedState(model='iris', paused=False)
         """
-        return self._driver.run(_flows.set_paused(self._server, model, True))
+        return self._driver.run(operations.set_paused(self._server, model, True))
 
-    def resume(self, model: str) -> dict[str, Any]:
+    def resume(self, model: str) -> PausedState:
         """Runs a paused model's jobs again; the result and the errors are those of `pause`.
 
-        >>> client.resume("iris")
-        {'model': 'iris', 'paused': False}
+        >>> client.resume("iris").paused
+        False
         """
-        return self._driver.run(_flows.set_paused(self._server, model, False))
+        return self._driver.run(operations.set_paused(self._server, model, False))
 
-    def queues(self) -> list[dict[str, Any]]:
-        """Returns what waits and runs, and how fast, a dict for each model.
+    def queues(self) -> list[Queue]:
+        """Returns what waits and runs, and how fast, for each model.
 
-        - `model` (str, None before there is a default model), `queue` (the list in Redis),
-          `paused` (bool).
-        - Numbers of jobs: `waiting` (a dict by priority), `delayed`, `running`, `dead`.
+        - `model` (None before there is a default model), `queue` (the list in Redis), `paused`.
+        - Numbers of jobs: `waiting` (by priority), `delayed`, `running`, `dead`.
         - `workers`, `slots`, and `starved` (1 if jobs are due and no worker is there for them).
         - Seconds, None while unknown: `oldest_age_seconds`, `seconds_per_job`, `backlog_seconds`.
         - Rates over the last `window_seconds`: `submitted_per_second`, `completed_per_second`,
           `failed_per_second`.
-        - `wait_seconds` and `run_seconds` (dicts of `p50`, `p95` and `p99`, None without jobs).
+        - Percentiles, None without jobs: `wait_seconds` and `run_seconds`.
 
-        >>> [queue["paused"] for queue in client.queues() if queue["model"] == "iris"]
+        >>> [queue.paused for queue in client.queues() if queue.model == "iris"]
         [False]
         """
-        return self._driver.run(_flows.list_all(self._server, "queues"))
+        return self._driver.run(operations.queues(self._server))
 
-    def workers(self) -> list[dict[str, Any]]:
-        """Returns the living workers, a dict for each; needs the scope `admin`.
+    def workers(self) -> list[Worker]:
+        """Returns the living workers; needs the scope `admin`.
 
         - `worker` (its name), `state` ("starting", "ready", "draining" or "hung"), `host`, `pid`.
         - `slots` and `busy` (batches that it can run, and runs), `jobs_done` (numbers by status).
-        - `started_at` (RFC 3339), `uptime_seconds`, `heard_seconds` (the age of all this).
+        - `started_at`, `uptime_seconds`, `heard_seconds` (the age of all this).
         - `models` (names), `versions` (SHA-256 by model and version), `served` (version by model),
           `loaded` ("model/version" in memory), `problems` (reasons by model and version).
         - `seconds_per_job` (by model), `run_times` (seconds by model and number of rows).
 
-        >>> client.workers()[0]["state"]
+        >>> client.workers()[0].state
         'ready'
         """
-        return self._driver.run(_flows.list_all(self._server, "workers"))
+        return self._driver.run(operations.workers(self._server))
 
-    def health(self) -> dict[str, Any]:
-        """Returns whether the server and its Redis answer: `status` is "ok".
+    def health(self) -> Health:
+        """Returns the state of the server, if it and its Redis answer.
 
-        With the scope `read` there are also `redis` (its name and version), `queues` (waiting
-        jobs by queue), `workers` (int) and `starved` (names of models with due jobs and no
-        worker). Raises RedisUnavailable if Redis does not answer, after all retries.
+        Raises RedisUnavailable if Redis does not answer, after all retries.
 
-        >>> client.health()["status"]
+        >>> client.health().status
         'ok'
         """
-        return self._driver.run(_flows.health(self._server))
+        return self._driver.run(operations.health(self._server))
+
+    def request(
+        self, method: str, path: str, *, body: Any = None, **query: str | float | None
+    ) -> Any:
+        """Sends a request for which there is no method here; returns the decoded JSON.
+
+        `path` is one of the server's /openapi.json, and quoted. `body` is sent as JSON, and `query`
+        are the parameters, without those that are None. The request is sent again as others are;
+        an answer of 400 or above is raised.
+
+        >>> client.request("GET", "/models/iris")["url"]
+        '/predict/iris'
+        """
+        return self._driver.run(call(self._server, method, path, query, body))
 
     def close(self) -> None:
         """Closes the connections; jobs go on. `with Client() as client:` does so at its end."""
@@ -446,7 +490,7 @@ class Client:
     def __del__(self) -> None:
         warn_if_open(self)
 
-    def _job(self, view: _flows.View) -> Job:
+    def _job(self, view: View) -> Job:
         """The Job of a view as the server shows it."""
         return Job(self._server, self._driver, view)
 
@@ -455,16 +499,34 @@ class Client:
         return Group(self._server, self._driver, view)
 
 
-def new_server(url: str | None, api_key: str | None, timeout: float, retries: int) -> RemoteServer:
-    """The server of a new client; what is None or empty comes from the environment.
+def new_server(
+    url: str | None,
+    api_key: str | None,
+    timeout: float,
+    retries: int,
+    total_timeout: float,
+    wait_for_models: bool,
+    on_wait: Callable[[str], None] | None,
+    cadence: Cadence,
+) -> RemoteServer:
+    """The server of a new client; a URL or key that is None or empty comes from the environment.
 
-    `timeout` is in seconds. Raises WrongAddress for a URL or key that cannot be one. It sends
-    nothing.
+    The arguments are those of a client. Raises WrongAddress for a URL or key that cannot be one.
+    It sends nothing.
     """
     url = normalized_url(url or os.environ.get("ASYNCINFER_URL") or _URL)
     key = normalized_key(api_key or os.environ.get("ASYNCINFER_API_KEY") or "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return RemoteServer(url, headers, timeout, retries)
+    return RemoteServer(
+        url=url,
+        headers=headers,
+        timeout_seconds=timeout,
+        retries=retries,
+        until=time.monotonic() + total_timeout,
+        waits_for_models=wait_for_models,
+        on_wait=on_wait,
+        cadence=cadence,
+    )
 
 
 def map_options(
@@ -477,21 +539,26 @@ def map_options(
 ) -> MapOptions:
     """The arguments of a map, with a random group if none is given.
 
-    `options` are the options of each job; those that are None are left out. Raises CannotSend if
-    `batch` is neither "auto" nor at least 1.
+    `options` are the options of each job; those that are None are left out. Raises CannotSend for
+    a `batch`, an `in_flight` or an `on_error` that a map does not have.
     """
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
         raise CannotSend(f'batch={batch!r} is neither "auto" nor a number of rows of at least 1.')
-    group = options.get("group")
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise CannotSend(f"in_flight={in_flight!r} is not a number of requests of at least 1.")
+    if on_error not in ("raise", "return"):
+        raise CannotSend(f'on_error={on_error!r} is neither "raise" nor "return".')
+    options = {name: option for name, option in options.items() if option is not None}
+    group = options.get("group") or f"map-{uuid.uuid4().hex[:12]}"
     return MapOptions(
         model=model,
         batch=batch,
         in_flight=in_flight,
         progress=progress,
         on_error=on_error,
-        group=group or f"map-{uuid.uuid4().hex[:12]}",
-        is_named=group is not None,
-        options={name: option for name, option in options.items() if option is not None},
+        group=group,
+        is_named="group" in options,
+        options={**options, "group": group},
     )
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -20,6 +20,8 @@ from asyncinfer.client._protocol import (
     Response,
     T,
 )
+from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._wait_reasons import RetryNotices
 
 if TYPE_CHECKING:
     import httpx2
@@ -70,21 +72,24 @@ class Driver:
     The connections are opened when needed, and closed by `close`.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, server: RemoteServer) -> None:
+        self._url = server.url
+        self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.Client | None = None
         self._lock = threading.Lock()
         self._has_answered = False
         self.closed = False
-        self.on_pause: Callable[[Pause], None] = lambda _: None
-        """Called before a request is sent again; not for the requests of a map."""
 
-    def run(self, flow: Flow[T]) -> T:
-        """Carries out a flow to its end; returns its result, or raises its error."""
+    def run(self, flow: Flow[T], carry_out: Callable[[FlowRequest], FlowReply] | None = None) -> T:
+        """Carries out a flow to its end; returns its result, or raises its error.
+
+        `carry_out` takes the place of sending a request, and of sleeping for a pause.
+        """
+        carry_out = carry_out or self._carry_out
         reply: FlowReply = None
         try:
             while True:
-                reply = self._carry_out(flow.send(reply))
+                reply = carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -119,7 +124,7 @@ class Driver:
     def _carry_out(self, request: FlowRequest) -> FlowReply:
         """Sends a request, or sleeps for a pause and returns None."""
         if isinstance(request, Pause):
-            self.on_pause(request)
+            self._notices.report(request.reason, request.begun_at, request.seconds)
             time.sleep(request.seconds)
             return None
         return self.exchange(request)
@@ -157,18 +162,22 @@ class Driver:
 class AsyncDriver:
     """Carries out flows in an event loop; the same as Driver otherwise."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, server: RemoteServer) -> None:
+        self._url = server.url
+        self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.AsyncClient | None = None
         self._has_answered = False
         self.closed = False
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Carries out a flow to its end; returns its result, or raises its error."""
+    async def run(
+        self, flow: Flow[T], carry_out: Callable[[FlowRequest], Awaitable[FlowReply]] | None = None
+    ) -> T:
+        """Carries out a flow to its end; as `Driver.run`."""
+        carry_out = carry_out or self._carry_out
         reply: FlowReply = None
         try:
             while True:
-                reply = await self._carry_out(flow.send(reply))
+                reply = await carry_out(flow.send(reply))
         except StopIteration as done:
             result: T = done.value
             return result
@@ -176,11 +185,7 @@ class AsyncDriver:
             flow.close()
 
     async def events(self, request: Request) -> AsyncGenerator[Response | Lost | Event, None]:
-        """Yields the response, then its events, and a Lost at the end if the stream was cut.
-
-        The content of a 200 is empty, as the events are its content; another response has no
-        events. A Lost alone means that there was no response. Raises ClientClosed.
-        """
+        """Yields a response and its events, as `Driver.events`."""
         import httpx2
 
         try:
@@ -206,15 +211,13 @@ class AsyncDriver:
         if isinstance(request, Pause):
             import asyncio
 
+            self._notices.report(request.reason, request.begun_at, request.seconds)
             await asyncio.sleep(request.seconds)
             return None
         return await self.exchange(request)
 
     async def exchange(self, request: Request) -> Response | Lost:
-        """Sends a request once, and returns the response of any status, or a Lost if none came.
-
-        Raises ClientClosed, and nothing for errors of the network.
-        """
+        """Sends a request once, as `Driver.exchange`."""
         import httpx2
 
         body = ResponseBody()

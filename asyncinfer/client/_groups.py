@@ -3,9 +3,13 @@
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from asyncinfer.client import _display, _events, _flows
+import msgspec
+
+from asyncinfer.client import _display, _events
+from asyncinfer.client._answers import ClearedJobs, GroupCounts, GroupView
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
+from asyncinfer.client._flows import operations
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
 
@@ -17,33 +21,33 @@ class GroupState:
         self._view = view
 
     @property
+    def _fields(self) -> GroupView:
+        return msgspec.convert(self._view, GroupView)
+
+    @property
     def name(self) -> str:
         """The `group` that the jobs were submitted with."""
-        return str(self._view["group"])
+        return self._fields.group
 
     @property
     def jobs(self) -> int:
         """The number of its jobs, ended ones included; at most the newest 1,000,000 count."""
-        return int(self._view["jobs"])
+        return self._fields.jobs
 
     @property
-    def counts(self) -> dict[str, int]:
-        """The number of its jobs by state.
-
-        The keys are pending, processing, completed, failed, cancelled, and expired (ended, and no
-        longer kept).
-        """
-        return dict(self._view["counts"])
+    def counts(self) -> GroupCounts:
+        """The number of its jobs by state."""
+        return self._fields.counts
 
     @property
     def progress(self) -> float:
         """The share of its jobs that have ended, 0 to 1."""
-        return float(self._view["progress"])
+        return self._fields.progress
 
     @property
     def eta_seconds(self) -> float | None:
         """Seconds until all jobs have ended, at their pace so far; None while none has ended."""
-        return self._view.get("eta_seconds")
+        return self._fields.eta_seconds
 
     def as_dict(self) -> dict[str, Any]:
         """All that the server says of it.
@@ -65,7 +69,7 @@ class Group(GroupState):
     """The jobs that were submitted with one `group`; `client.group(name)` gives it.
 
     >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-group").wait()
-    >>> client.group("docs-group").counts["failed"]
+    >>> client.group("docs-group").counts.failed
     0
     """
 
@@ -82,20 +86,17 @@ class Group(GroupState):
         >>> job.wait().status, group.refresh().progress
         ('completed', 1.0)
         """
-        self._view = self._driver.run(_flows.group(self._server, self.name))
+        self._view = self._driver.run(operations.group(self._server, self.name))
         return self
 
-    def cancel(self) -> dict[str, Any]:
+    def cancel(self) -> ClearedJobs:
         """Cancels all its unfinished jobs; returns how many.
 
-        The keys are `group`, `cancelled` (int, jobs that waited) and `stopping` (int, running jobs
-        that will stop).
-
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-cancel").wait()
-        >>> client.group("docs-cancel").cancel()["cancelled"]
-        0
+        >>> client.group("docs-cancel").cancel()
+        ClearedJobs(cancelled=0)
         """
-        return self._driver.run(_flows.cancel_group(self._server, self.name))
+        return self._driver.run(operations.cancel_group(self._server, self.name))
 
     def events(self) -> Iterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left.
@@ -123,12 +124,12 @@ class AsyncGroup(GroupState):
 
     async def refresh(self) -> "AsyncGroup":
         """Reads its state again, and returns itself; raises GroupNotFound."""
-        self._view = await self._driver.run(_flows.group(self._server, self.name))
+        self._view = await self._driver.run(operations.group(self._server, self.name))
         return self
 
-    async def cancel(self) -> dict[str, Any]:
-        """Cancels all its unfinished jobs; returns `group`, `cancelled` and `stopping`."""
-        return await self._driver.run(_flows.cancel_group(self._server, self.name))
+    async def cancel(self) -> ClearedJobs:
+        """Cancels all its unfinished jobs; returns how many."""
+        return await self._driver.run(operations.cancel_group(self._server, self.name))
 
     def events(self) -> AsyncIterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left."""

@@ -2,18 +2,20 @@
 
 from collections.abc import AsyncIterator, Generator, Iterator
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
-from asyncinfer.client import _display, _events, _flows
+import msgspec
+
+from asyncinfer.client import _display, _events
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._flows import View
+from asyncinfer.client._flows import jobs, views, waiting
+from asyncinfer.client._flows.views import JobView, View
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import WaitingFor
+from asyncinfer.jobs import JobError
 from asyncinfer.untrusted.printable import printable_line
-
-_TIMES: Final = ("created_at", "started_at", "finished_at")
 
 
 class JobState:
@@ -23,43 +25,55 @@ class JobState:
         self._view = view
 
     @property
+    def _fields(self) -> JobView:
+        return msgspec.convert(self._view, JobView)
+
+    @property
     def id(self) -> str:
         """The id with which `client.job(id)` finds it again."""
-        return str(self._view["job_id"])
+        return self._fields.job_id
 
     @property
     def status(self) -> str:
         """pending, processing, completed, failed or cancelled, as last read."""
-        return str(self._view["status"])
+        return self._fields.status
 
     @property
     def model(self) -> str | None:
         """The name of its model; None until the job is read after its submit."""
-        return self._view.get("model")
+        return self._fields.model
+
+    @property
+    def version(self) -> str | None:
+        """The version of the model that ran or was asked for; None while it is not known."""
+        return self._fields.version
+
+    @property
+    def group(self) -> str | None:
+        """The `group` that it was submitted with, if it had one and the job was read again."""
+        return self._fields.group
 
     @property
     def tenant(self) -> str | None:
-        """Its tenant, if an operator listed the jobs of tenants; else None."""
-        return self._view.get("tenant")
+        """Its tenant, if an operator read it or listed the jobs of tenants; else None."""
+        return self._fields.tenant
 
     @property
-    def error(self) -> dict[str, Any] | None:
-        """Why a failed job failed, a dict of `code` and `message`; else None."""
-        return self._view.get("error")
+    def error(self) -> JobError | None:
+        """Why a failed job failed, its `code` and `message`; else None."""
+        return self._fields.error
 
     @property
     def waiting_for(self) -> WaitingFor | None:
         """Why it is not run now, as last read; None while it only waits for its turn, or runs."""
-        return _flows.waiting_for(self._view)
+        return self._fields.waiting_for
 
     @property
     def timeline(self) -> dict[str, datetime]:
         """The times, with time zone, when it was `created`, `started` and `finished`, so far."""
-        return {
-            name.removesuffix("_at"): datetime.fromisoformat(self._view[name])
-            for name in _TIMES
-            if self._view.get(name)
-        }
+        job = self._fields
+        times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
+        return {name: time for name, time in times.items() if time}
 
     def as_dict(self) -> View:
         """All that the server says of it.
@@ -111,7 +125,7 @@ class Job(JobState):
         0
         """
         self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
-        return _flows.outcome(self._view)
+        return views.outcome(self._view)
 
     def wait(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> "Job":
         """Waits until the job has ended, and returns it, however it ended.
@@ -121,22 +135,26 @@ class Job(JobState):
         >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait().status
         'completed'
         """
-        flow = _flows.wait(
+        flow = waiting.wait(
             self._server,
-            _flows.as_unfinished(self._view),
-            _flows.deadline(self._server, timeout),
+            views.as_unfinished(self._view),
+            waiting.deadline(self._server, timeout),
             cancel_on_timeout=cancel_on_timeout,
         )
         self._view = self._driver.run(flow)
         return self
 
-    def refresh(self) -> "Job":
+    def refresh(self, wait_seconds: float = 0) -> "Job":
         """Reads its state again, and returns it; raises JobNotFound and JobExpired.
+
+        Unless the job has ended, the server answers when it does, or after `wait_seconds`, at most
+        60.
 
         >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").refresh().model
         'iris'
         """
-        self._view = self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
+        flow = jobs.read_job(self._server, self.id, wait_seconds, self.tenant)
+        self._view = self._driver.run(flow)
         return self
 
     def cancel(self) -> "Job":
@@ -148,7 +166,7 @@ class Job(JobState):
         >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", delay_seconds=60).cancel().status
         'cancelled'
         """
-        self._view = self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
+        self._view = self._driver.run(jobs.cancel_job(self._server, self.id, self.tenant))
         return self
 
     def retry(self) -> "Job":
@@ -160,7 +178,7 @@ class Job(JobState):
         >>> job.retry().cancel().status
         'cancelled'
         """
-        self._view = self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
+        self._view = self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
 
     def purge(self) -> None:
@@ -168,7 +186,7 @@ class Job(JobState):
 
         >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait().purge()
         """
-        self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
+        self._driver.run(jobs.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> Iterator[Event]:
         """Yields each change as it happens, its present state first, until it has ended.
@@ -204,7 +222,7 @@ class AsyncJob(JobState):
     async def result(self, timeout: float | None = None, *, cancel_on_timeout: bool = False) -> Any:
         """Waits until the job has ended, and returns or raises as `Job.result` does."""
         await self.wait(timeout, cancel_on_timeout=cancel_on_timeout)
-        return _flows.outcome(self._view)
+        return views.outcome(self._view)
 
     async def wait(
         self, timeout: float | None = None, *, cancel_on_timeout: bool = False
@@ -213,33 +231,34 @@ class AsyncJob(JobState):
 
         Raises WaitTimeout.
         """
-        flow = _flows.wait(
+        flow = waiting.wait(
             self._server,
-            _flows.as_unfinished(self._view),
-            _flows.deadline(self._server, timeout),
+            views.as_unfinished(self._view),
+            waiting.deadline(self._server, timeout),
             cancel_on_timeout=cancel_on_timeout,
         )
         self._view = await self._driver.run(flow)
         return self
 
-    async def refresh(self) -> "AsyncJob":
+    async def refresh(self, wait_seconds: float = 0) -> "AsyncJob":
         """Reads its state again, and returns itself; raises JobNotFound and JobExpired."""
-        self._view = await self._driver.run(_flows.read(self._server, self.id, tenant=self.tenant))
+        flow = jobs.read_job(self._server, self.id, wait_seconds, self.tenant)
+        self._view = await self._driver.run(flow)
         return self
 
     async def cancel(self) -> "AsyncJob":
         """Cancels it, and returns it: cancelled if it waited, still processing if it runs."""
-        self._view = await self._driver.run(_flows.cancel_job(self._server, self.id, self.tenant))
+        self._view = await self._driver.run(jobs.cancel_job(self._server, self.id, self.tenant))
         return self
 
     async def retry(self) -> "AsyncJob":
         """Runs it again under the same id, and returns it, pending."""
-        self._view = await self._driver.run(_flows.retry_job(self._server, self.id, self.tenant))
+        self._view = await self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
 
     async def purge(self) -> None:
         """Deletes it with its input and result; raises JobNotFinished until it has ended."""
-        await self._driver.run(_flows.purge_job(self._server, self.id, self.tenant))
+        await self._driver.run(jobs.purge_job(self._server, self.id, self.tenant))
 
     def events(self) -> AsyncIterator[Event]:
         """Yields each change as it happens, its present state first, until it has ended."""

@@ -1,4 +1,4 @@
-"""A model as a server describes it."""
+"""Models as a server describes them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +36,19 @@ class TensorInfo(Struct, frozen=True):
         if self.shape is None:
             return "[...]"
         return f"[{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
+
+class ModelProblem(Struct, frozen=True, kw_only=True):
+    """Why a worker does not serve a version, or why it serves an older file of it.
+
+    `version` None: the problem is in its `model.toml`, for all versions. Another worker than this
+    one may serve the version.
+    """
+
+    model: str
+    version: str | None = None
+    worker: str
+    reason: str
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -76,8 +89,8 @@ class Model(Struct, frozen=True, kw_only=True):
     """True if jobs are accepted and none is run."""
     workers: int = 0
     """The number of living workers that serve it."""
-    problems: tuple[dict[str, Any], ...] = ()
-    """Versions that a worker found and does not serve: `model`, `version`, `worker`, `reason`."""
+    problems: tuple[ModelProblem, ...] = ()
+    """Versions that a worker found and does not serve."""
     run_times: dict[str, dict[str, float]] = {}
     """By worker, the measured seconds of a run by its number of rows."""
     shown_example: Any = msgspec.field(name="example", default=None)
@@ -113,6 +126,26 @@ class Model(Struct, frozen=True, kw_only=True):
         workers = f"{self.workers or 'no'} worker{'s' * (self.workers > 1)}"
         name = f"{self.model} version {self.version}"
         return _display.model_card(name, "paused" if self.paused else workers, _card_rows(self))
+
+
+class Catalog(Struct, frozen=True, kw_only=True):
+    """All models of a service, also those that do not run yet, or not at all.
+
+    Workers serve `models`, are `loading` those of these names, and have `problems` with models of
+    which they serve no version.
+
+    >>> client.catalog().loading
+    ()
+    """
+
+    models: tuple[Model, ...]
+    loading: tuple[str, ...] = ()
+    problems: tuple[ModelProblem, ...] = ()
+
+    @property
+    def all_problems(self) -> tuple[ModelProblem, ...]:
+        """These problems, and then those of the models that are served."""
+        return sum((model.problems for model in self.models), self.problems)
 
 
 def _card_rows(model: Model) -> dict[str, Any]:

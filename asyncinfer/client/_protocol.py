@@ -27,7 +27,9 @@ class Pause(Struct, frozen=True):
     """A wait of a flow before it sends a request again, and why it has to."""
 
     seconds: float
-    reason: WaitingFor | None = None
+    reason: WaitingFor
+    begun_at: float
+    """When the request was sent first, on the monotonic clock."""
 
 
 class Response(Struct, frozen=True):

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.client._errors import (
+    NotAsyncinfer,
     WaitTimeout,
     connection_failed_error,
     error_of_response,
@@ -19,13 +20,9 @@ from asyncinfer.client._errors import (
     retry_reason,
 )
 from asyncinfer.client._models import Model
-from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, exchange
-from asyncinfer.client._wait_reasons import WaitingFor
-from asyncinfer.errors import (
-    InvalidInput,
-    ModelLoading,
-    NoModelAnnounced,
-)
+from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, T, exchange
+from asyncinfer.client._wait_reasons import CADENCE, Cadence, WaitingFor
+from asyncinfer.errors import InvalidInput, ModelLoading, NoModelAnnounced
 
 RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 FIRST_WORKER_RETRIES: Final = 2
@@ -46,10 +43,13 @@ class RemoteServer(Struct):
     retries: int
     until: float = math.inf
     """The client's deadline on the monotonic clock: past it nothing is awaited or sent again."""
-    models: dict[str | None, tuple[float, Model]] = {}
-    """Models by name, None for the default one, each with the time when it was read."""
     waits_for_models: bool = False
     """A model that a worker is loading is awaited until `until`, beyond all retries."""
+    on_wait: Callable[[str], None] | None = None
+    """Takes the lines that say why no answer comes; None: those of maps go to their progress."""
+    cadence: Cadence = CADENCE
+    models: dict[str | None, tuple[float, Model]] = {}
+    """Models by name, None for the default one, each with the time when it was read."""
     accepts_ndjson: bool = True
     """False once the server, one of an earlier release, has refused NDJSON."""
 
@@ -69,7 +69,8 @@ def fetch(
     own deadline has passed.
     """
     request = with_client_headers(server, request)
-    queue_full_until = time.monotonic() + queue_full_seconds
+    begun_at = time.monotonic()
+    queue_full_until = begun_at + queue_full_seconds
     attempt = 0
     while True:
         reply = yield from exchange(request)
@@ -85,7 +86,7 @@ def fetch(
             break
         if until < min(due, server.until):
             break
-        yield from wait_before_retry(server, pause, reason)
+        yield from wait_before_retry(server, pause, reason, begun_at)
     if isinstance(reply, Lost):
         raise connection_failed_error(reply.reason, server.url)
     return reply
@@ -147,16 +148,37 @@ def decode_json(server: RemoteServer, response: Response) -> Any:
 
 
 def get(server: RemoteServer, path: str, **query: Any) -> Flow[Any]:
-    """The decoded JSON of a GET of `path`, which is quoted already; raises as `fetch_json` does.
+    """The decoded JSON of a GET; else as `call`."""
+    return (yield from call(server, "GET", path, query))
 
-    Parameters in `query` that are None are left out.
+
+def call(
+    server: RemoteServer, method: str, path: str, query: Mapping[str, Any], body: Any = None
+) -> Flow[Any]:
+    """The decoded JSON of a request for `path`, which is quoted already.
+
+    Parameters in `query` that are None are left out; `body` is sent as JSON, None sends none.
+    Raises as `fetch_json` does.
     """
-    return (yield from fetch_json(server, Request(method="GET", path=path + query_text(query))))
+    request = Request(
+        method=method,
+        path=path + query_text(query),
+        headers={} if body is None else {"content-type": "application/json"},
+        body=None if body is None else msgspec.json.encode(body),
+    )
+    return (yield from fetch_json(server, request))
 
 
-def call(server: RemoteServer, method: str, path: str, **query: Any) -> Flow[Any]:
-    """The decoded JSON of a request without a body; else as `get`."""
-    return (yield from fetch_json(server, Request(method=method, path=path + query_text(query))))
+def convert(server: RemoteServer, value: Any, kind: type[T]) -> T:
+    """Decoded JSON as `kind`, whatever more is in it; raises NotAsyncinfer for another form."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise NotAsyncinfer(
+            f"{server.url} answered with other JSON ({error}), which is not how asyncinfer "
+            "answers. Give the address that `asyncinfer serve` shows as its URL, or install the "
+            "server's release."
+        ) from error
 
 
 def path_part(name: str) -> str:
@@ -169,13 +191,16 @@ def path_part(name: str) -> str:
     return quote(name, safe="")
 
 
-def wait_before_retry(server: RemoteServer, seconds: float, reason: WaitingFor) -> Flow[None]:
+def wait_before_retry(
+    server: RemoteServer, seconds: float, reason: WaitingFor, begun_at: float
+) -> Flow[None]:
     """Waits before the next try; raises WaitTimeout if the client's own deadline comes first.
 
-    In that case it has waited until the deadline. `reason` is why the request has to be sent again.
+    In that case it has waited until the deadline. `reason` is why the request has to be sent again,
+    and `begun_at` when it was sent first.
     """
     left = server.until - time.monotonic()
-    yield Pause(max(0.0, min(seconds, left)), reason)
+    yield Pause(max(0.0, min(seconds, left)), reason, begun_at)
     if left < seconds:
         raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
 

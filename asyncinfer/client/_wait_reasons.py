@@ -6,6 +6,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from asyncinfer.untrusted.printable import printable_line
+
 
 class WaitingFor(Struct, frozen=True):
     """Why a job is not run now: a stable `code`, and a `message` for people with what to do.
@@ -18,8 +20,8 @@ class WaitingFor(Struct, frozen=True):
     message: str
 
 
-class Cadence(Struct, frozen=True):
-    """How soon the reason of a wait is reported, and how often."""
+class Cadence(Struct, frozen=True, kw_only=True):
+    """How soon a client says why no answer comes, and how often."""
 
     first_check_seconds: float = 2.0
     """The wait before the first request for a reason; a slow model alone may take as long."""
@@ -42,7 +44,7 @@ class Notices:
     def __init__(
         self,
         say: Callable[[str], None],
-        cadence: Cadence = CADENCE,
+        cadence: Cadence,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._say = say
@@ -62,13 +64,27 @@ class Notices:
         elif reason.code != self._code or self._now() >= self._due_at:
             self._code = reason.code
             self._due_at = self._now() + self._again_seconds
-            self._say(f"{waits}: {reason.message}")
+            self._say(printable_line(f"{waits}: {reason.message}"))
 
     def _report_end(self, goes_on: str) -> None:
         """Reports that nothing is wrong any more, if something was reported."""
         if self._code:
             self._code = ""
-            self._say(f"{goes_on}.")
+            self._say(printable_line(f"{goes_on}."))
+
+
+class RetryNotices:
+    """Reports why a request is sent again, once it has gone without an answer for a while."""
+
+    def __init__(self, say: Callable[[str], None] | None, cadence: Cadence) -> None:
+        """`say` None reports nothing."""
+        self._notices = Notices(say or (lambda _: None), cadence)
+        self._first_seconds = cadence.first_check_seconds
+
+    def report(self, reason: WaitingFor, begun_at: float, pause_seconds: float) -> None:
+        """Takes why a request of `begun_at` is sent again after a pause, and reports it if due."""
+        if time.monotonic() + pause_seconds - begun_at >= self._first_seconds:
+            self._notices.report(reason, "It is tried again", "")
 
 
 class Silence:
@@ -78,29 +94,23 @@ class Silence:
     `is_over`.
     """
 
-    def __init__(
-        self,
-        until: float,
-        cadence: Cadence = CADENCE,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """The silence is over at `until`, on the clock `now`."""
+    def __init__(self, until: float, cadence: Cadence) -> None:
+        """The silence is over at `until`, on the monotonic clock."""
         self._until = until
-        self._cadence = cadence
-        self._now = now
+        self._max_seconds = cadence.max_check_seconds
         self._pause_seconds = cadence.first_check_seconds
-        self._next_at = now() + self._pause_seconds
+        self._next_at = time.monotonic() + self._pause_seconds
 
     @property
     def is_over(self) -> bool:
         """Whether the time is over, so that the wait must end."""
-        return self._now() >= self._until
+        return time.monotonic() >= self._until
 
     def seconds(self) -> float:
         """The seconds until the next request for a reason is due, or until the end; at least 0."""
-        return max(0.0, min(self._next_at, self._until) - self._now())
+        return max(0.0, min(self._next_at, self._until) - time.monotonic())
 
     def schedule_next(self) -> None:
         """Schedules the next request for a reason, after twice the last time."""
-        self._pause_seconds = min(2 * self._pause_seconds, self._cadence.max_check_seconds)
-        self._next_at = self._now() + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, self._max_seconds)
+        self._next_at = time.monotonic() + self._pause_seconds

@@ -191,6 +191,7 @@ async def test_every_fault_of_a_line_is_named(api: httpx2.AsyncClient) -> None:
     assert [error["pointer"] for error in wrong["errors"]] == ["/data/0/1", "/data/0/2"]
 
 
+@pytest.mark.soak
 async def test_ten_thousand_lines_with_wrong_ones_among_them(
     port: int, server: redis.Redis
 ) -> None:
@@ -507,6 +508,7 @@ async def test_a_client_that_falls_silent_is_cut_off(port: int) -> None:
             assert await bulk.is_closed()
 
 
+@pytest.mark.soak
 async def test_a_client_that_is_slow_but_not_silent_is_read_to_the_end(port: int) -> None:
     async with bulk_client(port) as bulk:
         for place in range(0, len(GOOD), 4):
@@ -550,8 +552,8 @@ async def test_answers_that_no_client_reads_are_bounded(port: int) -> None:
     # With valid lines among them, since a request ends after a thousand refused lines.
     text = (GOOD + b"\n" + b"x\n" * 9) * 1000
     async with bulk_client(port) as bulk:
-        reading = asyncio.ensure_future(_read_answers(bulk, 200_000))
-        for _ in range(20):
+        reading = asyncio.ensure_future(_read_answers(bulk, 80_000))
+        for _ in range(8):
             await bulk.send(text)
         await reading
         bulk.end()
@@ -584,6 +586,7 @@ def test_many_small_answers_are_read_at_a_time_and_large_ones_singly() -> None:
     assert sizes.fit("images") == 1
 
 
+@pytest.mark.soak
 async def test_large_results_are_in_memory_a_few_at_a_time(
     api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:

@@ -457,6 +457,7 @@ async def test_an_offer_to_upgrade_is_answered_as_plain_http(strict_port: int) -
     writer.close()
 
 
+@pytest.mark.soak
 async def test_an_answer_leaves_nothing_for_the_garbage_collector(strict_port: int) -> None:
     """Collecting garbage of answers stopped an API for 10 ms and more, twice a second."""
     body = msgspec.json.encode({"data": ROW})

@@ -18,6 +18,7 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import public_worker_name
 from tests.faults.harness import eventually
+from tests.sampling import soak_except
 
 from .harness import COLUMNS, QUEUE, ROW, ManualWorker, assert_problem, signature, submit
 from .sse import open_event_stream
@@ -202,18 +203,21 @@ async def test_a_worker_with_an_impossible_announcement_is_shown_as_one_without(
 
 @pytest.mark.parametrize(
     "announced",
-    [
-        {"inputs": [{"name": "x", "datatype": "FP31", "shape": [1]}]},
-        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]},
-        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1 << 70]}]},
-        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1] * 100}]},
-        {"max_rows": 0},
-        {"max_rows": 10**30},
-        {"version": "2"},
-        {"model": "digits"},
-        {"example": msgspec.Raw(b"[" * 500 + b"]" * 500)},
-        {"example": msgspec.Raw(DEEP)},
-    ],
+    soak_except(
+        [
+            {"inputs": [{"name": "x", "datatype": "FP31", "shape": [1]}]},
+            {"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]},
+            {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1 << 70]}]},
+            {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1] * 100}]},
+            {"max_rows": 0},
+            {"max_rows": 10**30},
+            {"version": "2"},
+            {"model": "digits"},
+            {"example": msgspec.Raw(b"[" * 500 + b"]" * 500)},
+            {"example": msgspec.Raw(DEEP)},
+        ],
+        3,
+    ),
 )
 async def test_a_model_that_no_worker_can_have_announced_is_not_served(
     api: httpx2.AsyncClient, damaged: redis.Redis, announced: dict[str, Any]
@@ -276,11 +280,19 @@ async def test_a_queue_that_cannot_be_counted_is_left_out_and_its_scale_says_whi
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *(keys.queues(QUEUE), keys.workers(QUEUE), keys.models(QUEUE), keys.default_model(QUEUE)),
-        *(keys.default_versions(QUEUE), keys.model(QUEUE, "digits"), keys.out_of_place(QUEUE)),
-        *(keys.pace(QUEUE, "iris"), keys.worker(QUEUE, "w")),
-    ],
+    soak_except(
+        [
+            *(
+                keys.queues(QUEUE),
+                keys.workers(QUEUE),
+                keys.models(QUEUE),
+                keys.default_model(QUEUE),
+            ),
+            *(keys.default_versions(QUEUE), keys.model(QUEUE, "digits"), keys.out_of_place(QUEUE)),
+            *(keys.pace(QUEUE, "iris"), keys.worker(QUEUE, "w")),
+        ],
+        3,
+    ),
 )
 async def test_a_shared_key_of_another_type_is_read_as_empty(
     api: httpx2.AsyncClient, damaged: redis.Redis, name: str
@@ -334,6 +346,7 @@ async def test_an_idempotency_key_that_stands_for_garbage_ends_no_role(
     await submit(api)
 
 
+@pytest.mark.soak
 async def test_an_inbox_with_nonsense_or_of_another_type_keeps_no_client_waiting(
     api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis
 ) -> None:

@@ -83,6 +83,7 @@ async def test_every_shape_is_answered_as_it_should_be(
     assert not _warnings(caplog)
 
 
+@pytest.mark.soak
 async def test_every_shape_is_answered_the_same_in_two_packets(
     counting_api: CountingApi, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -242,6 +242,7 @@ async def test_while_the_default_model_is_unknown_a_client_is_asked_to_retry(
     assert await store.command("LLEN", keys.queue(store.queue_name, "cats", None)) == 1
 
 
+@pytest.mark.soak
 async def test_while_redis_has_lost_the_default_model_only_its_clients_wait(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:

@@ -135,6 +135,7 @@ async def test_many_streams_that_are_read_get_every_event_while_requests_are_ans
     assert all(stream.result() == ids for stream in reading)
 
 
+@pytest.mark.soak
 async def test_a_stream_that_is_read_late_gets_every_event_once(port: int) -> None:
     """More changes than are kept in memory: the rest must come from the log."""
     async with client_of(port) as client, open_event_stream(client, "/events") as stream:

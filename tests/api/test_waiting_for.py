@@ -259,6 +259,7 @@ async def test_a_job_whose_model_is_being_loaded_waits_for_that(
         await eventually(lambda: is_starting(client), "the model is loaded again", 2)
 
 
+@pytest.mark.soak
 async def test_a_version_that_is_being_loaded_is_waited_for_and_not_unknown(
     config: ApiConfig, store: Store
 ) -> None:

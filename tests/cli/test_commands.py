@@ -201,6 +201,7 @@ async def test_a_bench_whose_connections_are_cut_says_so_in_one_line(
     assert "was cut while it was under load" in error_line(ran, 3)
 
 
+@pytest.mark.soak
 def test_bench_is_shown_to_people(url: str) -> None:
     shown = run_command("bench", "--seconds", "0.5").out
 
@@ -252,6 +253,7 @@ def test_jobs_of_all_tenants_are_listed_and_acted_on_by_operators(url: str) -> N
     assert refused.code == 2
 
 
+@pytest.mark.soak
 def test_a_key_that_may_not_see_workers_still_watches_and_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from asyncinfer.processes import valkey
 from asyncinfer.testing import Running, service
 from tests.cli.command_line import run_in_shell
+from tests.sampling import soak_except
 
 from .hostile_server import HostileServer
 from .pseudo_terminal import at_a_terminal
@@ -109,6 +110,7 @@ def test_status_and_error_of_an_external_job_command_nothing(
     assert "evil" in shown_on_a_terminal("job", "external2", "--json")
 
 
+@pytest.mark.soak
 def test_a_queues_name_commands_nothing_in_top(evil_url: None, redis_client: Any) -> None:
     (key,) = redis_client.keys("{*}:queues")
     queue = f"{key[1 : key.index('}')]}:{EVIL}"
@@ -127,18 +129,21 @@ EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason":
 
 @pytest.mark.parametrize(
     "argv",
-    [
-        ("jobs",),
-        ("jobs", "--all-tenants"),
-        ("dead", "--json"),
-        ("job", "a"),
-        ("job", "a", "--watch", "--timeout", "0"),
-        ("models",),
-        ("models", "iris"),
-        ("retry", "--dead"),
-        ("predict", "-m", "iris", "1", "2", "3", "4"),
-        ("doctor", "--model-dir", "."),
-    ],
+    soak_except(
+        [
+            ("jobs",),
+            ("jobs", "--all-tenants"),
+            ("dead", "--json"),
+            ("job", "a"),
+            ("job", "a", "--watch", "--timeout", "0"),
+            ("models",),
+            ("models", "iris"),
+            ("retry", "--dead"),
+            ("predict", "-m", "iris", "1", "2", "3", "4"),
+            ("doctor", "--model-dir", "."),
+        ],
+        4,
+    ),
     ids=" ".join,
 )
 def test_a_hostile_server_commands_nothing(hostile: HostileServer, argv: tuple[str, ...]) -> None:

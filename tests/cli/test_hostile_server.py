@@ -7,6 +7,7 @@ from typing import Any, Final
 import pytest
 
 from tests.cli.command_line import CommandResult, run_command
+from tests.sampling import soak_except
 
 from .hostile_server import HostileServer
 
@@ -87,7 +88,7 @@ def test_the_answers_that_the_hostile_server_changes_are_good_ones(
         assert run_command(*argv).code in (0, 1)
 
 
-@pytest.mark.parametrize("request_line", COMMANDS)
+@pytest.mark.parametrize("request_line", soak_except(COMMANDS, 4))
 def test_no_wrong_type_in_an_answer_ends_in_a_traceback(
     hostile: HostileServer, request_line: str
 ) -> None:
@@ -146,7 +147,7 @@ PROBLEM: Final = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("wrong", soak_except(WRONG, 3), ids=repr)
 @pytest.mark.parametrize("code", ["invalid_input", "job_failed", "model_not_found", "x"])
 def test_no_wrong_type_in_an_error_ends_in_a_traceback(
     hostile: HostileServer, code: str, wrong: Any

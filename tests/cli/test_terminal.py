@@ -28,6 +28,7 @@ def test_no_color_is_honoured(url: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not COLOUR.search(at_a_terminal(["jobs"], 120).text)
 
 
+@pytest.mark.soak
 def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path: Path) -> None:
     (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 3000)
     argv = ["predict", "many.csv", "-o", "answers.csv"]
@@ -62,8 +63,15 @@ def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> No
     assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
-@pytest.mark.parametrize("columns", [80, 160])
-@pytest.mark.parametrize("key", ["q", "\x03"])
+@pytest.mark.parametrize(
+    ("key", "columns"),
+    [
+        ("q", 80),
+        ("\x03", 160),
+        pytest.param("q", 160, marks=pytest.mark.soak),
+        pytest.param("\x03", 80, marks=pytest.mark.soak),
+    ],
+)
 def test_top_is_drawn_as_wide_as_the_terminal_and_left_by_a_key(
     url: str, columns: int, key: str
 ) -> None:

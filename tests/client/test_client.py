@@ -16,6 +16,7 @@ from asyncinfer.client import (
     AsyncClient,
     AsyncGroup,
     AsyncJob,
+    ClearedJobs,
     Client,
     ClientClosed,
     Group,
@@ -23,6 +24,8 @@ from asyncinfer.client import (
     JobFailed,
     JobFinished,
     JobNotFound,
+    RequestError,
+    WaitingJobs,
     WaitTimeout,
 )
 from asyncinfer.errors import Forbidden
@@ -125,7 +128,7 @@ def test_address_and_key_come_from_the_environment(
     monkeypatch.setenv("ASYNCINFER_URL", running.url + "/")
     with Client() as client:
         assert client.url == running.url
-        assert client.health()["status"] == "ok"
+        assert client.health().status == "ok"
 
 
 # --- a prediction ------------------------------------------------------------------------------
@@ -212,8 +215,8 @@ def test_every_model_has_an_example_that_works(client: Client) -> None:
 
 def test_validate_runs_nothing(client: Client) -> None:
     understood = client.validate(np.zeros((2, 4)), priority="low")
-    assert (understood["model"], understood["rows"]) == ("iris", 2)
-    assert understood["options"]["priority"] == "low"
+    assert (understood.model, understood.rows) == ("iris", 2)
+    assert understood.options["priority"] == "low"
 
 
 # --- a job -------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_a_job_is_found_by_its_id(client: Client, running: Running) -> None:
     assert list(job.timeline) == ["created", "started", "finished"]
     assert job.timeline["created"] <= job.timeline["finished"]
     assert job.as_dict()["priority"] == "low"
-    assert client.group("found-by-id").counts["completed"] == 1
+    assert client.group("found-by-id").counts.completed == 1
     assert [found.id for found in client.jobs(group="found-by-id")] == [job.id]
     assert repr(job) == f"<Job {job.id} of iris: completed>"
 
@@ -267,7 +270,7 @@ def test_a_failed_job_says_why(client: Client) -> None:
 
     job = client.submit(np.array([[9.0]]), "picky").wait()
     assert job.error is not None
-    assert job.error["code"] == "model_failed"
+    assert job.error.code == "model_failed"
 
 
 def test_a_timeout_bounds_the_wait_and_the_job_goes_on(client: Client) -> None:
@@ -334,9 +337,9 @@ def test_an_operator_acts_on_a_job_of_another_tenant_and_does_not_see_its_result
     assert found.refresh().tenant == "default"
     with pytest.raises(JobFinished):
         found.cancel()
-    assert client.retry_all([found.id], tenant="acme")["retried"] == []
-    assert client.cancel_all(tenant="acme", group="theirs")["cancelled"] == 0
-    assert client.purge(tenant="acme", group="theirs")["purged"] == 0
+    assert client.retry_all([found.id], tenant="acme").retried == ()
+    assert client.cancel_all(tenant="acme", group="theirs").cancelled == 0
+    assert client.purge(tenant="acme", group="theirs").purged == 0
     found.purge()
     assert client.jobs(tenant="default", group="theirs") == []
 
@@ -357,28 +360,63 @@ async def test_a_cancelled_job_of_another_tenant_is_retried_by_an_operator(
 def test_waiting_jobs_are_paused_listed_cancelled_and_purged(client: Client) -> None:
     client.pause("digits")
     jobs = [client.submit([[0.0] * 64], "digits", group="held") for _ in range(3)]
-    (queue,) = [queue for queue in client.queues() if queue["model"] == "digits"]
-    assert (queue["paused"], sum(queue["waiting"].values())) == (True, 3)
-    assert client.workers()[0]["slots"] >= 1
+    (queue,) = [queue for queue in client.queues() if queue.model == "digits"]
+    assert (queue.paused, queue.waiting) == (True, WaitingJobs(high=0, normal=3, low=0))
+    assert client.workers()[0].slots >= 1
     assert client.group("held").progress == 0
 
     jobs[0].cancel()
-    assert client.group("held").cancel()["cancelled"] == 2
-    assert client.retry_all([jobs[0].id])["retried"] == [jobs[0].id]
-    assert client.retry_all(group="held", status="cancelled")["retried"]
+    assert client.group("held").cancel().cancelled == 2
+    assert client.retry_all([jobs[0].id]).retried == (jobs[0].id,)
+    assert client.retry_all(group="held", status="cancelled").retried
     client.resume("digits")
     for job in jobs:
         assert job.wait().refresh().status == "completed"
 
-    assert client.cancel_all(group="held")["cancelled"] == 0
-    assert client.purge(group="held")["purged"] == 3
+    assert client.cancel_all(group="held").cancelled == 0
+    assert client.purge(group="held").purged == 3
     eventually_sync(lambda: not client.jobs(group="held"), "they are gone")
+
+
+def test_jobs_are_cancelled_and_deleted_by_their_ids(client: Client) -> None:
+    jobs = [client.submit([SETOSA], delay_seconds=60) for _ in range(2)]
+    ids = [job.id for job in jobs]
+
+    running = client.purge(ids)
+    assert (running.purged, {job.code for job in running.refused}) == (0, {"job_not_finished"})
+    for _ in range(2):
+        cancelled = client.cancel_all([*ids, "gone"])
+        assert (cancelled.cancelled, cancelled.stopping) == (2, 0)
+        assert [job.job_id for job in cancelled.refused] == ["gone"]
+    assert client.purge([*ids, "gone"]).purged == 2
+    assert client.purge([]) == ClearedJobs(cancelled=0)
+
+
+def test_a_job_is_read_again_when_it_has_ended(client: Client) -> None:
+    client.pause("iris")
+    job = client.submit([SETOSA], group="read-again")
+    assert job.refresh(wait_seconds=0.1).status == "pending"
+    client.resume("iris")
+    assert job.refresh(wait_seconds=20).status == "completed"
+    assert (job.group, job.version) == ("read-again", client.model("iris").version)
+    assert list(job.timeline) == ["created", "started", "finished"]
+    assert client.job(job.id, tenant="default").tenant == "default"
+
+
+async def test_any_request_may_be_sent(client: Client, aclient: AsyncClient) -> None:
+    query: dict[str, Any] = {"limit": 1, "group": "nothing", "status": None}
+    assert client.request("GET", "/jobs", **query) == {"jobs": [], "cursor": None}
+    assert await aclient.request("GET", "/jobs", **query) == {"jobs": [], "cursor": None}
+    checked = client.request("POST", "/models/iris/validate", body={"data": [SETOSA]})
+    assert checked["rows"] == 1
+    with pytest.raises(RequestError, match="nothing at this path"):
+        client.request("GET", "/nothing")
 
 
 def test_a_models_queue_is_emptied(client: Client) -> None:
     client.pause("digits")
     job = client.submit([[0.0] * 64], "digits")
-    assert client.purge_queue("digits")["cancelled"] == 1
+    assert client.purge_queue("digits").cancelled == 1
     client.resume("digits")
     assert job.refresh().status == "cancelled"
 
@@ -387,17 +425,17 @@ async def test_the_asynchronous_client_does_all_of_that(aclient: AsyncClient) ->
     await aclient.pause("digits")
     job = await aclient.submit([[0.0] * 64], "digits", group="held-too")
     assert [listed.id for listed in await aclient.jobs(group="held-too")] == [job.id]
-    assert (await aclient.cancel_all(group="held-too"))["cancelled"] == 1
+    assert (await aclient.cancel_all(group="held-too")).cancelled == 1
     assert (await job.refresh()).status == "cancelled"
     assert (await job.retry()).status == "pending"
     assert (await job.cancel()).status == "cancelled"
-    assert (await aclient.retry_all([job.id]))["retried"] == [job.id]
-    assert (await aclient.purge_queue("digits"))["cancelled"] == 1
+    assert (await aclient.retry_all([job.id])).retried == (job.id,)
+    assert (await aclient.purge_queue("digits")).cancelled == 1
     await aclient.resume("digits")
-    assert (await aclient.purge(group="held-too"))["purged"] == 1
+    assert (await aclient.purge(group="held-too")).purged == 1
     assert {model.model for model in await aclient.models()} >= {"iris"}
     assert (await aclient.model()).model == "iris"
-    assert (await aclient.validate([SETOSA]))["valid"]
+    assert (await aclient.validate([SETOSA])).rows == 1
     assert await aclient.queues()
     assert await aclient.workers()
     job = await aclient.submit([SETOSA])

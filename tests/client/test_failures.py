@@ -14,17 +14,22 @@ from asyncinfer import api_keys
 from asyncinfer.client import (
     AsyncClient,
     AsyncinferError,
+    Cadence,
     CannotSend,
+    ClearedJobs,
     Client,
     ConnectionFailed,
     Forbidden,
+    Health,
     InvalidInput,
     JobNotFound,
     ModelNotFound,
     NotAsyncinfer,
+    PausedState,
     QueueFull,
     RequestError,
     Unauthorized,
+    WaitTimeout,
     WrongAddress,
 )
 from asyncinfer.client._drivers import ResponseBody
@@ -188,6 +193,60 @@ async def test_json_of_another_server_is_recognised(body: bytes) -> None:
         assert_one_line(refused.value)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"{}", b"[]", b"7", b'{"cancelled": "x", "retried": 7, "queues": [{}], "workers": {}}'],
+)
+async def test_an_answer_that_is_not_understood_is_one_error(body: bytes) -> None:
+    calls: list[Callable[[AsyncClient], Awaitable[object]]] = [
+        lambda client: client.cancel_all(group="a"),
+        lambda client: client.cancel_all(["a"]),
+        lambda client: client.retry_all(group="a"),
+        lambda client: client.retry_all(["a"]),
+        lambda client: client.purge(group="a"),
+        lambda client: client.purge_queue("a"),
+        lambda client: client.pause("a"),
+        lambda client: client.resume("a"),
+        lambda client: client.queues(),
+        lambda client: client.workers(),
+        lambda client: client.health(),
+        lambda client: client.catalog(),
+        lambda client: client.group("a"),
+        lambda client: client.job("a"),
+        lambda client: client.validate([SETOSA], "a"),
+    ]
+    async with (
+        answering_server(lambda: _http(b"200 OK", b"application/json", body)) as url,
+        AsyncClient(url) as client,
+    ):
+        for call in calls:
+            with pytest.raises(NotAsyncinfer, match="not how asyncinfer answers") as refused:
+                await call(client)
+            assert_one_line(refused.value)
+
+
+@pytest.mark.parametrize("time", [b'"yesterday"', b'"2026-01-01T00:00:00"', b"{}"])
+async def test_a_job_with_times_that_are_none_is_not_one_of_asyncinfer(time: bytes) -> None:
+    body = b'{"job_id": "a", "status": "pending", "created_at": %b, "later": 1}' % time
+    async with (
+        answering_server(lambda: _http(b"200 OK", b"application/json", body)) as url,
+        AsyncClient(url) as client,
+    ):
+        with pytest.raises(NotAsyncinfer, match="created_at"):
+            await client.job("a")
+
+
+async def test_what_a_newer_server_adds_is_ignored() -> None:
+    body = b'{"status": "ok", "model": "a", "paused": true, "cancelled": 1, "later": {"x": 1}}'
+    async with (
+        answering_server(lambda: _http(b"200 OK", b"application/json", body)) as url,
+        AsyncClient(url) as client,
+    ):
+        assert await client.health() == Health(status="ok")
+        assert await client.pause("a") == PausedState("a", True)
+        assert await client.cancel_all(group="a") == ClearedJobs(cancelled=1)
+
+
 async def test_an_answer_is_requested_uncompressed() -> None:
     """A few bytes may unpack to gigabytes."""
     packed = gzip.compress(b" " * 1_000_000 + b"{}")
@@ -223,6 +282,7 @@ async def test_a_name_that_is_a_step_in_a_path_is_refused_before_it_is_sent(name
                 await request
 
 
+@pytest.mark.soak
 async def test_an_answer_that_is_not_http_is_reported_at_once() -> None:
     async with (
         answering_server(lambda: b"SSH-2.0-OpenSSH_9.2\r\n") as url,
@@ -260,6 +320,29 @@ async def test_retry_after_is_honoured_and_the_last_error_is_the_servers() -> No
     assert 1 <= time.monotonic() - begun < 3
 
 
+async def test_why_a_request_is_sent_again_is_said_and_its_time_may_be_limited() -> None:
+    body = b'{"code": "queue_full", "detail": "Full. Retry later.", "status": 429}'
+    full = _http(b"429 Full", b"application/problem+json", body)
+    lines: list[str] = []
+    cadence = Cadence(first_check_seconds=0.0)
+    async with (
+        answering_server(lambda: full) as url,
+        AsyncClient(url, total_timeout=0.3, on_wait=lines.append, cadence=cadence) as client,
+    ):
+        with pytest.raises(WaitTimeout, match="Full"):
+            await client.submit([SETOSA])
+
+    def plain() -> None:
+        with (
+            Client(url, retries=9, total_timeout=0.3, on_wait=lines.append) as client,
+            pytest.raises(ConnectionFailed),
+        ):
+            client.submit([SETOSA])
+
+    await asyncio.to_thread(plain)
+    assert lines == ["It is tried again: Full. Retry later."]
+
+
 @pytest.fixture
 async def proxy(running: Running) -> AsyncIterator[Proxy]:
     async with proxied(running.url) as started:
@@ -284,7 +367,7 @@ async def test_submits_whose_answers_are_cut_make_one_job_each(proxy: Proxy) -> 
 async def test_the_very_first_answer_may_be_cut(proxy: Proxy) -> None:
     proxy.cut_reply_to(b"GET /health")
     async with AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
-        assert (await client.health())["status"] == "ok"
+        assert (await client.health()).status == "ok"
 
 
 async def test_a_cancel_and_a_retry_succeed_when_their_first_answer_was_cut(proxy: Proxy) -> None:

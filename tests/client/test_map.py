@@ -85,7 +85,7 @@ def test_an_endless_generator_is_read_only_as_far_as_it_is_used(client: Client) 
     results.close()
 
     assert 500 <= pulled <= 500 + 2 * 4 * 10 + 10
-    assert client.group(results.group).counts["pending"] == 0
+    assert client.group(results.group).counts.pending == 0
 
 
 def test_rows_of_a_model_that_cannot_batch_are_jobs_of_their_own(client: Client) -> None:
@@ -237,7 +237,7 @@ def test_a_map_left_early_cancels_what_waits_and_is_resumed(client: Client) -> N
     client.pause("picky")
     left.close()
     counts = client.group("left").counts
-    assert counts["pending"] == counts["processing"] == 0
+    assert counts.pending == counts.processing == 0
     ran = started(client, "left")
     client.resume("picky")
 
@@ -271,8 +271,8 @@ async def test_a_cancelled_task_cancels_its_map(aclient: AsyncClient) -> None:
         task.cancel()
 
     counts = (await aclient.group(results.group)).counts
-    assert 0 < counts["completed"] < 64
-    assert counts["pending"] == 0
+    assert 0 < counts.completed < 64
+    assert counts.pending == 0
 
 
 # --- frames ------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.client import AsyncClient, WaitingFor, WaitTimeout
-from asyncinfer.client._client import map_options
+from asyncinfer.client import AsyncClient, Cadence, WaitingFor, WaitTimeout
 from asyncinfer.client._map.results import AsyncResults
-from asyncinfer.client._wait_reasons import Cadence, Notices
+from asyncinfer.client._wait_reasons import Notices
 from asyncinfer.errors import NoModelAnnounced
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
@@ -35,16 +34,14 @@ async def starved(config: ApiConfig, store: Store) -> AsyncIterator[AsyncClient]
     await announce(store, "iris", default="iris")
     async with (
         hosted(running(config)) as port,
-        AsyncClient(f"http://127.0.0.1:{port}") as client,
+        AsyncClient(f"http://127.0.0.1:{port}", cadence=AT_ONCE) as client,
     ):
         yield client
 
 
 def mapped(client: AsyncClient, rows: list[Any], *, progress: bool = False) -> AsyncResults:
-    """A map that requests and reports the reason of a wait at once."""
-    wanted = map_options(None, 1, 4, progress, "raise", {})
-    wanted = msgspec.structs.replace(wanted, cadence=AT_ONCE)
-    return AsyncResults(client._server, client._driver, rows, wanted)
+    """A map with a job for each row; its client reports the reason of a wait at once."""
+    return client.map(rows, batch=1, in_flight=4, progress=progress)
 
 
 async def wait_for_log_line(caplog: pytest.LogCaptureFixture, words: str) -> str:
@@ -103,6 +100,21 @@ async def test_a_map_reports_why_no_result_comes_and_that_it_goes_on(
     assert lines[1:] == ["iris goes on."]
 
 
+async def test_the_reason_is_given_to_whoever_wants_it(starved: AsyncClient, store: Store) -> None:
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    async with (
+        AsyncClient(starved.url, cadence=AT_ONCE, on_wait=lines.put_nowait) as client,
+        mapped(client, [SETOSA]) as results,
+        asyncio.timeout(20),
+    ):
+        first = asyncio.create_task(anext(results))
+        assert (await lines.get()).startswith(f"1 row of iris waits: {NO_WORKER}")
+        await ManualWorker(store).complete()
+        await first
+        while await lines.get() != "iris goes on.":
+            continue
+
+
 async def test_the_reason_is_shown_beside_a_bar(
     starved: AsyncClient, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +140,7 @@ async def test_a_full_queue_is_reported_as_the_reason(
     small = msgspec.structs.replace(config.policy, max_queue=1)
     async with (
         hosted(running(msgspec.structs.replace(config, policy=small))) as port,
-        AsyncClient(f"http://127.0.0.1:{port}") as client,
+        AsyncClient(f"http://127.0.0.1:{port}", cadence=AT_ONCE) as client,
     ):
         await client.submit([SETOSA])
         results = mapped(client, [SETOSA])
@@ -148,7 +160,7 @@ async def test_a_default_model_that_is_being_loaded_is_awaited(
     await announcements.announce_worker("host-1-aaaaaa", says, ttl_seconds=10)
     async with (
         hosted(running(config)) as port,
-        AsyncClient(f"http://127.0.0.1:{port}") as client,
+        AsyncClient(f"http://127.0.0.1:{port}", cadence=AT_ONCE) as client,
     ):
         found = asyncio.create_task(client.model())
         await asyncio.wait([found], timeout=0.1)

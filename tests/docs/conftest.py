@@ -1,18 +1,14 @@
 """A fixture of the tests of documents."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from asyncinfer.settings import Settings
+from .environment import clear_environment
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for the commands of a document, with `asyncinfer` on the PATH and no settings."""
-    for name in Settings.__struct_fields__:
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    clear_environment(monkeypatch)
     return tmp_path

@@ -224,7 +224,7 @@ def test_there_are_25_classifiers_of_four_libraries_none_of_them_large() -> None
         assert (FOLDER / f"{answers.name}.onnx").stat().st_size < MAX_BYTES
 
 
-@pytest.mark.soak
+@pytest.mark.by_hand
 def test_the_script_makes_the_same_classifiers(tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     venv.create(tmp_path / "venv", with_pip=True)

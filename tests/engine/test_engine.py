@@ -114,6 +114,7 @@ def test_a_stop_stops_no_other_run_of_the_model(tmp_path: Path) -> None:
         assert isinstance(endless.exception(), Stopped)
 
 
+@pytest.mark.soak
 def test_a_run_that_was_stopped_before_it_began_does_not_begin(tmp_path: Path) -> None:
     stop = Stop()
     stop.stop()

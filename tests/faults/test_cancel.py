@@ -81,6 +81,7 @@ async def _seconds_to_cancel(load_client: LoadClient, server: redis.Redis) -> fl
     return time.monotonic() - cancelled_at
 
 
+@pytest.mark.soak
 async def test_an_unknown_or_ended_job_cannot_be_cancelled(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -249,6 +249,7 @@ async def test_a_worker_starts_and_works_beside_unreadable_announcements(
     server.flushall()
 
 
+@pytest.mark.soak
 async def test_a_damaged_doorbell_and_control_key_are_logged_once_and_every_job_is_run(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

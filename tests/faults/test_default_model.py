@@ -1,5 +1,6 @@
 """Changes of a queue's default model while workers serve it."""
 
+import pytest
 import redis
 
 from asyncinfer.repository import keys
@@ -60,6 +61,7 @@ async def test_a_starting_worker_logs_that_no_worker_has_the_default_model(
         assert await worker.stop() == 0
 
 
+@pytest.mark.soak
 async def test_a_worker_accepts_that_there_is_no_default_model(
     open_workers: OpenWorkers, store: Store
 ) -> None:

@@ -85,6 +85,7 @@ async def _seconds_to_complete(server: redis.Redis, job_id: str) -> float:
     return time.monotonic() - started_at
 
 
+@pytest.mark.soak
 async def test_low_priority_jobs_run_while_high_priority_jobs_still_wait(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -123,6 +124,7 @@ async def test_low_priority_jobs_run_in_each_of_two_queues_while_high_priority_j
     assert_at_rest(server, *(load_client.queue for load_client in clients))
 
 
+@pytest.mark.soak
 async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_other_slot(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -112,6 +112,7 @@ async def test_a_second_signal_ends_a_worker_at_once_and_loses_no_job(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_after_an_interrupted_drain_no_further_run_of_a_claim_starts(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -177,6 +178,7 @@ async def test_the_jobs_of_a_worker_that_stops_while_redis_is_frozen_are_run_aga
         client.close()
 
 
+@pytest.mark.soak
 @pytest.mark.traceback("a step raises an unexpected error")
 async def test_a_worker_that_fails_exits_with_an_error_although_a_run_goes_on(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
@@ -194,7 +196,7 @@ async def test_a_worker_stops_every_time_it_is_told_to(
 ) -> None:
     """redis-py may swallow a cancellation; a role that goes on would keep the process alive."""
     with open_workers() as workers:
-        for number in range(15):
+        for number in range(6):
             worker = workers.start()
             await eventually(partial(worker.is_announced, server), "the worker is ready")
             await load_client.submit([float(number % 3)] * 5)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import redis
 
 from asyncinfer.repository import keys
@@ -54,6 +55,7 @@ async def test_a_ten_line_script_gets_its_job_run_and_reads_the_result(
     assert_at_rest(server, "predict_queue")
 
 
+@pytest.mark.soak
 async def test_150_external_jobs_are_run_once_a_worker_starts(
     open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:

@@ -24,7 +24,9 @@ def _with_changed_fields(record: Record) -> bytes:
     return msgspec.msgpack.encode([*head, 1, {"version": [1]}, 7, "options"])
 
 
-@pytest.mark.parametrize("encode", [_with_another_field, _with_changed_fields])
+@pytest.mark.parametrize(
+    "encode", [_with_another_field, pytest.param(_with_changed_fields, marks=pytest.mark.soak)]
+)
 async def test_a_job_of_a_later_release_is_neither_run_nor_failed_and_delays_no_other_job(
     encode: Callable[[Record], bytes],
     open_workers: OpenWorkers,

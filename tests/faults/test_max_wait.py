@@ -78,6 +78,7 @@ async def test_jobs_that_trickle_in_within_the_wait_share_one_run(
     assert_at_rest(server, waiting_client.queue, "predict_queue")
 
 
+@pytest.mark.soak
 async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
     waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -96,6 +97,7 @@ async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
         assert await worker.stop() == 0
 
 
+@pytest.mark.soak
 async def test_a_full_batch_does_not_wait_and_the_remaining_jobs_do(
     waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -151,6 +153,7 @@ async def test_a_slot_that_other_models_keep_busy_still_runs_the_job_that_has_wa
     assert completed_in_order(server, waiting_client.queue) == [job_id]
 
 
+@pytest.mark.soak
 async def test_a_job_without_a_doorbell_token_waits_for_the_next_look_at_its_queue(
     waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:

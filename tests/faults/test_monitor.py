@@ -66,6 +66,7 @@ class Probe:
         await eventually(is_ready, "it is ready", seconds)
 
 
+@pytest.mark.soak
 async def test_a_worker_is_ready_while_it_claims_and_not_while_it_drains(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -134,6 +135,7 @@ async def test_a_worker_without_its_redis_is_live_and_not_ready(open_workers: Op
         assert await worker.stop() == 0
 
 
+@pytest.mark.soak
 async def test_the_measured_pace_is_still_known_after_its_worker_has_stopped(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:

@@ -98,11 +98,11 @@ def _damage_repeatedly(
 def test_after_random_damage_no_reply_is_an_unexpected_5xx_and_no_process_ends(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _damage_repeatedly(open_workers, redis_url, policy, examples=8)
+    _damage_repeatedly(open_workers, redis_url, policy, examples=3)
 
 
 @pytest.mark.soak
 def test_after_much_random_damage_and_a_flush_no_reply_is_a_5xx_and_no_process_ends(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _damage_repeatedly(open_workers, redis_url, policy, examples=400, flush=True)
+    _damage_repeatedly(open_workers, redis_url, policy, examples=120, flush=True)

@@ -256,13 +256,16 @@ async def test_an_emptied_redis_is_served_again_within_5_s(service: Service) -> 
     await _assert_served_after(service, service.server.flushall)
 
 
-@pytest.mark.parametrize("key", [keys.default_model(N), keys.models(N)])
+@pytest.mark.parametrize(
+    "key", [keys.default_model(N), pytest.param(keys.models(N), marks=pytest.mark.soak)]
+)
 async def test_a_redis_that_lost_a_key_is_served_again_within_5_s(
     service: Service, key: str
 ) -> None:
     await _assert_served_after(service, lambda: service.server.delete(key))
 
 
+@pytest.mark.soak
 async def test_a_delayed_job_is_run_although_the_list_of_queues_is_lost(service: Service) -> None:
     async with Clients(service.url) as clients:
         job_id = (await clients.submit("/predict/digits", delay_seconds=0.5)).job_id
@@ -271,6 +274,7 @@ async def test_a_delayed_job_is_run_although_the_list_of_queues_is_lost(service:
         await eventually(completed, "it has completed", SERVED_WITHIN_SECONDS)
 
 
+@pytest.mark.soak
 async def test_a_job_in_the_queue_of_another_default_model_is_run(
     service: Service, redis_url: str
 ) -> None:
@@ -289,6 +293,7 @@ async def test_a_job_in_the_queue_of_another_default_model_is_run(
             await eventually(completed, f"{job_id} has completed", SERVED_WITHIN_SECONDS)
 
 
+@pytest.mark.soak
 async def test_waits_and_event_streams_end_or_go_on_when_redis_is_emptied(service: Service) -> None:
     async with Clients(service.url) as clients, asyncio.timeout(20):
         await clients.run_one_each()

@@ -297,6 +297,7 @@ async def test_with_full_memory_submits_are_refused_and_running_jobs_finish(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, store: Store
 ) -> None:
@@ -313,6 +314,7 @@ async def test_a_worker_starts_with_full_memory_and_empties_the_queue(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -327,6 +329,7 @@ async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_run_whose_claim_is_gone_from_redis_stores_nothing_and_logs_two_lines_at_most(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -36,6 +36,7 @@ async def _by_value(load_client: LoadClient) -> dict[float, StoredJob]:
     }
 
 
+@pytest.mark.soak
 async def test_an_endless_run_is_stopped_and_its_job_fails_with_timeout(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -190,6 +191,7 @@ async def test_a_job_whose_run_gets_no_memory_is_retried_and_then_a_dead_letter(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_models_own_time_limit_takes_precedence_over_the_general_limit(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, tmp_path: Path
 ) -> None:

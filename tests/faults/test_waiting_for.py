@@ -35,6 +35,7 @@ async def read(client: httpx2.AsyncClient, job_id: str) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.soak
 async def test_a_job_waits_for_no_worker_until_a_worker_has_started(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, store: Store
 ) -> None:
@@ -87,6 +88,7 @@ async def test_a_job_whose_run_got_no_memory_waits_for_its_retry(
     assert codes == {"retry"}
 
 
+@pytest.mark.soak
 async def test_a_model_that_its_worker_is_loading_is_never_unknown(
     open_workers: OpenWorkers,
     folder: ModelFolder,

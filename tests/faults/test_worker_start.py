@@ -79,6 +79,7 @@ async def test_a_worker_announces_that_it_is_starting_before_its_first_model_is_
         assert not worker.has_ended()
 
 
+@pytest.mark.soak
 async def test_known_models_are_loaded_first(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:
@@ -131,7 +132,7 @@ async def test_a_job_for_a_version_that_is_not_loaded_yet_runs_once_it_is(
     ("names", "warning"),
     [
         ((), "There is no model in"),
-        (("first", "second"), "None of the 2 models in"),
+        pytest.param(("first", "second"), "None of the 2 models in", marks=pytest.mark.soak),
     ],
 )
 async def test_a_folder_without_a_model_to_serve_is_reported_and_watched(
@@ -162,6 +163,7 @@ async def test_a_folder_without_a_model_to_serve_is_reported_and_watched(
         assert workers.log.count(warning) == 1
 
 
+@pytest.mark.soak
 async def test_a_name_in_MODELS_that_is_missing_in_the_folder_stops_no_other_model(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:

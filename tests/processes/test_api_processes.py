@@ -201,6 +201,7 @@ async def test_one_key_posted_on_20_connections_to_both_processes_makes_one_job(
         await hand.complete()
 
 
+@pytest.mark.soak
 def test_while_a_killed_process_is_started_again_the_other_answers(service: Service) -> None:
     with service.connections(40) as by_pid:
         killed, survivor = by_pid
@@ -223,6 +224,7 @@ def test_another_serve_on_their_port_is_refused(service: Service, redis_url: str
         assert f"Cannot listen on 127.0.0.1:{service.port}" in refused.read_stderr()
 
 
+@pytest.mark.soak
 def test_the_reason_of_a_refused_start_is_shown_once(
     redis_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

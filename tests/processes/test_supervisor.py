@@ -218,6 +218,7 @@ async def test_a_worker_that_is_refused_its_settings_ends_serve(
     assert len(worker_log.pids("started")) == 1
 
 
+@pytest.mark.soak
 async def test_a_worker_that_served_and_is_then_refused_does_not_end_the_api(
     tmp_path: Path, worker_log: WorkerLog
 ) -> None:

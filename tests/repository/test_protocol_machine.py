@@ -877,11 +877,11 @@ _COMMON: dict[str, Any] = {
 
 
 def test_no_interleaving_breaks_the_protocol(redis_url: str, server: redis.Redis) -> None:
-    run(redis_url, server, settings(max_examples=40, stateful_step_count=40, **_COMMON))
+    run(redis_url, server, settings(max_examples=20, stateful_step_count=40, **_COMMON))
 
 
 @pytest.mark.soak
 def test_no_interleaving_breaks_the_protocol_however_long(
     redis_url: str, server: redis.Redis
 ) -> None:
-    run(redis_url, server, settings(max_examples=130, stateful_step_count=60, **_COMMON))
+    run(redis_url, server, settings(max_examples=80, stateful_step_count=60, **_COMMON))

@@ -1,4 +1,4 @@
-"""The README from top to bottom, as a user follows it: one DATA_DIR, several model folders."""
+"""The README and the examples, as a user follows them: one DATA_DIR, several model folders."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from asyncinfer import settings
-from tests.docs.markdown import all_blocks, sections_with
+from tests.docs.examples import example_clients, make_example_models
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY, python_process
 from tests.serving import ServeProcess, running_serve, wait_for_result
@@ -134,19 +134,6 @@ def image_body() -> bytes:
     return content.getvalue()
 
 
-def make_examples(folder: Path) -> list[tuple[str, str]]:
-    """Makes the README's three models; returns its client programs, with their outputs."""
-    (section,) = sections_with(r"\AServe your own model\n")
-    client_programs: list[tuple[str, str]] = []
-    for part in section.split("\n### ")[1:]:
-        blocks = all_blocks(part)
-        programs = [block.text for block in blocks if block.language == "python"]
-        subprocess.run([sys.executable, "-c", programs[0]], cwd=folder, check=True, timeout=120)
-        outputs = [block.text for block in blocks if block.language == "text"]
-        client_programs += zip(programs[1:], outputs, strict=True)
-    return client_programs
-
-
 def refusal(user: User, *argv: str) -> str:
     """Runs a `serve` that must be refused; returns its message."""
     result = user.run_command("serve", *argv)
@@ -194,7 +181,7 @@ def use_shipped_models(folder: Path) -> None:
 
 
 def use_example_models(folder: Path) -> None:
-    client_programs = make_examples(folder)
+    make_example_models(folder)
     with running_serve(cwd=folder) as serve:
         user = User(folder, serve)
         # There is no default model; only models of this folder are listed, from the start.
@@ -214,7 +201,7 @@ def use_example_models(folder: Path) -> None:
         assert result.code != 0
         assert "Known: `colour`, `sentences`, `wine`" in result.err
 
-        for program, output in client_programs:
+        for program, output in example_clients():
             assert user.run_program(program) == output
         assert user.model_states() == dict.fromkeys(EXAMPLES, "runs")
         found = user.run_doctor()

@@ -222,6 +222,7 @@ def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> N
         assert (model["model"], model["version"], model["default"]) == ("churn", "1", True)
 
 
+@pytest.mark.soak
 def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path: Path) -> None:
     content = zoo.mlp([3, 2]).SerializeToString()
     for name, file_content in {"a": content, "cut": content[:-9], "empty": b""}.items():

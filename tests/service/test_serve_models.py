@@ -95,6 +95,7 @@ def has_status(client: Client, name: str, status: int) -> Callable[[], Awaitable
     return is_met
 
 
+@pytest.mark.soak
 async def test_a_model_added_to_the_folder_is_served_and_a_removed_model_is_not_found(
     folder: ModelFolder, client: Client
 ) -> None:
@@ -171,6 +172,7 @@ async def test_the_description_of_a_model_has_its_batching_run_times_and_problem
     assert set(codes) <= {"version_not_found", "model_loading"}
 
 
+@pytest.mark.soak
 async def test_a_paused_model_accepts_jobs_and_runs_them_when_it_is_resumed(
     folder: ModelFolder, client: Client
 ) -> None:

@@ -299,7 +299,13 @@ def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
 # --- what cannot be started ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("others", [{}, {"good": zoo.adds(1)}], ids=["alone", "beside a good one"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"good": zoo.adds(1)}, id="beside a good one", marks=pytest.mark.soak),
+    ],
+)
 def test_a_broken_model_is_refused_with_the_reason(others: dict[str, Model]) -> None:
     started = service(models={"churn": b"this is no ONNX file", **others})
 
@@ -343,6 +349,7 @@ def test_a_port_is_kept_for_the_service_that_is_started() -> None:
         socket.create_server(("127.0.0.1", port)).close()
 
 
+@pytest.mark.soak
 async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
     async def start() -> None:
         async with asyncio.timeout(0.3), service():

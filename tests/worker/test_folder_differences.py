@@ -94,6 +94,7 @@ def leave_earlier_models(data_dir: Path) -> None:
     asyncio.run(leave())
 
 
+@pytest.mark.soak
 def test_models_and_default_of_an_earlier_folder_are_gone_within_moments(tmp_path: Path) -> None:
     leave_earlier_models(tmp_path / "data")
     folder = make_folder(tmp_path, "wines", ["wine"])
@@ -214,6 +215,7 @@ def worker_beside(serve: ServeProcess, cwd: Path, **environ: str) -> Iterator[Py
         worker.process.wait()
 
 
+@pytest.mark.soak
 def test_a_worker_beside_a_serve_takes_its_folder_where_none_is_named(
     churn: ServeProcess, tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_worker_beside_a_serve_takes_its_folder_where_none_is_named(
         assert f"Serves {folder_of_churn(churn)}, as the running" in second.read_stderr()
 
 
+@pytest.mark.soak
 def test_a_worker_in_another_folder_is_named_in_its_log_and_among_the_problems(
     churn: ServeProcess, tmp_path: Path
 ) -> None:

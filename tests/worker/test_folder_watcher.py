@@ -90,6 +90,7 @@ async def test_a_folder_that_is_replaced_is_followed(tmp_path: Path) -> None:
         assert seen() == {"second.onnx"}
 
 
+@pytest.mark.soak
 async def test_a_folder_that_is_gone_or_a_file_for_a_while_is_followed_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_broken_file_or_one_that_reads_outside_its_folder_is_refused_by_its_sh
     assert "\n" not in result.reason
 
 
+@pytest.mark.soak
 def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) -> None:
     place(tmp_path, "exponential", exponential_functions())
     place_mutants(tmp_path, 1)
@@ -52,7 +53,7 @@ def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "count",
-    [60, pytest.param(1000, marks=pytest.mark.soak)],
+    [20, pytest.param(400, marks=pytest.mark.soak)],
 )
 def test_damaged_models_are_loaded_or_refused_and_nothing_else(tmp_path: Path, count: int) -> None:
     place_mutants(tmp_path, count)

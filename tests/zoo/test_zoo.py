@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from asyncinfer.engine import Engine
 from asyncinfer.models.folder import scan
 from tests.zoo.batch_run import run_jobs
-from tests.zoo.catalogue import ENTRIES
+from tests.zoo.catalogue import ENTRIES, soak_except_kinds
 from tests.zoo.entry import Entry
 from tests.zoo.reference import ReferenceSession, assert_equal
 
@@ -40,7 +40,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     pair.cache_clear()
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", soak_except_kinds(ENTRIES))
 def test_a_model_is_batched_only_if_that_changes_no_result(
     pair_of: Callable[[str], Pair], name: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_a_model_is_batched_only_if_that_changes_no_result(
     assert signature.batching
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", soak_except_kinds(ENTRIES))
 @given(seed=st.integers(0, 2**32 - 1), row_counts=st.lists(st.integers(1, 5), min_size=1))
 @settings(max_examples=15, deadline=None)
 def test_every_job_gets_the_result_of_onnx_runtime_alone(
@@ -71,7 +71,9 @@ def test_every_job_gets_the_result_of_onnx_runtime_alone(
             assert_equal(result.outputs, expected, exactly=result.jobs_in_run == 1)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.batched])
+@pytest.mark.parametrize(
+    "name", soak_except_kinds(name for name, entry in ENTRIES.items() if entry.batched)
+)
 def test_jobs_of_one_shape_share_a_run_of_a_batched_model(
     pair_of: Callable[[str], Pair], name: str
 ) -> None:

@@ -122,12 +122,11 @@ def _examine_served_models(api: ApiClient, held_up: Sequence[Queue]) -> Iterator
             yield problem("models served", error.detail, "read the log of the workers")
         return
     for entry in listed.all_problems:
-        name = "/".join(filter(None, (entry.get("model"), entry.get("version"))))
-        reason = str(entry.get("reason"))
+        name = "/".join(filter(None, (entry.model, entry.version)))
         mend = "replace the file; workers notice the new one by themselves"
-        if "MODEL_DIR" in reason:
+        if "MODEL_DIR" in entry.reason:
             mend = "start that worker with another MODEL_DIR or MODELS"
-        yield warning(f"worker {entry.get('worker')}", f"{name}: {reason}", mend)
+        yield warning(f"worker {entry.worker}", f"{name}: {entry.reason}", mend)
     paused = [model.model for model in listed.models if model.paused]
     if paused:
         mend = f"asyncinfer resume {paused[0]}"

@@ -7,6 +7,7 @@ import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.jobs import Priority
 
 _INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
 _OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
@@ -99,7 +100,7 @@ def predict(
     fresh: bool,
     batch: int | None,
     in_flight: int,
-    priority: str | None,
+    priority: Priority | None,
     timeout: float | None,
     as_json: bool,
     server: ServerOptions,

@@ -25,12 +25,9 @@ from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.progress import ProgressDisplay, progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
-from asyncinfer.client import WaitTimeout
-from asyncinfer.client._client import map_options
-from asyncinfer.client._map.results import Results
-from asyncinfer.client._protocol import Pause
-from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices
+from asyncinfer.client import Cadence, WaitTimeout
 from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
+from asyncinfer.jobs import Priority
 
 if TYPE_CHECKING:
     from asyncinfer.client import Model
@@ -63,11 +60,11 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
     fresh: bool
     batch: int | Literal["auto"]
     in_flight: int
-    priority: str | None
+    priority: Priority | None
     arguments: tuple[str, ...]
     """The command line, without the program's name."""
     timeout_seconds: float = math.inf
-    cadence: Cadence = CADENCE
+    cadence: Cadence = Cadence()
     hint_seconds: float = 10.0
     """After this time a run is long enough to print how to continue it."""
 
@@ -90,8 +87,14 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
     """
     file_format = writers.format_of(options.output, options.write_as)
     deadline = time.monotonic() + options.timeout_seconds
-    with ApiClient(server, retries=_RETRIES, deadline=deadline, waits_for_models=True) as api:
-        api.client._driver.on_pause = _PauseNotices(options.cadence).notice
+    with ApiClient(
+        server,
+        retries=_RETRIES,
+        deadline=deadline,
+        waits_for_models=True,
+        on_wait=say_error,
+        cadence=options.cadence,
+    ) as api:
         source = _open_source(options, api, deadline)
         group = options.group or source.group
         with (
@@ -184,47 +187,20 @@ def _records(
 
     model = api.client.model(options.model)
     names = [spec.name for spec in model.outputs]
-    client, job_options = api.client, {"priority": options.priority, "group": group}
-    options_of_map = msgspec.structs.replace(
-        map_options(options.model, options.batch, options.in_flight, False, "return", job_options),
-        cadence=options.cadence,
-    )
-    results = Results(client._server, client._driver, values(), options_of_map, _StderrNotices())
-    with contextlib.closing(results):
+    with api.client.map(
+        values(),
+        options.model,
+        batch=options.batch,
+        in_flight=options.in_flight,
+        progress=False,
+        on_error="return",
+        priority=options.priority,
+        group=group,
+    ) as results:
         for result in results:
             yield from _unreadable_records(pending)
             yield _record(pending.popleft(), result, names)
         yield from _unreadable_records(pending)
-
-
-class _StderrNotices:
-    """Takes the place of the progress bar of the client's map; prints why no result comes."""
-
-    def advance(self, rows: int, errors: int) -> None:
-        """Does nothing."""
-
-    def say(self, line: str) -> None:
-        """Prints a line on stderr."""
-        say_error(line)
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-class _PauseNotices:
-    """Prints why a request before the first row is repeated, once that takes long."""
-
-    def __init__(self, cadence: Cadence) -> None:
-        self._cadence = cadence
-        self._notices = Notices(_StderrNotices().say, cadence)
-        self._first_pause_at = 0.0
-
-    def notice(self, pause: Pause) -> None:
-        """Takes a pause before a request is sent again; prints its reason once that takes long."""
-        now = time.monotonic()
-        self._first_pause_at = self._first_pause_at or now
-        if now + pause.seconds - self._first_pause_at >= self._cadence.first_check_seconds:
-            self._notices.report(pause.reason, "It is tried again", "")
 
 
 def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:

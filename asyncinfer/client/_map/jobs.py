@@ -8,7 +8,6 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.client import _flows
 from asyncinfer.client._decoding import decode_result
 from asyncinfer.client._encoding import data_input, is_json_value
 from asyncinfer.client._errors import (
@@ -17,7 +16,11 @@ from asyncinfer.client._errors import (
     problem_error,
     reject_unreadable,
 )
-from asyncinfer.client._flows import NewJob, View
+from asyncinfer.client._flows import operations, submitting, waiting
+from asyncinfer.client._flows.jobs import retry_job
+from asyncinfer.client._flows.models import cached_model
+from asyncinfer.client._flows.submitting import NewJob
+from asyncinfer.client._flows.views import View
 from asyncinfer.client._map import ndjson
 from asyncinfer.client._map.ndjson import MAX_LINES
 from asyncinfer.client._map.rows import (
@@ -44,6 +47,8 @@ from asyncinfer.errors import (
     JobNotRetryable,
 )
 
+OnError = Literal["raise", "return"]
+
 _MAX_ROWS: Final = 256
 """The most rows of one job with batch="auto": larger jobs hardly save requests, and here a bad row
 does not hold up many."""
@@ -55,6 +60,21 @@ _ONE_ROW_FAILURES: Final = frozenset(
     {"model_failed", "timeout", "out_of_memory", "result_too_large", "worker_lost"}
 )
 """Failures of a whole job that one of its rows may have caused."""
+
+
+class MapOptions(Struct, frozen=True, kw_only=True):
+    """The arguments of a map."""
+
+    model: str | None
+    batch: int | Literal["auto"]
+    in_flight: int
+    progress: bool
+    on_error: OnError
+    group: str
+    is_named: bool
+    """The caller named the group, which may have jobs already."""
+    options: Mapping[str, Any]
+    """Those of each job, the group among them."""
 
 
 class MapPlan(Struct, frozen=True, kw_only=True):
@@ -74,35 +94,26 @@ class MapPlan(Struct, frozen=True, kw_only=True):
     """The group had jobs before."""
 
 
-def make_plan(
-    server: RemoteServer,
-    first: Any,
-    name: str | None,
-    batch: int | Literal["auto"],
-    options: Mapping[str, Any],
-    *,
-    is_named: bool,
-) -> Flow[MapPlan]:
-    """A plan from the first row and the server's description of the model `name`.
+def make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
+    """A plan from the first row, the arguments and the server's description of the model.
 
-    `batch` is the most rows of a job. `options` are those of each job, with the `group`.
-    `is_named`: the caller gave that group, so it is looked up on the server. Raises ModelNotFound
-    and other errors of these requests.
+    A group that the caller named is looked up on the server. Raises ModelNotFound and other errors
+    of these requests.
     """
-    model = yield from _flows.cached_model(server, name)
+    model = yield from cached_model(server, wanted.model)
     rows_are_inputs = _is_input(first, model)
-    group = options["group"]
-    rows_per_job = _rows_per_job(model, batch) if _shares_jobs(model) and not rows_are_inputs else 1
+    shares_jobs = _shares_jobs(model) and not rows_are_inputs
+    rows_per_job = _rows_per_job(model, wanted.batch) if shares_jobs else 1
     goes_as_lines = rows_per_job == 1 and is_json_value(first)
     return MapPlan(
         model=model,
-        model_name=name,
-        options={"ttl_seconds": _TTL_SECONDS, **options},
-        group=group,
+        model_name=wanted.model,
+        options={"ttl_seconds": _TTL_SECONDS, **wanted.options},
+        group=wanted.group,
         rows_are_inputs=rows_are_inputs,
         max_rows_per_job=rows_per_job,
         max_rows_per_block=MAX_LINES if goes_as_lines else rows_per_job,
-        is_resumed=is_named and (yield from _group_exists(server, group)),
+        is_resumed=wanted.is_named and (yield from _group_exists(server, wanted.group)),
     )
 
 
@@ -136,7 +147,7 @@ def cancel(server: RemoteServer, group: str) -> Flow[None]:
     """
     once = msgspec.structs.replace(server, retries=1)
     try:
-        yield from _flows.cancel_group(once, group)
+        yield from operations.cancel_group(once, group)
     except AsyncinferError:
         # There may be no such group yet, or no server; leaving the map must not fail.
         return
@@ -187,7 +198,7 @@ def _result_of_job(server: RemoteServer, plan: MapPlan, block: RowBlock) -> Flow
     """
     job = _new_job(plan, block)
     try:
-        return (yield from _flows.predict(server, job, math.inf))
+        return (yield from submitting.predict(server, job, math.inf))
     except JobCancelled as error:
         if not plan.is_resumed:
             raise
@@ -220,17 +231,17 @@ def _retry_cancelled(server: RemoteServer, job: NewJob, job_id: str) -> Flow[Any
     Submits it anew if it cannot be retried.
     """
     try:
-        yield from _flows.retry_job(server, job_id)
+        yield from retry_job(server, job_id)
     except (JobNotRetryable, JobExpired, JobNotFound):
         return (yield from _resubmit(server, job))
     view: View = {"job_id": job_id, "status": "pending"}
-    return (yield from _flows.result(server, view, math.inf))
+    return (yield from waiting.result(server, view, math.inf))
 
 
 def _resubmit(server: RemoteServer, job: NewJob) -> Flow[Any]:
     """Submits a job under another key, since its own names one that is gone; returns the result."""
     job = msgspec.structs.replace(job, key=f"{job.key}:anew")
-    return (yield from _flows.predict(server, job, math.inf))
+    return (yield from submitting.predict(server, job, math.inf))
 
 
 def _key(plan: MapPlan, block: RowBlock) -> str:
@@ -416,7 +427,7 @@ def _shares_jobs(model: Model) -> bool:
 def _group_exists(server: RemoteServer, group: str) -> Flow[bool]:
     """Whether the server still keeps a group of this name."""
     try:
-        yield from _flows.group(server, group)
+        yield from operations.group(server, group)
     except GroupNotFound:
         return False
     return True

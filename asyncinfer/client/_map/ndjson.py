@@ -9,7 +9,8 @@ import msgspec
 
 from asyncinfer.client._encoding import is_json_value, json_body
 from asyncinfer.client._errors import error_of_response, not_asyncinfer_error
-from asyncinfer.client._flows import NewJob, is_job_view
+from asyncinfer.client._flows.submitting import NewJob
+from asyncinfer.client._flows.views import is_job_view
 from asyncinfer.client._protocol import Flow, Request
 from asyncinfer.client._requests import RemoteServer, fetch, path_part
 

@@ -1,8 +1,6 @@
 """The results of a map as they come, in order; leaving early cancels what has not run."""
 
 import atexit
-import sys
-import warnings
 import weakref
 from collections.abc import (
     AsyncGenerator,
@@ -11,184 +9,34 @@ from collections.abc import (
     Generator,
     Iterable,
     Iterator,
-    Mapping,
-    Sized,
 )
+from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import Struct
-
-from asyncinfer.client import _flows
 from asyncinfer.client._drivers import AsyncDriver, Driver
-from asyncinfer.client._errors import ConnectionFailed, SlowMapWarning, WaitTimeout
+from asyncinfer.client._errors import ClientClosed, ConnectionFailed, WaitTimeout
+from asyncinfer.client._flows.waiting import why_waiting
 from asyncinfer.client._map import jobs
-from asyncinfer.client._map.jobs import MapPlan
-from asyncinfer.client._map.progress import Progress, new_progress
-from asyncinfer.client._map.rows import RowBlock, array_rows, blocks_of, blocks_of_async, peek
+from asyncinfer.client._map.jobs import MapOptions
+from asyncinfer.client._map.rows import (
+    ArrayRows,
+    AsyncIteratedRows,
+    IteratedRows,
+    MapRows,
+    RowBlock,
+    open_async_rows,
+    open_rows,
+)
+from asyncinfer.client._map.run import MapRun
 from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
-from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer
-from asyncinfer.client._wait_reasons import CADENCE, Cadence, Notices, Silence, WaitingFor
-from asyncinfer.errors import AsyncinferError
 
 if TYPE_CHECKING:
     from asyncinfer.client._map.tasks import FlowTasks
 
-OnError = Literal["raise", "return"]
-
-_BLOCKS_PER_FLIGHT: Final = 2
-"""Blocks that may be under way or done out of order, for each request that may be in flight. A
-slow block at the front holds up the others only so far, and only so many results wait in memory."""
-_FEW_ROWS: Final = 64
-"""So few rows are run soon enough, each alone."""
 _LATE_SECONDS: Final = 2.0
 """How long the last answers are awaited after a time-out."""
-_CLIENT: Final = "asyncinfer.client."
-
-
-class MapOptions(Struct, frozen=True, kw_only=True):
-    """The arguments of a map."""
-
-    model: str | None
-    batch: int | Literal["auto"]
-    in_flight: int
-    progress: bool
-    on_error: OnError
-    group: str
-    is_named: bool
-    """The caller named the group, which may have jobs already."""
-    options: Mapping[str, Any]
-    cadence: Cadence = CADENCE
-
-
-class Window:
-    """The blocks that are under way, and the results that wait for those before them.
-
-    It bounds both: `start` a block only while `is_open`, and `take` the outcome of each.
-    """
-
-    def __init__(self, wanted: MapOptions) -> None:
-        self._size = _BLOCKS_PER_FLIGHT * wanted.in_flight
-        self._raises = wanted.on_error == "raise"
-        self._started = 0
-        self._given = 0
-        self._row = 0
-        self.rows_out = 0
-        """Rows that were sent and have no answer."""
-        self._waiting: dict[int, list[Any]] = {}
-
-    @property
-    def is_open(self) -> bool:
-        """Whether another block may be started."""
-        return self._started - self._given < self._size
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether all results of the blocks that were started have been given."""
-        return self._started == self._given
-
-    def start(self, rows: int) -> int:
-        """Counts a new block of `rows` rows, and returns its number, from 0."""
-        self._started += 1
-        self.rows_out += rows
-        return self._started - 1
-
-    def take(self, outcome: FlowOutcome, bar: Progress) -> Iterator[Any]:
-        """Takes the outcome of a block, and yields the results whose turn it is now, maybe none.
-
-        Counts the rows in `bar`. Raises an error that ends the map, or that of a row unless errors
-        are returned. It must be iterated to its end.
-        """
-        if outcome.error is not None:
-            raise outcome.error
-        self._waiting[outcome.number] = outcome.value
-        self.rows_out -= len(outcome.value)
-        errors = sum(isinstance(value, AsyncinferError) for value in outcome.value)
-        bar.advance(len(outcome.value), errors)
-        while self._given in self._waiting:
-            yield from map(self._result_of_next_row, self._waiting.pop(self._given))
-            self._given += 1
-
-    def _result_of_next_row(self, value: Any) -> Any:
-        """The result of the next row, or its error with the row's number, which may be raised."""
-        row, self._row = self._row, self._row + 1
-        if not isinstance(value, AsyncinferError):
-            return value
-        error = _error_of_row(value, row)
-        if self._raises:
-            raise error
-        return error
-
-
-class SlowMapCheck:
-    """Warns once if many rows run one by one: nothing else explains why that takes long."""
-
-    def __init__(self, plan: MapPlan) -> None:
-        self._model = plan.model
-        self._may_warn = not plan.model.batched
-        self._rows = 0
-
-    def count(self, block: RowBlock) -> None:
-        """Counts the rows of a block, and gives the SlowMapWarning if they have become many."""
-        self._rows += len(block)
-        if self._may_warn and self._rows > _FEW_ROWS:
-            self._may_warn = False
-            batching = self._model.batching or "off"
-            warnings.warn(
-                f"{self._model.model} runs each row alone, so many rows take long. Its batching is "
-                f"{batching}",
-                SlowMapWarning,
-                stacklevel=_callers_level(),
-            )
-
-
-class WaitReporter:
-    """Reports why a map gets no answer, and makes the error that ends it when its time is over."""
-
-    def __init__(
-        self, server: RemoteServer, plan: MapPlan, wanted: MapOptions, bar: Progress
-    ) -> None:
-        self._until = server.until
-        self._model = plan.model.model
-        self._cadence = wanted.cadence
-        self._notices = Notices(bar.say, wanted.cadence)
-        self._reason: WaitingFor | None = None
-
-    def new_silence(self) -> Silence:
-        """The time without an answer, from now on."""
-        return Silence(self._until, self._cadence)
-
-    def report(self, reason: WaitingFor | None, rows: int) -> None:
-        """Reports why `rows` rows have no answer, if that is due.
-
-        `reason` None says that nothing is wrong, which is reported if something was.
-        """
-        self._reason = reason
-        waits = f"{_count_text(rows)} of {self._model} wait{'s' * (rows == 1)}"
-        self._notices.report(reason, waits, f"{self._model} goes on")
-
-    def end_silence(self, outcome: FlowOutcome, rows: int) -> FlowOutcome:
-        """Returns the outcome, which ends the silence; raises WaitTimeout if that is its error.
-
-        `rows` is the number of rows that have no answer.
-        """
-        if isinstance(outcome.error, WaitTimeout):
-            raise self.timeout_error(rows, outcome.error.waiting_for) from outcome.error
-        self.report(None, rows)
-        return outcome
-
-    def timeout_error(self, rows: int, reason: WaitingFor | None) -> WaitTimeout:
-        """Returns the error for `rows` rows without an answer.
-
-        `reason` None stands for the last one that was reported.
-        """
-        reason = reason or self._reason
-        why = f": {reason.message}" if reason else "."
-        return WaitTimeout(
-            f"No result in time for {_count_text(rows)} of {self._model}{why}",
-            waiting_for=reason,
-        )
 
 
 class Results(Iterator[Any]):
@@ -199,19 +47,12 @@ class Results(Iterator[Any]):
     """
 
     def __init__(
-        self,
-        server: RemoteServer,
-        driver: Driver,
-        rows: Iterable[Any],
-        wanted: MapOptions,
-        bar: Progress | None = None,
+        self, server: RemoteServer, driver: Driver, rows: Iterable[Any], wanted: MapOptions
     ) -> None:
-        """Sends nothing yet; `bar` takes the place of the client's own bar."""
         self._server = server
         self._driver = driver
         self._wanted = wanted
-        self._bar = bar
-        self._values = self._begin(rows)
+        self._values = self._begin(open_rows(rows))
 
     @property
     def group(self) -> str:
@@ -238,89 +79,53 @@ class Results(Iterator[Any]):
         """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         self._values.close()
 
-    def _begin(self, rows: Iterable[Any]) -> Generator[Any, None, None]:
+    def _begin(self, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
-        arrays = array_rows(rows)
-        total = len(rows) if isinstance(rows, Sized) else None
-        try:
-            first, rest = peek(rows) if arrays is None else (arrays.first(), iter(()))
-        except (StopIteration, IndexError):
-            return
-        plan = self._driver.run(_make_plan(self._server, first, self._wanted))
-        max_rows = plan.max_rows_per_block
-        blocks = blocks_of(rest, max_rows) if arrays is None else arrays.blocks(max_rows)
-        yield from self._run(plan, blocks, total if arrays is None else len(arrays))
+        if first := rows.read_first():
+            plan = self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
+            yield from self._run(MapRun(self._server, self._wanted, plan, rows), rows)
 
-    def _run(
-        self, plan: MapPlan, blocks: Iterator[RowBlock], total: int | None
-    ) -> Generator[Any, None, None]:
-        """Yields the results of all blocks.
+    def _run(self, run: MapRun, rows: ArrayRows | IteratedRows) -> Generator[Any, None, None]:
+        """Yields the results of all rows, and raises the error of their iterable, if it had one.
 
         Whatever ends it early, also being closed, cancels the jobs that have not ended, unless the
         server is away or the time is over; the error gets a note on how to resume.
         """
+        blocks = rows.blocks(run.max_rows_per_block)
         threads = FlowThreads(self._driver, self._wanted.in_flight)
-        bar = self._bar or new_progress(self._wanted.progress, total, self.group)
-        reporter = WaitReporter(self._server, plan, self._wanted, bar)
         # A script may end during a map: later than this no request can be sent.
         close_at_exit = partial(_close, weakref.ref(self))
         atexit.register(close_at_exit)
         try:
-            yield from self._through(threads, plan, blocks, bar, reporter)
+            while not run.is_over:
+                if run.wants_block and not threads.has_outcomes:
+                    if started := run.start(next(blocks, None)):
+                        threads.start(*started)
+                else:
+                    yield from run.take(self._wait_for_outcome(threads, run))
+            if rows.failure:
+                raise rows.failure
         except BaseException as error:
             threads.stop()
             if isinstance(error, WaitTimeout):
                 # Requests in flight end with the wait, and a submit is not interrupted.
                 threads.join(_LATE_SECONDS)
-            elif not isinstance(error, ConnectionFailed):
+            elif not isinstance(error, ConnectionFailed | ClientClosed):
                 self._cancel(threads)
             error.add_note(_resume_hint(self.group))
             raise
         finally:
             atexit.unregister(close_at_exit)
             threads.stop()
-            bar.close()
+            run.bar.close()
 
-    def _through(
-        self,
-        threads: FlowThreads,
-        plan: MapPlan,
-        blocks: Iterator[RowBlock],
-        bar: Progress,
-        reporter: WaitReporter,
-    ) -> Generator[Any, None, None]:
-        """Starts blocks while the window is open, and yields the results in order."""
-        window = Window(self._wanted)
-        slow_check = SlowMapCheck(plan)
-        has_more = True
-        while has_more or not window.is_empty:
-            if has_more and window.is_open and not threads.has_outcomes:
-                block = next(blocks, None)
-                if has_more := block is not None:
-                    slow_check.count(block)
-                    flow = jobs.run_block(self._server, plan, block)
-                    threads.start(window.start(len(block)), flow)
-            elif not window.is_empty:
-                outcome = self._wait_for_outcome(threads, reporter, window.rows_out)
-                yield from window.take(outcome, bar)
-
-    def _wait_for_outcome(
-        self, threads: FlowThreads, reporter: WaitReporter, rows: int
-    ) -> FlowOutcome:
-        """Blocks until a flow has ended, and reports why none does; raises WaitTimeout.
-
-        `rows` is the number of rows that have no answer.
-        """
-        silence = reporter.new_silence()
-        while True:
-            outcome = threads.wait_for_outcome(silence.seconds())
-            if outcome is not None:
-                return reporter.end_silence(outcome, rows)
-            reason = self._driver.run(_flows.why_waiting(self._server, self.group))
-            if silence.is_over:
-                raise reporter.timeout_error(rows, reason or threads.retry_reason)
-            silence.schedule_next()
-            reporter.report(reason or threads.retry_reason, rows)
+    def _wait_for_outcome(self, threads: FlowThreads, run: MapRun) -> FlowOutcome:
+        """Blocks until a flow has ended, and reports why none does; raises WaitTimeout."""
+        silence = run.new_silence()
+        while (outcome := threads.wait_for_outcome(silence.seconds())) is None:
+            reason = self._driver.run(why_waiting(self._server, self.group))
+            run.extend(silence, reason or threads.retry_reason)
+        return outcome
 
     def _cancel(self, threads: FlowThreads) -> None:
         """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
@@ -347,7 +152,7 @@ class AsyncResults(AsyncIterator[Any]):
         self._server = server
         self._driver = driver
         self._wanted = wanted
-        self._values = self._begin(rows)
+        self._values = self._begin(open_async_rows(rows))
 
     @property
     def group(self) -> str:
@@ -374,76 +179,53 @@ class AsyncResults(AsyncIterator[Any]):
         """Ends the map, and cancels its jobs that have not ended; does nothing if it has ended."""
         await self._values.aclose()
 
-    async def _begin(self, rows: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    async def _begin(self, rows: MapRows) -> AsyncGenerator[Any, None]:
         """Yields the results; makes the plan from the first row, and sends nothing without rows."""
-        arrays = array_rows(rows)
-        total = len(rows) if isinstance(rows, Sized) else None
-        source = _as_async(rows if arrays is None else ())
-        try:
-            first = await anext(source) if arrays is None else arrays.first()
-        except (StopAsyncIteration, IndexError):
-            return
-        plan = await self._driver.run(_make_plan(self._server, first, self._wanted))
-        max_rows = plan.max_rows_per_block
-        if arrays is None:
-            blocks = blocks_of_async(_chain(first, source), max_rows)
+        if isinstance(rows, AsyncIteratedRows):
+            first = await rows.read_first()
         else:
-            blocks, total = _as_async(arrays.blocks(max_rows)), len(arrays)
-        async for value in self._run(plan, blocks, total):
-            yield value
+            first = rows.read_first()
+        if first:
+            plan = await self._driver.run(jobs.make_plan(self._server, first[0], self._wanted))
+            run = MapRun(self._server, self._wanted, plan, rows)
+            async with aclosing(self._run(run, rows)) as results:
+                async for result in results:
+                    yield result
 
-    async def _run(
-        self, plan: MapPlan, blocks: AsyncIterator[RowBlock], total: int | None
-    ) -> AsyncGenerator[Any, None]:
-        """Yields the results of all blocks; ends as `Results._run` does."""
+    async def _run(self, run: MapRun, rows: MapRows) -> AsyncGenerator[Any, None]:
+        """Yields the results of all rows; ends as `Results._run` does."""
         from asyncinfer.client._map.tasks import FlowTasks
 
+        blocks = rows.blocks(run.max_rows_per_block)
         tasks = FlowTasks(self._driver, self._wanted.in_flight)
-        bar = new_progress(self._wanted.progress, total, self.group)
-        reporter = WaitReporter(self._server, plan, self._wanted, bar)
         try:
-            window = Window(self._wanted)
-            slow_check = SlowMapCheck(plan)
-            has_more = True
-            while has_more or not window.is_empty:
-                if has_more and window.is_open and not tasks.has_outcomes:
-                    block = await anext(blocks, None)
-                    if has_more := block is not None:
-                        slow_check.count(block)
-                        flow = jobs.run_block(self._server, plan, block)
-                        tasks.start(window.start(len(block)), flow)
-                elif not window.is_empty:
-                    outcome = await self._wait_for_outcome(tasks, reporter, window.rows_out)
-                    for value in window.take(outcome, bar):
-                        yield value
+            while not run.is_over:
+                if run.wants_block and not tasks.has_outcomes:
+                    if started := run.start(await _next(blocks)):
+                        tasks.start(*started)
+                else:
+                    for result in run.take(await self._wait_for_outcome(tasks, run)):
+                        yield result
+            if rows.failure:
+                raise rows.failure
         except BaseException as error:
             tasks.stop()
-            if not isinstance(error, ConnectionFailed | WaitTimeout):
+            if not isinstance(error, ConnectionFailed | ClientClosed | WaitTimeout):
                 await self._cancel(tasks)
             error.add_note(_resume_hint(self.group))
             raise
         finally:
             tasks.stop()
             await tasks.join()
-            bar.close()
+            run.bar.close()
 
-    async def _wait_for_outcome(
-        self, tasks: "FlowTasks", reporter: WaitReporter, rows: int
-    ) -> FlowOutcome:
-        """Waits until a flow has ended, and reports why none does; raises WaitTimeout.
-
-        `rows` is the number of rows that have no answer.
-        """
-        silence = reporter.new_silence()
-        while True:
-            outcome = await tasks.wait_for_outcome(silence.seconds())
-            if outcome is not None:
-                return reporter.end_silence(outcome, rows)
-            reason = await self._driver.run(_flows.why_waiting(self._server, self.group))
-            if silence.is_over:
-                raise reporter.timeout_error(rows, reason or tasks.retry_reason)
-            silence.schedule_next()
-            reporter.report(reason or tasks.retry_reason, rows)
+    async def _wait_for_outcome(self, tasks: "FlowTasks", run: MapRun) -> FlowOutcome:
+        """Waits until a flow has ended, and reports why none does; raises WaitTimeout."""
+        silence = run.new_silence()
+        while (outcome := await tasks.wait_for_outcome(silence.seconds())) is None:
+            reason = await self._driver.run(why_waiting(self._server, self.group))
+            run.extend(silence, reason or tasks.retry_reason)
+        return outcome
 
     async def _cancel(self, tasks: "FlowTasks") -> None:
         """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
@@ -453,39 +235,9 @@ class AsyncResults(AsyncIterator[Any]):
         await self._driver.run(jobs.cancel(self._server, self.group))
 
 
-def _make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapPlan]:
-    """The plan of a map from its first row and its arguments."""
-    options = {**wanted.options, "group": wanted.group}
-    return jobs.make_plan(
-        server, first, wanted.model, wanted.batch, options, is_named=wanted.is_named
-    )
-
-
 def _resume_hint(group: str) -> str:
     """A sentence on how to resume the map, for a note on its error."""
     return f"Map the same rows with group={group!r} to go on: rows that are done do not run again."
-
-
-def _count_text(rows: int) -> str:
-    """The number of rows with its noun, as `1 row`."""
-    return f"{rows:,} row{'s' * (rows != 1)}"
-
-
-def _error_of_row(error: AsyncinferError, row: int) -> AsyncinferError:
-    """A copy of an error with the row's number, since several rows may share one error."""
-    copy = type(error).__new__(type(error))
-    copy.__dict__.update(error.__dict__)
-    copy.args = (f"Row {row}: {error}",)
-    copy.row = row
-    return copy
-
-
-def _callers_level() -> int:
-    """The `stacklevel` of the line outside of this package that takes the results."""
-    level, frame = 0, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_CLIENT):
-        level, frame = level + 1, frame.f_back
-    return level + 1
 
 
 def _close(results: "weakref.ref[Results]") -> None:
@@ -494,18 +246,6 @@ def _close(results: "weakref.ref[Results]") -> None:
         alive.close()
 
 
-async def _as_async(rows: Any) -> AsyncIterator[Any]:
-    """An asynchronous iterator of rows, which may be an iterable of either kind."""
-    if hasattr(rows, "__aiter__"):
-        async for row in rows:
-            yield row
-    else:
-        for row in rows:
-            yield row
-
-
-async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """An asynchronous iterator of `first` and then `rest`."""
-    yield first
-    async for row in rest:
-        yield row
+async def _next(blocks: Iterator[RowBlock] | AsyncIterator[RowBlock]) -> RowBlock | None:
+    """The next of the blocks, which may come from an iterator of either kind; None at the end."""
+    return await anext(blocks, None) if isinstance(blocks, AsyncIterator) else next(blocks, None)

@@ -1,13 +1,23 @@
 """The rows of a map, cut into blocks that can be one job each: as they come, never all at once."""
 
+import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.client._encoding import to_plain
+from asyncinfer.client._encoding import is_frame, to_plain
+from asyncinfer.client._errors import CannotSend
 
 _BLOCK_BYTES: Final = 1 << 20
 """About the most bytes of a block: well below what a server takes in JSON (MAX_JSON, 2 MiB)."""
@@ -25,44 +35,125 @@ class RowBlock(Struct, frozen=True):
         return len(self.numbers)
 
 
-class ArrayRows(Struct, frozen=True):
+class ArrayRows:
     """Rows in an array `(rows, *dims)`, or in one for each input by name."""
 
-    arrays: Any
+    failure: None = None
 
-    def __len__(self) -> int:
+    def __init__(self, arrays: Any) -> None:
+        self._arrays = arrays
+        named = arrays.values() if isinstance(arrays, dict) else [arrays]
+        self.total = min(map(len, named), default=0)
         """The number of rows; of several arrays, of the shortest."""
-        if isinstance(self.arrays, dict):
-            return min(map(len, self.arrays.values()))
-        return len(self.arrays)
 
-    def first(self) -> Any:
-        """The first row; raises IndexError if there is none."""
-        return rows_at(self.arrays, 0)
+    def read_first(self) -> list[Any]:
+        """A list of the first row, empty if there is none."""
+        return [rows_at(self._arrays, 0)] if self.total else []
 
     def blocks(self, max_rows: int) -> Iterator[RowBlock]:
         """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB, as views."""
-        total = len(self)
-        size = min(max_rows, max(1, _BLOCK_BYTES // max(bytes_in(self.first()), 1)))
-        for start in range(0, total, size):
-            end = min(start + size, total)
-            yield RowBlock(range(start, end), rows_at(self.arrays, slice(start, end)))
+        (first,) = self.read_first()
+        size = min(max_rows, max(1, _BLOCK_BYTES // max(bytes_in(first), 1)))
+        for start in range(0, self.total, size):
+            end = min(start + size, self.total)
+            yield RowBlock(range(start, end), rows_at(self._arrays, slice(start, end)))
 
 
-def array_rows(rows: Any) -> ArrayRows | None:
-    """Rows that are an array, or a dict of what can be arrays; None for every other iterable."""
+class IteratedRows:
+    """Rows of an iterable, which are read one by one as they are needed.
+
+    The error of an iterable ends the blocks with the rows before it, and is in `failure` then.
+    """
+
+    failure: Exception | None = None
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.total = len(rows) if isinstance(rows, Sized) else None
+        """The number of rows; None if it is unknown."""
+        self._rows = iter(rows)
+
+    def read_first(self) -> list[Any]:
+        """A list of the first row, empty if there is none; call it once, before `blocks`."""
+        first = list(itertools.islice(self._rows, 1))
+        self._rows = itertools.chain(first, self._rows)
+        return first
+
+    def blocks(self, max_rows: int) -> Iterator[RowBlock]:
+        """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB."""
+        builder = BlockBuilder(max_rows)
+        try:
+            for row in self._rows:
+                if block := builder.add(row):
+                    yield block
+        except Exception as error:
+            self.failure = error
+        if block := builder.flush():
+            yield block
+
+
+class AsyncIteratedRows:
+    """The same as IteratedRows for an asynchronous iterable."""
+
+    failure: Exception | None = None
+
+    def __init__(self, rows: AsyncIterable[Any]) -> None:
+        self.total = len(rows) if isinstance(rows, Sized) else None
+        self._rows = aiter(rows)
+        self._first: list[Any] = []
+
+    async def read_first(self) -> list[Any]:
+        """A list of the first row, empty if there is none; call it once, before `blocks`."""
+        with contextlib.suppress(StopAsyncIteration):
+            self._first.append(await anext(self._rows))
+        return self._first
+
+    async def blocks(self, max_rows: int) -> AsyncIterator[RowBlock]:
+        """Yields all rows in blocks of at most `max_rows` rows and about 1 MiB."""
+        builder = BlockBuilder(max_rows)
+        try:
+            for row in self._first:
+                if block := builder.add(row):
+                    yield block
+            async for row in self._rows:
+                if block := builder.add(row):
+                    yield block
+        except Exception as error:
+            self.failure = error
+        if block := builder.flush():
+            yield block
+
+
+MapRows = ArrayRows | IteratedRows | AsyncIteratedRows
+
+
+def open_rows(rows: Any) -> ArrayRows | IteratedRows:
+    """Rows of any form, none of which is read yet; raises CannotSend for what has no rows."""
     if isinstance(rows, Mapping):
         import numpy as np
 
         # asanyarray keeps the masks of masked arrays.
         return ArrayRows({name: np.asanyarray(values) for name, values in rows.items()})
-    return ArrayRows(rows) if hasattr(rows, "dtype") and getattr(rows, "ndim", 0) > 0 else None
+    if hasattr(rows, "dtype") and getattr(rows, "ndim", 0) > 0:
+        return ArrayRows(rows)
+    if is_frame(rows):
+        raise CannotSend("map takes rows; iterating a frame gives columns: use map_frame().")
+    try:
+        return IteratedRows(rows)
+    except TypeError:
+        hint = "; use AsyncClient" if hasattr(rows, "__aiter__") else ""
+        kind = type(rows).__name__
+        raise CannotSend(f"map takes an iterable of rows, not {kind}{hint}.") from None
+
+
+def open_async_rows(rows: Any) -> MapRows:
+    """The same as `open_rows` where rows may come from an asynchronous iterable."""
+    return AsyncIteratedRows(rows) if hasattr(rows, "__aiter__") else open_rows(rows)
 
 
 class BlockBuilder:
     """Collects rows that come one by one into blocks of at most `max_rows` rows and about 1 MiB.
 
-    Call `flush` after the last row, until it returns None.
+    Call `flush` after the last row.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -95,26 +186,6 @@ class BlockBuilder:
         self._next_number += len(self._rows)
         self._rows = []
         return block
-
-
-def blocks_of(rows: Iterable[Any], max_rows: int) -> Iterator[RowBlock]:
-    """Yields the blocks of rows that come one by one; reads rows only as blocks are taken."""
-    builder = BlockBuilder(max_rows)
-    for row in rows:
-        if block := builder.add(row):
-            yield block
-    while block := builder.flush():
-        yield block
-
-
-async def blocks_of_async(rows: AsyncIterator[Any], max_rows: int) -> AsyncIterator[RowBlock]:
-    """The same as `blocks_of` for an asynchronous iterator."""
-    builder = BlockBuilder(max_rows)
-    async for row in rows:
-        if block := builder.add(row):
-            yield block
-    while block := builder.flush():
-        yield block
 
 
 def split_in_half(block: RowBlock) -> tuple[RowBlock, RowBlock]:
@@ -186,10 +257,3 @@ def rows_at(rows: Any, places: int | slice) -> Any:
     if isinstance(rows, dict):
         return {name: values[places] for name, values in rows.items()}
     return rows[places]
-
-
-def peek(rows: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first row, and an iterator of all rows; raises StopIteration if there are none."""
-    rest = iter(rows)
-    first = next(rest)
-    return first, itertools.chain([first], rest)

@@ -1,12 +1,14 @@
 """Several flows at once in tasks of an event loop, their outcomes as they come."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from asyncinfer.client._drivers import AsyncDriver
 from asyncinfer.client._map.threads import JOIN_SECONDS, FlowOutcome, FlowStopped
-from asyncinfer.client._protocol import Flow, FlowReply, Pause
+from asyncinfer.client._protocol import Flow, FlowReply, FlowRequest, Pause
 from asyncinfer.client._wait_reasons import WaitingFor
+from asyncinfer.timeouts import set_within
 
 
 class FlowTasks:
@@ -21,22 +23,16 @@ class FlowTasks:
         self._outcomes: asyncio.Queue[FlowOutcome] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
-        self._pause_reasons: dict[int, WaitingFor | None] = {}
+        self._pause_reasons: dict[int, WaitingFor] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
-        """Starts a task for a flow, which may have to wait for others; returns at once.
-
-        `number` comes back in its outcome.
-        """
+        """Starts a task for a flow, which may have to wait for others; returns at once."""
         task = asyncio.create_task(self._work(number, flow))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def wait_for_outcome(self, seconds: float) -> FlowOutcome | None:
-        """The outcome of a flow that has ended, in the order of their ends, each once.
-
-        None if none ends within `seconds`. It does not raise the error of a flow.
-        """
+        """The outcome of a flow that has ended, each once; None if none ends in `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 return await self._outcomes.get()
@@ -46,7 +42,7 @@ class FlowTasks:
     @property
     def retry_reason(self) -> WaitingFor | None:
         """Why one of the flows has to send its request again; None if none waits to do so."""
-        return next(filter(None, self._pause_reasons.values()), None)
+        return next(iter(self._pause_reasons.values()), None)
 
     @property
     def has_outcomes(self) -> bool:
@@ -54,10 +50,7 @@ class FlowTasks:
         return not self._outcomes.empty()
 
     def stop(self) -> None:
-        """Lets no flow send another request; returns at once: `join` waits for the present ones.
-
-        A flow that had not ended has FlowStopped as its outcome.
-        """
+        """Lets no flow send another request; returns at once: `join` waits for the present ones."""
         self._stopping.set()
 
     async def join(self) -> None:
@@ -73,34 +66,18 @@ class FlowTasks:
         """Runs one flow when a place is free, and puts its outcome where it is awaited."""
         try:
             async with self._gate:
-                value = await self._run(number, flow)
+                value = await self._driver.run(flow, partial(self._carry_out, number))
             self._outcomes.put_nowait(FlowOutcome(number, value=value))
         except Exception as error:  # it is raised where the outcome is awaited
             self._outcomes.put_nowait(FlowOutcome(number, error=error))
 
-    async def _run(self, number: int, flow: Flow[Any]) -> Any:
-        """Carries out a flow and returns its result; raises its error, or FlowStopped."""
-        reply: FlowReply = None
-        try:
-            while not self._stopping.is_set():
-                request = flow.send(reply)
-                if isinstance(request, Pause):
-                    self._pause_reasons[number] = request.reason
-                    await self._pause(request.seconds)
-                    del self._pause_reasons[number]
-                    reply = None
-                else:
-                    reply = await self._driver.exchange(request)
+    async def _carry_out(self, number: int, request: FlowRequest) -> FlowReply:
+        """Sends a request or pauses, until `stop` is called; raises FlowStopped after that."""
+        if isinstance(request, Pause):
+            self._pause_reasons[number] = request.reason
+            await set_within(self._stopping, request.seconds)
+            del self._pause_reasons[number]
+            return None
+        if self._stopping.is_set():
             raise FlowStopped
-        except StopIteration as end:
-            return end.value
-        finally:
-            flow.close()
-
-    async def _pause(self, seconds: float) -> None:
-        """Sleeps for `seconds`, or until `stop` is called."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            pass
+        return await self._driver.exchange(request)

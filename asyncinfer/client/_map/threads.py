@@ -2,12 +2,13 @@
 
 import queue
 import threading
+from functools import partial
 from typing import Any, Final
 
 from msgspec import Struct
 
 from asyncinfer.client._drivers import Driver
-from asyncinfer.client._protocol import Flow, FlowReply, Pause
+from asyncinfer.client._protocol import Flow, FlowReply, FlowRequest, Pause
 from asyncinfer.client._wait_reasons import WaitingFor
 
 JOIN_SECONDS: Final = 10.0
@@ -39,7 +40,7 @@ class FlowThreads:
         self._outcomes: queue.SimpleQueue[FlowOutcome] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
-        self._pause_reasons: dict[int, WaitingFor | None] = {}
+        self._pause_reasons: dict[int, WaitingFor] = {}
 
     def start(self, number: int, flow: Flow[Any]) -> None:
         """Queues a flow, to be run as soon as a thread is free; returns at once.
@@ -65,7 +66,7 @@ class FlowThreads:
     @property
     def retry_reason(self) -> WaitingFor | None:
         """Why one of the flows has to send its request again; None if none waits to do so."""
-        return next(filter(None, list(self._pause_reasons.values())), None)
+        return next(iter(list(self._pause_reasons.values())), None)
 
     @property
     def has_outcomes(self) -> bool:
@@ -91,25 +92,18 @@ class FlowThreads:
         while item := self._todo.get():
             number, flow = item
             try:
-                self._outcomes.put(FlowOutcome(number, value=self._run(number, flow)))
+                value = self._driver.run(flow, partial(self._carry_out, number))
+                self._outcomes.put(FlowOutcome(number, value=value))
             except BaseException as error:  # it is raised where the outcome is awaited
                 self._outcomes.put(FlowOutcome(number, error=error))
 
-    def _run(self, number: int, flow: Flow[Any]) -> Any:
-        """Carries out a flow and returns its result; raises its error, or FlowStopped."""
-        reply: FlowReply = None
-        try:
-            while not self._stopping.is_set():
-                request = flow.send(reply)
-                if isinstance(request, Pause):
-                    self._pause_reasons[number] = request.reason
-                    self._stopping.wait(request.seconds)
-                    del self._pause_reasons[number]
-                    reply = None
-                else:
-                    reply = self._driver.exchange(request)
+    def _carry_out(self, number: int, request: FlowRequest) -> FlowReply:
+        """Sends a request or pauses, until `stop` is called; raises FlowStopped after that."""
+        if isinstance(request, Pause):
+            self._pause_reasons[number] = request.reason
+            self._stopping.wait(request.seconds)
+            del self._pause_reasons[number]
+            return None
+        if self._stopping.is_set():
             raise FlowStopped
-        except StopIteration as end:
-            return end.value
-        finally:
-            flow.close()
+        return self._driver.exchange(request)

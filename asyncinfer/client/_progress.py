@@ -1,4 +1,4 @@
-"""The progress of a map: a bar in a terminal or notebook, or the log. The only door to tqdm."""
+"""The progress of many rows: a bar in a terminal or notebook, or the log. The only door to tqdm."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ _log: Final = logging.getLogger("asyncinfer.client")
 
 
 class Progress(Protocol):
-    def advance(self, rows: int, errors: int) -> None:
+    def advance(self, rows: int, errors: int = 0) -> None:
         """Counts rows that are done, `errors` of them with an error."""
 
     def say(self, line: str) -> None:
@@ -21,10 +21,10 @@ class Progress(Protocol):
         """Removes or completes the bar; call it once, at the end."""
 
 
-class _LogOnly:
+class LogProgress:
     """Reports to the log, without a bar."""
 
-    def advance(self, rows: int, errors: int) -> None:
+    def advance(self, rows: int, errors: int = 0) -> None:
         """Does nothing."""
 
     def say(self, line: str) -> None:
@@ -35,19 +35,28 @@ class _LogOnly:
         """Does nothing."""
 
 
-class _Bar:
-    """A bar of the rows that are done, their rate, and the time that is left."""
+class ProgressBar:
+    """A bar on stderr of the rows that are done, their rate, and the time that is left.
 
-    def __init__(self, total: int | None, title: str) -> None:
+        bar = ProgressBar(len(rows), "flowers")
+        for result in client.map(rows, progress=False):
+            bar.advance(1)
+        bar.close()
+
+    `total` is the number of rows, None if that is unknown; `title` stands before the bar. Without
+    `leave` the bar disappears when it is closed.
+    """
+
+    def __init__(self, total: int | None, title: str, *, leave: bool = True) -> None:
         with warnings.catch_warnings():
             # A notebook without widgets gets a bar of text, and tqdm warns of that.
             warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
 
-            self._bar: Any = tqdm(total=total, desc=title, unit="row", unit_scale=True)
+            self._bar: Any = tqdm(total=total, desc=title, unit="row", unit_scale=True, leave=leave)
         self._errors = 0
 
-    def advance(self, rows: int, errors: int) -> None:
+    def advance(self, rows: int, errors: int = 0) -> None:
         """Moves the bar, and shows the number of all errors so far if it has changed."""
         if errors:
             self._errors += errors
@@ -55,17 +64,9 @@ class _Bar:
         self._bar.update(rows)
 
     def say(self, line: str) -> None:
-        """Prints the line on stderr, above the bar."""
+        """Prints the line on stderr, above the bar; also from another thread."""
         self._bar.write(printable_line(line), file=sys.stderr)
 
     def close(self) -> None:
-        """Completes the bar; it stays on the screen."""
+        """Completes the bar."""
         self._bar.close()
-
-
-def new_progress(has_bar: bool, total: int | None, title: str) -> Progress:
-    """A bar if `has_bar`, else reports in the log.
-
-    `total` is the number of rows, None if that is unknown; `title` stands before the bar.
-    """
-    return _Bar(total, title) if has_bar else _LogOnly()

@@ -1,0 +1,1 @@
+"""The conversations with a server, each written once for threads and event loops."""

@@ -1,0 +1,49 @@
+"""Groups, and the operation of the service."""
+
+from typing import Any
+
+from asyncinfer.client._answers import ClearedJobs, GroupView, Health, PausedState
+from asyncinfer.client._protocol import Flow
+from asyncinfer.client._requests import RemoteServer, call, convert, get, path_part
+from asyncinfer.schemas.operations import Queue, QueueList, Worker, WorkerList
+
+
+def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
+    """The view of a group, which was found to be a GroupView; raises GroupNotFound."""
+    view: dict[str, Any] = yield from get(server, f"/group/{path_part(name)}")
+    convert(server, view, GroupView)
+    return view
+
+
+def cancel_group(server: RemoteServer, name: str) -> Flow[ClearedJobs]:
+    """Cancels the unfinished jobs of a group."""
+    answer = yield from call(server, "DELETE", f"/group/{path_part(name)}", {})
+    return convert(server, answer, ClearedJobs)
+
+
+def health(server: RemoteServer) -> Flow[Health]:
+    """The state of the server; raises RedisUnavailable."""
+    return convert(server, (yield from get(server, "/health")), Health)
+
+
+def queues(server: RemoteServer) -> Flow[list[Queue]]:
+    """The queues of all models."""
+    return convert(server, (yield from get(server, "/queues")), QueueList).queues
+
+
+def workers(server: RemoteServer) -> Flow[list[Worker]]:
+    """The living workers."""
+    return convert(server, (yield from get(server, "/workers")), WorkerList).workers
+
+
+def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[PausedState]:
+    """Pauses a model, or resumes it. Raises ModelNotFound."""
+    verb = "pause" if paused else "resume"
+    answer = yield from call(server, "POST", f"/models/{path_part(name)}/{verb}", {})
+    return convert(server, answer, PausedState)
+
+
+def purge_queue(server: RemoteServer, name: str) -> Flow[ClearedJobs]:
+    """Cancels the waiting jobs of a model, of all tenants. Raises ModelNotFound."""
+    answer = yield from call(server, "POST", f"/models/{path_part(name)}/purge", {})
+    return convert(server, answer, ClearedJobs)
