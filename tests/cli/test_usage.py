@@ -1,7 +1,6 @@
 """Wrong usage is one line on stderr, and --help is fast."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -60,9 +59,9 @@ def test_an_option_is_met_with_the_nearest_one(capsys: pytest.CaptureFixture[str
     assert "--job-ttl" in error_line(capsys, ("serve", "--job-tt", "9"))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_listed_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"Usage: asyncinfer {name} " in help_of(capsys, name)
+def test_every_listed_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {name: help_of(capsys, name) for name in COMMANDS}
+    assert [name for name in shown if f"Usage: asyncinfer {name} " not in shown[name]] == []
 
 
 def test_help_lists_each_command_that_can_be_used_and_each_exit_code(
@@ -158,8 +157,6 @@ def test_completion_offers_commands_and_flags() -> None:
 
 
 def test_bash_accepts_the_completion_script(capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which("bash") is None:
-        pytest.skip("no bash here")
     assert main(("completion", "bash")) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, capture_output=True)

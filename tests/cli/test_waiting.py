@@ -30,7 +30,7 @@ from tests.api.harness import QUEUE, ManualWorker, announce, running
 from tests.cli.command_line import error_line, run_command
 from tests.faults.harness import eventually_sync
 
-from .conftest import submit
+from .submitted_jobs import submit
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
 NO_WORKER = "No worker has had iris since"

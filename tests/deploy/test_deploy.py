@@ -34,10 +34,10 @@ from asyncinfer.errors import HostRefused
 from asyncinfer.models.folder import find_model_dir, scan
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
-from tests.conftest import wait_for_server
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY
-from tests.serving import free_port
+from tests.redis_server import wait_for_server
 
 VARIABLES: Final = {knob.variable for knob in settings.knobs()}
 PROJECT: Final = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -505,7 +505,7 @@ def _running_container(
     # This is in place of /tmp, the only folder that it may write.
     environ["TMPDIR"] = str(image)
     command = ["asyncinfer", *SERVICES[service]["command"]]
-    program = shutil.which(command[0], path=environ["PATH"])
+    program = image / "opt" / "asyncinfer" / "bin" / command[0]
     process = subprocess.Popen(command, executable=program, cwd=image, env=environ)
     try:
         yield process

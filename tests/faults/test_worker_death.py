@@ -19,9 +19,8 @@ from tests import zoo
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 from tests.sampling import soak_except
 
-from .harness import assert_at_rest, eventually
+from .harness import assert_at_rest, eventually, is_renewed
 from .processes import OpenWorkers, WorkerChild, Workers
-from .test_redis_outage import is_renewed
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
 MANY_DELIVERIES = Policy(

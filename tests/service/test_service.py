@@ -17,8 +17,8 @@ import redis
 
 from asyncinfer.jobs import decode_record
 from tests.faults.harness import assert_at_rest, eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, python_process
-from tests.serving import free_port
 
 DATA = Path(__file__).parents[1] / "data"
 
