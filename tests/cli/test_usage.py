@@ -1,9 +1,9 @@
 """Wrong usage is one line on stderr, and --help is fast."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -97,18 +97,16 @@ def test_help_loads_nothing_heavy() -> None:
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_takes_less_than_300_ms() -> None:
-    """The fastest of several runs counts, since the machine may be busy."""
-    best_seconds = HELP_SECONDS
-    for _ in range(10):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "asyncinfer", "--help"], check=True, capture_output=True
-        )
-        best_seconds = min(best_seconds, time.perf_counter() - started)
-        if best_seconds < HELP_SECONDS:
-            return
-    pytest.fail(f"--help takes more than {HELP_SECONDS} s")
+def test_help_takes_less_than_300_ms_of_a_core() -> None:
+    """The cheapest of a few runs counts: the caches of a busy machine are cold."""
+    assert min(_cpu_seconds_of_help() for _ in range(5)) < HELP_SECONDS
+
+
+def _cpu_seconds_of_help() -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "asyncinfer", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("argv", [("--help",), ("keygen",)])

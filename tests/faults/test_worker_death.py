@@ -164,7 +164,7 @@ async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
     ) as workers:
         harmless = await poisoned.submit([0.0] * 7)
         (culprit,) = await poisoned.submit([5.0])
-        await unaffected.submit([float(20 + number % 5) for number in range(64)])
+        await unaffected.submit([float(20 + number % 5) for number in range(24)])
         for _ in range(3):
             poison.disarm()
             await store.command("SET", keys.paused(poisoned.queue), "1")
