@@ -2,7 +2,6 @@
 
 import ipaddress
 from typing import Final
-from urllib.parse import urlsplit
 
 _LOOPBACK_OF_WILDCARD: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -26,5 +25,7 @@ def is_loopback(host: str) -> bool:
 
 def shown_url(redis_url: str) -> str:
     """A REDIS_URL without its user, password and options, to be shown and logged."""
-    parts = urlsplit(redis_url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # Not urlsplit, which of Python 3.13 refuses a list of sentinels with an IPv6 address.
+    scheme, _, rest = redis_url.partition("://")
+    authority, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

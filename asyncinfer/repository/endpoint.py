@@ -93,9 +93,11 @@ async def close(client: AsyncRedis) -> None:
 
 
 def _sentinel(url: str) -> Endpoint:
-    parts = urlsplit(url)
+    # urlsplit of Python 3.13 refuses a list of hosts in which an IPv6 address is not the first.
+    authority, _, rest = url.partition("://")[2].partition("/")
+    parts = urlsplit("/" + rest.lstrip("/"))
     service, _, database = parts.path.strip("/").partition("/")
-    userinfo, _, hosts = parts.netloc.rpartition("@")
+    userinfo, _, hosts = authority.rpartition("@")
     user, _, password = userinfo.partition(":")
     try:
         sentinels = tuple(_parse_sentinel(host) for host in hosts.split(","))
