@@ -20,6 +20,7 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.unserved_models import UnservedModels
+from asyncinfer.timeouts import set_within
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import CrashGuard
 from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache
@@ -168,9 +169,7 @@ async def _connect(
             if not is_logged:
                 _log.info("Waiting for Redis: %s", error.detail)
             is_logged = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
-                    await stopping.wait()
+            await set_within(stopping, _CONNECT_PAUSE_SECONDS)
         else:
             _log.info("Connected to %s. Models to load: %d.", server, len(library.names))
             # Jobs may wait for models that were announced before.

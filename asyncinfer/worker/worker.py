@@ -33,7 +33,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.claiming.control_listener import ControlListener
-from asyncinfer.worker.held_claim import HeldClaim, Step
+from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.lease_renewer import LeaseRenewer
 from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce_forever
 from asyncinfer.worker.models.folder_watcher import folder_changes
@@ -127,10 +127,11 @@ class Worker:
         runs = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)
+        self._held = HeldClaims(self._renewer)
         self._claimer = Claimer(
             store,
             runs,
-            self._renewer,
+            self._held,
             queues,
             max_batch=config.max_batch,
             brpop_timeout_seconds=config.brpop_timeout_seconds,
@@ -147,7 +148,12 @@ class Worker:
             on_step=on_step,
         )
         self._finisher = Finisher(
-            runs, self._claimer, self._builder, start_task=self._start_task, on_step=on_step
+            runs,
+            self._held,
+            self._claimer,
+            self._builder,
+            start_task=self._start_task,
+            on_step=on_step,
         )
         self._control_listener = ControlListener(store, queues, self._finisher.end_job)
         self._announcer = Announcer(
@@ -198,7 +204,7 @@ class Worker:
             announce,
             self._renewer.beat,
             self._control_listener.listen,
-            self._claimer.windows.listen,
+            self._claimer.waiter.windows.listen,
             self._load,
             self._watch,
         ]
@@ -261,7 +267,7 @@ class Worker:
             "pid": os.getpid(),
             "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
-            "busy": len(self._claimer.held),
+            "busy": len(self._held.by_token),
             "state": self._state(),
             "jobs_done": self._finisher.jobs_done(),
             "seconds_per_job": seconds_per_job,
@@ -325,7 +331,7 @@ class Worker:
         Sets `is_hung` if a run does not stop within the grace period, and cancels its slot."""
         self._runner.give_up()
         self._finisher.give_up()
-        for held in self._claimer.held.values():
+        for held in self._held.by_token.values():
             if held.run:
                 held.run.stop_for("drain")
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
@@ -333,7 +339,7 @@ class Worker:
             self.is_hung = True
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
-                    for held in self._claimer.held.values():
+                    for held in self._held.by_token.values():
                         group.start_soon(self._finisher.release, held)
             for task in stuck:
                 task.cancel()

@@ -1,8 +1,6 @@
 """The reader of control streams: jobs that run and are to be cancelled or have expired."""
 
-import asyncio
 import logging
-import random
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -11,6 +9,7 @@ from asyncinfer.jobs import id_text
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
+from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.untrusted import decoding
 
 _log = LimitedLog(logging.getLogger(__name__))
@@ -52,7 +51,7 @@ class ControlListener:
             except RedisUnavailable as error:
                 if not self._blocking.closed:
                     _log.warning(f"Control: {error.detail}")
-                    await asyncio.sleep(random.uniform(0.1, 0.5))
+                    await pause_before_retry()
 
     async def close(self) -> None:
         """Ends `listen`, also during a read."""

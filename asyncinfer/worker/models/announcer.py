@@ -1,7 +1,6 @@
 """Announcements: a worker writes its status and models to Redis, and reads those of others."""
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -25,6 +24,7 @@ from asyncinfer.repository.announcements import (
     serves_or_loads,
 )
 from asyncinfer.repository.store import Store
+from asyncinfer.timeouts import set_within
 from asyncinfer.worker.models.engine_cache import Label
 from asyncinfer.worker.models.folder_differences import (
     Differences,
@@ -415,6 +415,4 @@ async def announce_forever(
             _log.debug("Announce: %s", error.detail)
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2)):
-                await news.wait()
+        await set_within(news, ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
