@@ -171,10 +171,10 @@ async def _connect(
             is_logged = True
             await set_within(stopping, _CONNECT_PAUSE_SECONDS)
         else:
-            _log.info("Connected to %s. Models to load: %d.", server, len(library.names))
+            _log.info("Connected to %s. Models to load: %d.", server, len(library.table.names))
             # Jobs may wait for models that were announced before.
-            first = default or default_model(None, library.names)
-            library.load_first([first, *known] if first else known)
+            first = default or default_model(None, library.table.names)
+            library.table.load_first([first, *known] if first else known)
             return default
     return None
 
@@ -207,8 +207,8 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
         """The present figures, in one record."""
         runs, ended = worker.run_times_and_verdict_counts()
         return metrics.MetricValues(
-            served=list(library.uncontested_signatures().values()),
-            refused=sorted(library.problems()),
+            served=list(library.table.uncontested_signatures().values()),
+            refused=sorted(library.table.problems()),
             loaded=len(library.loaded),
             runs=runs,
             ended=ended,

@@ -113,7 +113,7 @@ class Worker:
         self._config = config
         self._queues = Queues(
             store,
-            library,
+            library.table,
             default_model,
             max_batch=config.max_batch,
             default_is_set=default_is_set,
@@ -220,7 +220,7 @@ class Worker:
         """Loads the models that are in the folder at the start; returns when all were tried, and
         logs which can be served."""
         await self._library.load_untried()
-        names = self._library.names
+        names = self._library.table.names
         if names:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             _log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
@@ -230,7 +230,7 @@ class Worker:
     async def _watch(self) -> None:
         """Rescans the model folder at each change, until `run` has drained. Rescans may overlap."""
         events = folder_changes(
-            self._library.watched_folder,
+            self._library.source.watched_folder,
             rescan_seconds=self._config.rescan_seconds,
             stopping=self._watch_stopped,
         )
@@ -255,7 +255,7 @@ class Worker:
         """Passes the queues of the served models to the claimer and the control listener, with
         whether more are about to come."""
         queues = self._queues.served()
-        is_growing = bool(self._library.loading or self._library.unannounced_labels)
+        is_growing = bool(self._library.table.loading or self._library.table.unannounced_labels)
         self._claimer.serve(queues, is_growing=is_growing)
         self._control_listener.serve(queues, is_growing=is_growing)
 
@@ -288,8 +288,8 @@ class Worker:
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
-        if not self._library.served:
-            reason = self._library.why_nothing_is_served()
+        if not self._library.table.served:
+            reason = self._library.table.why_nothing_is_served()
             return reason or "It loads its models; none is served yet."
         return None
 
@@ -307,7 +307,11 @@ class Worker:
             return "hung"
         if self._claimer.draining.is_set():
             return "draining"
-        return "starting" if self._library.loading and not self._library.served else "ready"
+        return (
+            "starting"
+            if self._library.table.loading and not self._library.table.served
+            else "ready"
+        )
 
     def begin_drain(self) -> None:
         """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
@@ -394,7 +398,7 @@ class Worker:
             return self._later_deferrer.defer(job)
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
-            if self._library.will_load(model, version):
+            if self._library.table.will_load(model, version):
                 return self._unloaded_deferrer.deferred_outcome(job)
             if await self._is_elsewhere(model, version):
                 return released_outcomes([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]

@@ -37,7 +37,6 @@ class Slots:
         )
         self._driver = driver
 
-    @property
     def state(self) -> WaitState:
         return self.claimer.waiter.state
 
@@ -61,7 +60,7 @@ class Slots:
         await listening
 
     async def until(self, state: WaitState) -> None:
-        await eventually(lambda: self.state == state, f"the slot is {state}")
+        await eventually(lambda: self.state() == state, f"the slot is {state}")
 
     async def claim(self) -> HeldClaim:
         """Claims the jobs that wait, in a slot."""
@@ -100,11 +99,11 @@ async def test_a_slot_without_queues_is_blocked_until_there_are_some_and_then_re
 ) -> None:
     await driver.submit_one()
     async with slots.waiting() as slot:
-        assert slots.state == "blocked"
+        assert slots.state() == "blocked"
 
         slots.serve({Q: QueueBatching()})
 
-        assert slots.state == "ready"
+        assert slots.state() == "ready"
         assert (await _claim_of(slot)).claim.count == 1
 
 
@@ -127,7 +126,7 @@ async def test_a_slot_defers_to_a_short_run_while_that_is_held(
     await driver.submit_one()
     held = await slots.claim()
     async with slots.waiting():
-        assert slots.state == "deferring"
+        assert slots.state() == "deferring"
 
         await slots.finish(held)
 
@@ -157,7 +156,7 @@ async def test_a_slot_does_not_defer_to_a_run_that_left_jobs_in_its_queue(
     await driver.submit_many(2)
     await slots.claim()
     async with slots.waiting() as slot:
-        assert slots.state == "listening"
+        assert slots.state() == "listening"
 
         # A claim that leaves jobs behind rings the doorbell.
         assert (await _claim_of(slot)).claim.count == 1
@@ -179,7 +178,7 @@ async def test_a_slot_is_blocked_while_a_redelivered_job_is_held_and_then_ready(
 
         await slots.finish(held)
 
-        assert slots.state == "ready"
+        assert slots.state() == "ready"
         assert (await _claim_of(slot)).claim.count == 1
 
 
@@ -219,7 +218,7 @@ async def test_a_drain_ends_each_wait_without_a_claim(slots: Slots, state: WaitS
 
         await slots.claimer.drain()
 
-        assert slots.state == "draining"
+        assert slots.state() == "draining"
         assert await slot is None
 
 
@@ -235,5 +234,5 @@ async def test_a_token_that_came_for_a_slot_that_is_blocked_now_is_given_back(
 
         await driver.submit_one()
 
-        assert slots.state == "blocked"
+        assert slots.state() == "blocked"
         await eventually(lambda: driver.redis.llen(keys.wake(Q)) == 1, "the doorbell rings again")

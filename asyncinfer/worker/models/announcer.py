@@ -89,6 +89,7 @@ class Announcer:
         self._store = store
         self._worker_id = worker_id
         self._library = library
+        self._table = library.table
         self._queues = queues
         self._on_queues_changed = on_queues_changed
         self._read_status = read_status
@@ -110,7 +111,7 @@ class Announcer:
         Raises RedisUnavailable, StorageFull or RedisRefused.
         """
         async with self._round_lock:  # the first round of a start is called from two places
-            new = self._library.unannounced_labels
+            new = self._table.unannounced_labels
             try:
                 await self._announce(new)
             finally:
@@ -139,7 +140,7 @@ class Announcer:
             self._library.set_contested(contested_problems)
         if self._library.mark_announced(new) or is_contested_otherwise or is_other_folder:
             await self._announce_worker(self._read_status())
-        await self._announcements.announce_default_versions(self._library.default_versions())
+        await self._announcements.announce_default_versions(self._table.default_versions())
         await self._retract_removed()
         await self._drop_removed_versions(others)
         await self._announcements.announce_paces(status.seconds_per_job)
@@ -164,13 +165,13 @@ class Announcer:
     def _compare_folders(self, others: Sequence[WorkerAnnouncement], status: WorkerStatus) -> bool:
         """Notes how other folders differ from this one; returns whether that has changed since the
         last round, the first time whether there are differences. Logs them the first time."""
-        library, before = self._library, self._differences
-        folder = str(library.model_dir)
+        before, table, source = self._differences, self._table, self._library.source
+        folder = str(source.path)
         models = {
-            *library.names,
-            *(model for model, _ in library.signatures() | library.problems()),
+            *table.names,
+            *(model for model, _ in table.signatures() | table.problems()),
         }
-        comparable = others if library.serves_all_models else ()
+        comparable = others if source.serves_all_models else ()
         started_ms = status.about["started_ms"]
         now = self._differences = find_differences(folder, models, started_ms, comparable)
         if before is None:
@@ -199,7 +200,7 @@ class Announcer:
 
     def _contested_labels(self) -> set[Label]:
         """The loaded versions that the library does not serve, as another worker's file differs."""
-        return self._library.signatures().keys() - self._library.uncontested_signatures().keys()
+        return self._table.signatures().keys() - self._table.uncontested_signatures().keys()
 
     async def _announce_worker(self, status: WorkerStatus) -> None:
         """Writes the announcement of this worker, which expires after a few missed rounds."""
@@ -209,9 +210,9 @@ class Announcer:
     def _models_status(self) -> dict[str, Any]:
         """The fields of `WorkerAnnouncement` that tell of models and the default model."""
         versions: dict[str, dict[str, str]] = {}
-        for (model, version), signature in self._library.uncontested_signatures().items():
+        for (model, version), signature in self._table.uncontested_signatures().items():
             versions.setdefault(model, {})[version] = signature.sha256
-        served = {name: version.file.version for name, version in self._library.served.items()}
+        served = {name: version.file.version for name, version in self._table.served.items()}
         default = self._queues.default_model
         known_default = {"default_model": default} if default or self._queues.has_no_default else {}
         return {
@@ -220,18 +221,18 @@ class Announcer:
             "versions": versions,
             "served": served,
             "problems": _bounded_problems(self._problems()),
-            "loading": self._library.loading[:_MAX_LOADING],
-            "loading_versions": _first_versions(self._library.loading_versions, _MAX_LOADING),
-            "model_dir": str(self._library.model_dir),
+            "loading": self._table.loading[:_MAX_LOADING],
+            "loading_versions": _first_versions(self._table.loading_versions, _MAX_LOADING),
+            "model_dir": str(self._library.source.path),
             "loaded": ["/".join(label) for label in self._library.loaded],
         }
 
     def _problems(self) -> dict[Label, str]:
         """The problems of versions here, and of models that only other workers have, for which the
         version is OF_ALL_VERSIONS."""
-        found = self._library.problems()
+        found = self._table.problems()
         if self._differences:
-            folder = str(self._library.model_dir)
+            folder = str(self._library.source.path)
             for model, problem in lacking_problems(folder, self._differences).items():
                 found.setdefault((model, OF_ALL_VERSIONS), problem)
         return found
@@ -261,7 +262,7 @@ class Announcer:
         live worker serves from another file, each with a text that says so."""
         began_at = time.monotonic()
         is_full = began_at - self._full_round_at >= _FULL_ROUND_SECONDS
-        signatures = self._library.signatures()
+        signatures = self._table.signatures()
         due = {
             label: signature
             for label, signature in signatures.items()
@@ -269,7 +270,7 @@ class Announcer:
         }
         contested_problems = {
             label: problem
-            for label, problem in self._library.contested_problems.items()
+            for label, problem in self._table.contested_problems.items()
             if label in signatures and label not in due
         }
         names = sorted({model for model, _ in due})
@@ -307,7 +308,8 @@ class Announcer:
     async def _drop_removed_versions(self, others: Sequence[WorkerAnnouncement]) -> None:
         """Has the library drop removed versions for which no job can wait any more."""
         finished = []
-        for (model, version), seconds in self._library.seconds_since_removal.items():
+        removed = self._table.seconds_since_removal(time.monotonic())
+        for (model, version), seconds in removed.items():
             elsewhere = any(model in says.versions for says in others)
             if await self._may_drop(model, seconds, elsewhere=elsewhere):
                 finished.append((model, version))
@@ -317,8 +319,8 @@ class Announcer:
     async def _retract_removed(self) -> None:
         """Removes the announcements of the versions removed last that no other worker has. Repeated
         in each round, since a Redis that starts from an older dump has them again."""
-        self._removed |= dict.fromkeys(self._library.seconds_since_removal)
-        here = self._library.signatures().keys()
+        self._removed |= dict.fromkeys(self._table.seconds_since_removal(time.monotonic()))
+        here = self._table.signatures().keys()
         labels = [label for label in self._removed if label not in here][-_MAX_RETRACTED:]
         self._removed = dict.fromkeys(labels)
         for model, version in labels:
@@ -334,7 +336,7 @@ class Announcer:
         job can wait for it here. True at once if only other workers have the model now
         (`elsewhere`: they have it); else after a few seconds if its queue is empty, and after a
         minute if it has other versions here, which may keep the queue busy."""
-        here = any(name == model for name, _ in self._library.uncontested_signatures())
+        here = any(name == model for name, _ in self._table.uncontested_signatures())
         if elsewhere and not here:
             return True
         if seconds < _API_CACHE_SECONDS:
