@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
@@ -64,6 +65,7 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
     StartError when the server or the monitor port cannot be used, or the settings can give no
     model.
     """
+    # The monitor port is opened first, so that a port in use ends the start.
     with _opened_listener(config) as listener:
         guard = CrashGuard(
             partial(
@@ -87,15 +89,12 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
     return code
 
 
-@contextlib.contextmanager
-def _opened_listener(config: WorkerProcessConfig) -> Iterator[socket.socket | None]:
-    """The socket of the monitor port, None without one; closed at the end. Opened first, so that a
-    port in use ends the start; raises StartError then."""
+def _opened_listener(config: WorkerProcessConfig) -> AbstractContextManager[socket.socket | None]:
+    """The socket of the monitor port as a block, None without one; raises StartError if it cannot
+    be opened."""
     if config.monitor_port is None:
-        yield None
-        return
-    with contextlib.closing(open_listener(config.monitor_host, config.monitor_port)) as listener:
-        yield listener
+        return contextlib.nullcontext()
+    return contextlib.closing(open_listener(config.monitor_host, config.monitor_port))
 
 
 def _exit_code(work: Coroutine[Any, Any, int]) -> int:

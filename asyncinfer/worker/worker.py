@@ -261,8 +261,7 @@ class Worker:
 
     def _status(self) -> WorkerStatus:
         """The changing part of this worker's announcement."""
-        seconds_per_job = self._job_times.seconds_per_job()
-        about = {
+        return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started_ms": self._started_ms,
@@ -270,10 +269,9 @@ class Worker:
             "busy": len(self._held.by_token),
             "state": self._state(),
             "jobs_done": self._finisher.jobs_done(),
-            "seconds_per_job": seconds_per_job,
+            "seconds_per_job": self._job_times.seconds_per_job(),
             "run_times": self._runner.times.view(),
         }
-        return WorkerStatus(about, seconds_per_job)
 
     def _redis_answered(self) -> None:
         """Notes for `why_not_ready` that Redis has answered now."""

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, RequestError, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
@@ -38,6 +37,7 @@ from asyncinfer.worker.models.queues import Queues
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
 
+WorkerStatus = Mapping[str, Any]
 
 _EXPIRY_SECONDS: Final = 5 * ANNOUNCE_INTERVAL_SECONDS
 """A worker that did not announce itself for so long counts as dead."""
@@ -62,15 +62,6 @@ _MORE_PROBLEMS: Final = "…"
 """The key, in place of a model's name, of a note on how many problems are not listed."""
 
 
-class WorkerStatus(Struct, frozen=True):
-    """The part of an announcement that changes all the time."""
-
-    about: Mapping[str, Any]
-    """Fields of `WorkerAnnouncement`, such as the state and the number of claims."""
-    seconds_per_job: Mapping[str, float]
-    """As measured, by model."""
-
-
 class Announcer:
     """Announces a worker and its models, reads what other workers announce, and tells the library
     which versions are served, contested or may be dropped. There is one instance per worker."""
@@ -84,8 +75,8 @@ class Announcer:
         read_status: Callable[[], WorkerStatus],
         on_queues_changed: Callable[[], None],
     ) -> None:
-        """`read_status` gives the status at the moment; `on_queues_changed` is called when a round
-        has changed which queues are served."""
+        """`read_status` gives the fields of `WorkerAnnouncement` that do not tell of models;
+        `on_queues_changed` is called when a round has changed which queues are served."""
         self._store = store
         self._worker_id = worker_id
         self._library = library
@@ -143,13 +134,13 @@ class Announcer:
         await self._announcements.announce_default_versions(self._table.default_versions())
         await self._retract_removed()
         await self._drop_removed_versions(others)
-        await self._announcements.announce_paces(status.seconds_per_job)
+        await self._announcements.announce_paces(status["seconds_per_job"])
 
     async def retract(self) -> None:
         """Removes this worker's announcement, at its end; its models stay announced. Raises
         RedisUnavailable or StorageFull."""
         await self._announcements.retract_worker(self._worker_id)
-        await self._announcements.announce_paces(self._read_status().seconds_per_job)
+        await self._announcements.announce_paces(self._read_status()["seconds_per_job"])
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has a version (None: any version) of the model. Raises
@@ -172,7 +163,7 @@ class Announcer:
             *(model for model, _ in table.signatures() | table.problems()),
         }
         comparable = others if source.serves_all_models else ()
-        started_ms = status.about["started_ms"]
+        started_ms = status["started_ms"]
         now = self._differences = find_differences(folder, models, started_ms, comparable)
         if before is None:
             self._warn_at_start(startup_warning(folder, now), models, others)
@@ -204,7 +195,7 @@ class Announcer:
 
     async def _announce_worker(self, status: WorkerStatus) -> None:
         """Writes the announcement of this worker, which expires after a few missed rounds."""
-        about = {**status.about, **self._models_status()}
+        about = {**status, **self._models_status()}
         await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
     def _models_status(self) -> dict[str, Any]:

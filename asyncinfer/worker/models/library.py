@@ -95,8 +95,7 @@ class Library:
     def open(self) -> None:
         """Reads the folder, and loads nothing. Raises StartError when the folder cannot be read or
         the settings can give no model."""
-        files = self._log_passed_over(self.source.listing_at_start())
-        self.table.by_label = {label_of(file): versions.read_version(file) for file in files}
+        self.table.by_label = self._versions_in(self.source.listing_at_start())
         for model, problem in self.table.missing_problems().items():
             _log.error("Model %s: %s", model, problem)
         self._warn_if_nothing_is_served()
@@ -170,7 +169,10 @@ class Library:
         of files that are still being written wait for the next reading."""
         seen = await self._read_folder()
         while seen is not None and self.table.differences(seen):
-            self._announce_untried(seen)
+            # New files are announced as loading while they may still be written.
+            self.table.untried_files = self.table.labels_to_try(seen)
+            if self.table.untried_files:
+                self.on_change()
             await asyncio.sleep(_UNCHANGED_SECONDS)
             again = await self._read_folder()
             if again is None:
@@ -180,18 +182,11 @@ class Library:
             await self._apply_changes(again, complete)
             seen = again if unfinished else None
 
-    def _announce_untried(self, seen: Mapping[Label, Version]) -> None:
-        """Notes which versions are new, or were refused and have changed, and calls `on_change`
-        if there are any: they are announced as loading while their files may still be written."""
-        self.table.untried_files = self.table.labels_to_try(seen)
-        if self.table.untried_files:
-            self.on_change()
-
     async def _read_folder(self) -> dict[Label, Version] | None:
         """The versions in the folder, read in a thread; None if it cannot be read, which is logged
         once. Loaded versions in folders that cannot be read now are included unchanged."""
         try:
-            seen = await asyncio.to_thread(self._read_versions)
+            seen = await asyncio.to_thread(lambda: self._versions_in(self.source.listing()))
         except ModelDirUnreadable as error:
             if error.detail != self._unreadable:
                 _log.warning("The models stay as they are: %s", error.detail)
@@ -208,19 +203,14 @@ class Library:
             for label, version in seen.items()
         }
 
-    def _read_versions(self) -> dict[Label, Version]:
-        """The versions in the folder as they are now; blocks, so call it in a thread. Raises
-        ModelDirUnreadable."""
-        files = self._log_passed_over(self.source.listing())
-        return {label_of(file): versions.read_version(file) for file in files}
-
-    def _log_passed_over(self, listing: FolderListing) -> list[ModelFile]:
-        """The files of the listing. Logs once which other files are no models."""
+    def _versions_in(self, listing: FolderListing) -> dict[Label, Version]:
+        """The versions of a listing with the present state of their files, which it reads. Logs
+        once which other files are no models."""
         for line in listing.ignored:
             if line not in self._passed_over:
                 _log.info("%s.", line)
         self._passed_over = listing.ignored
-        return listing.files
+        return {label_of(file): versions.read_version(file) for file in listing.files}
 
     async def _apply_changes(self, seen: Mapping[Label, Version], labels: Iterable[Label]) -> None:
         """Drops, checks or loads each of the changed versions `labels`; calls `on_change` after

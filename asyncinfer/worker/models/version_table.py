@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from asyncinfer.errors import UnknownModel
+from asyncinfer.models.folder import OF_ALL_VERSIONS
 from asyncinfer.models.signature import Signature
 from asyncinfer.worker.models import versions
 from asyncinfer.worker.models.engine_cache import Label
@@ -101,8 +102,7 @@ class VersionTable:
             version for label, version in self.by_label.items() if label not in self.untried_files
         ]
         missing = {
-            (model, versions.OF_ALL_VERSIONS): problem
-            for model, problem in self.missing_problems().items()
+            (model, OF_ALL_VERSIONS): problem for model, problem in self.missing_problems().items()
         }
         return {
             **versions.version_problems(tried),
