@@ -31,6 +31,7 @@ from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
+from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.claiming.control_listener import ControlListener
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
@@ -118,7 +119,6 @@ class Worker:
             max_batch=config.max_batch,
             default_is_set=default_is_set,
         )
-        queues = self._queues.served()
         self._later_deferrer = LaterReleaseDeferrer()
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
         self._job_times = JobTimes()
@@ -128,14 +128,15 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)
         self._held = HeldClaims(self._renewer)
-        self._claimer = Claimer(
+        self._waiter = ClaimWaiter(
             store,
             runs,
             self._held,
-            queues,
-            max_batch=config.max_batch,
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
+        )
+        self._claimer = Claimer(
+            runs, self._held, self._waiter, max_batch=config.max_batch, on_step=on_step
         )
         self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
         self._runner = BatchRunner(
@@ -155,7 +156,7 @@ class Worker:
             start_task=self._start_task,
             on_step=on_step,
         )
-        self._control_listener = ControlListener(store, queues, self._finisher.end_job)
+        self._control_listener = ControlListener(store, self._finisher.end_job)
         self._announcer = Announcer(
             store, self.worker_id, library, self._queues, self._status, self._serve_queues
         )
@@ -204,7 +205,7 @@ class Worker:
             announce,
             self._renewer.beat,
             self._control_listener.listen,
-            self._claimer.waiter.windows.listen,
+            self._waiter.windows.listen,
             self._load,
             self._watch,
         ]
@@ -252,11 +253,11 @@ class Worker:
         self._announce_soon.set()
 
     def _serve_queues(self) -> None:
-        """Passes the queues of the served models to the claimer and the control listener, with
+        """Passes the queues of the served models to the claim waiter and the control listener, with
         whether more are about to come."""
         queues = self._queues.served()
         is_growing = bool(self._library.table.loading or self._library.table.unannounced_labels)
-        self._claimer.serve(queues, is_growing=is_growing)
+        self._waiter.serve(queues, is_growing=is_growing)
         self._control_listener.serve(queues, is_growing=is_growing)
 
     def _status(self) -> WorkerStatus:
@@ -281,7 +282,7 @@ class Worker:
         """Why the worker can claim nothing now, as a sentence; None when it can."""
         if self.is_hung:
             return "A run would not stop; this worker ends, to be started afresh."
-        if self._claimer.draining.is_set():
+        if self._waiter.draining.is_set():
             return "It drains: jobs under way are finished, and no more are claimed."
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
@@ -303,7 +304,7 @@ class Worker:
         """The state as announced: hung, draining, starting or ready."""
         if self.is_hung:
             return "hung"
-        if self._claimer.draining.is_set():
+        if self._waiter.draining.is_set():
             return "draining"
         return (
             "starting"
@@ -315,15 +316,15 @@ class Worker:
         """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
         all claimed jobs have finished or been released, which DRAIN_TIMEOUT limits. Call it only
         while `run` is under way."""
-        if not self._claimer.draining.is_set():
+        if not self._waiter.draining.is_set():
             # Set at once, since a slot that finishes before the task runs must not claim.
-            self._claimer.draining.set()
-            self._group.create_task(self._claimer.drain())
+            self._waiter.draining.set()
+            self._group.create_task(self._waiter.drain())
 
     async def _wait_for_slots(self, slots: Sequence[asyncio.Task[None]]) -> None:
         """Waits until the worker drains and its slots have ended; stops runs that take longer than
         DRAIN_TIMEOUT."""
-        await self._claimer.draining.wait()
+        await self._waiter.draining.wait()
         _, busy = await asyncio.wait(slots, timeout=self._config.drain_timeout_seconds)
         if busy:
             await self._stop_runs(busy)
@@ -366,7 +367,7 @@ class Worker:
                 await self._outcome_of_refused(held, job, error) for job, error in prepared.refused
             ]
             if any(outcome.outcome == "released" for outcome in finished):
-                await self._claimer.ring_for_another_worker(held.claim.queue)
+                await self._waiter.ring_for_another_worker(held.claim.queue)
             for batch in prepared.batches:
                 finished += await self._runner.run(held, batch)
         except RunHung as hung:

@@ -10,7 +10,7 @@ import redis
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import QueueBatching
-from asyncinfer.worker.claiming.claim_waiter import WaitState
+from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter, WaitState
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims
 from asyncinfer.worker.lease_renewer import LeaseRenewer
@@ -26,22 +26,23 @@ class Slots:
 
     def __init__(self, store: Store, driver: QueueDriver, renewer: LeaseRenewer) -> None:
         self.held = HeldClaims(renewer)
-        self.claimer = Claimer(
+        self.waiter = ClaimWaiter(
             store,
             driver.consumer,
             self.held,
-            {},
-            max_batch=8,
             brpop_timeout_seconds=_LONG_SECONDS,
             on_step=lambda _: None,
+        )
+        self.claimer = Claimer(
+            driver.consumer, self.held, self.waiter, max_batch=8, on_step=lambda _: None
         )
         self._driver = driver
 
     def state(self) -> WaitState:
-        return self.claimer.waiter.state
+        return self.waiter.state
 
     def serve(self, queues: Mapping[str, QueueBatching]) -> None:
-        self.claimer.serve(queues)
+        self.waiter.serve(queues)
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator["asyncio.Task[HeldClaim | None]"]:
@@ -54,9 +55,9 @@ class Slots:
     @asynccontextmanager
     async def windows_open(self) -> AsyncIterator[None]:
         """Batch windows are opened meanwhile."""
-        listening = asyncio.create_task(self.claimer.waiter.windows.listen())
+        listening = asyncio.create_task(self.waiter.windows.listen())
         yield
-        await self.claimer.drain()
+        await self.waiter.drain()
         await listening
 
     async def until(self, state: WaitState) -> None:
@@ -90,7 +91,7 @@ async def slots(store: Store, driver: QueueDriver) -> AsyncIterator[Slots]:
     renewer.start()
     slots = Slots(store, driver, renewer)
     yield slots
-    await slots.claimer.drain()
+    await slots.waiter.drain()
     await renewer.close()
 
 
@@ -216,7 +217,7 @@ async def test_a_drain_ends_each_wait_without_a_claim(slots: Slots, state: WaitS
     async with slots.waiting() as slot:
         await slots.until(state)
 
-        await slots.claimer.drain()
+        await slots.waiter.drain()
 
         assert slots.state() == "draining"
         assert await slot is None
@@ -236,3 +237,16 @@ async def test_a_token_that_came_for_a_slot_that_is_blocked_now_is_given_back(
 
         assert slots.state() == "blocked"
         await eventually(lambda: driver.redis.llen(keys.wake(Q)) == 1, "the doorbell rings again")
+
+
+async def test_queues_that_change_while_a_claim_waits_for_its_turn_are_claimed_as_they_were(
+    slots: Slots, driver: QueueDriver
+) -> None:
+    slots.waiter.serve({Q: QueueBatching(is_batched=False)})
+    await driver.submit_one()
+    async with slots.claimer.claim_lock:
+        slot = asyncio.create_task(slots.claimer.next())
+        await asyncio.sleep(0)
+        slots.waiter.serve({_OTHER: QueueBatching()})
+
+    assert (await _claim_of(slot)).claim.queue == Q

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from asyncinfer.errors import RedisUnavailable
@@ -54,13 +55,16 @@ class ClaimWaiter:
         store: Store,
         runs: QueueConsumer,
         held: HeldClaims,
-        draining: asyncio.Event,
         *,
         brpop_timeout_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
-        """`draining` is set once nothing more is to be claimed. Waits for nothing before `serve`
-        gave it queues. `on_step` is called for each doorbell token."""
+        """Has no queues until `serve` is called. `on_step` is called for each doorbell token; only
+        tests need it."""
+        self.queues: Mapping[str, QueueBatching] = {}
+        """The queues to claim from."""
+        self.draining = asyncio.Event()
+        """Set once nothing more is to be claimed."""
         self.turn = asyncio.Lock()
         """The slot that waits or claims holds it: only one does at a time."""
         self.seen_empty = False
@@ -69,10 +73,8 @@ class ClaimWaiter:
         a waiting client half its time."""
         self.windows = BatchWindows(store, runs, self._is_idle, brpop_timeout_seconds)
         self._held = held
-        self._draining = draining
         self._brpop_timeout_seconds = brpop_timeout_seconds
         self._on_step = on_step
-        self._queues: Sequence[str] = ()
         self._is_growing = False
         self._doorbell = Doorbell(store)
         self._doorbell_task: asyncio.Task[str | None] | None = None
@@ -82,12 +84,12 @@ class ClaimWaiter:
         self._waits_begun = 0
 
     def serve(self, queues: Mapping[str, QueueBatching], *, is_growing: bool = False) -> None:
-        """Replaces the queues and returns at once. The next claim is tried without a doorbell
+        """Replaces the queues, and returns at once. The next claim is tried without a doorbell
         token; a wait under way takes them up when it ends, which is within BRPOP_TIMEOUT.
 
         `is_growing` limits such waits to a tenth of a second, since more queues are about to come.
         """
-        self._queues = list(queues)
+        self.queues = queues
         self._is_growing = is_growing
         self.windows.serve(queues)
         self.seen_empty = False
@@ -97,9 +99,9 @@ class ClaimWaiter:
     def state(self) -> WaitState:
         """The state of the slot that has the turn; while its claim is under way, the state in which
         it will be if that gives no jobs."""
-        if self._draining.is_set():
+        if self.draining.is_set():
             return "draining"
-        if not (self._queues and self._held.allow_another()):
+        if not (self.queues and self._held.allow_another()):
             return "blocked"
         if not self.seen_empty or self.windows.due:
             return "ready"
@@ -133,9 +135,19 @@ class ClaimWaiter:
             with contextlib.suppress(RedisUnavailable):
                 await self._doorbell.ring(rang)
 
-    async def close(self) -> None:
-        """Ends all waits, once `draining` is set. Gives doorbell tokens of batch windows back,
-        which may take a second."""
+    async def ring_for_another_worker(self, queue: str) -> None:
+        """Rings the doorbell of `queue` in half of all cases, for a job that was released since
+        only others can run it. Does nothing if Redis is away.
+
+        By chance, since two idle workers that take turns at the doorbell would go on as they began.
+        """
+        if random.random() < 0.5:
+            await self.ring_again(queue)
+
+    async def drain(self) -> None:
+        """Ends all waits, after which nothing is claimed. Gives doorbell tokens of batch windows
+        back, which may take a second; does not wait for the claims that are held."""
+        self.draining.set()
         self._held.released_event.set()
         await self._doorbell.close()
         await self.windows.close()
@@ -163,9 +175,9 @@ class ClaimWaiter:
     async def _listen(self) -> str | None:
         """Waits on the doorbell of the queues without batch windows. Returns the queue that rang,
         None after the time limit, and while Redis is away."""
-        queues = [queue for queue in self._queues if queue not in self.windows.queues]
+        queues = [queue for queue in self.queues if queue not in self.windows.queues]
         if not queues:
-            await set_within(self._draining, self._brpop_timeout_seconds)
+            await set_within(self.draining, self._brpop_timeout_seconds)
             return None
         seconds = self._brpop_timeout_seconds
         if self._is_growing:
@@ -174,9 +186,9 @@ class ClaimWaiter:
         try:
             rang = await self._doorbell.wait(rotated(queues, self._waits_begun), seconds)
         except RedisUnavailable as error:
-            if not self._draining.is_set():
+            if not self.draining.is_set():
                 _log.warning(f"Waiting: {error.detail}")
-                await pause_before_retry(self._draining)
+                await pause_before_retry(self.draining)
             return None
         if rang:
             self._on_step("woken")

@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import logging
-import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from asyncinfer.errors import RedisRefused, RedisUnavailable
@@ -15,9 +14,8 @@ from asyncinfer.repository.claims import (
     ClaimRequest,
     QueueConsumer,
 )
-from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import pause_before_retry
-from asyncinfer.worker.claiming.batch_window import QueueBatching, rotated
+from asyncinfer.worker.claiming.batch_window import rotated
 from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 
@@ -39,79 +37,44 @@ class Claimer:
 
     def __init__(
         self,
-        store: Store,
         runs: QueueConsumer,
         held: HeldClaims,
-        queues: Mapping[str, QueueBatching],
+        waiter: ClaimWaiter,
         *,
         max_batch: int,
-        brpop_timeout_seconds: float,
         on_step: Callable[[Step], None],
     ) -> None:
-        """`max_batch` is the most jobs of one claim. `on_step` is called in the event loop at each
-        step; only tests need it."""
-        self.draining = asyncio.Event()
-        """Set once nothing more is to be claimed."""
+        """Claims from the queues of `waiter`, until that drains. `max_batch` is the most jobs of
+        one claim. `on_step` is called for each claim; only tests need it."""
         self.claim_lock = asyncio.Lock()
         """Held during each call that may claim: with two under way, a poison job could come with
         one of them while the other brings jobs that would then be lost with it."""
-        self.waiter = ClaimWaiter(
-            store,
-            runs,
-            held,
-            self.draining,
-            brpop_timeout_seconds=brpop_timeout_seconds,
-            on_step=on_step,
-        )
-        self._windows = self.waiter.windows
         self._runs = runs
         self._held = held
+        self._waiter = waiter
+        self._windows = waiter.windows
         self._max_batch = max_batch
         self._on_step = on_step
         self._requests_sent = 0
         self._claims_made = 0
-        self.serve(queues)
-
-    def serve(self, queues: Mapping[str, QueueBatching], *, is_growing: bool = False) -> None:
-        """Replaces the queues to claim from, and returns at once; `is_growing` as for
-        `ClaimWaiter.serve`."""
-        self._queues = list(queues)
-        self._unbatched = {name for name, batching in queues.items() if not batching.is_batched}
-        self.waiter.serve(queues, is_growing=is_growing)
-
-    async def ring_for_another_worker(self, queue: str) -> None:
-        """Rings the doorbell of `queue` in half of all cases, for a job that was released since
-        only others can run it. Does nothing if Redis is away.
-
-        By chance, since two idle workers that take turns at the doorbell would go on as they began.
-        """
-        if random.random() < 0.5:
-            await self.waiter.ring_again(queue)
-
-    async def drain(self) -> None:
-        """Claims nothing more: `next` returns None, also in slots that wait. Gives doorbell tokens
-        of batch windows back, which may take a second; does not wait for the claims that are
-        held."""
-        self.draining.set()
-        await self.waiter.close()
 
     async def next(self) -> HeldClaim | None:
         """Waits, without a limit, for work and claims it; only one slot waits at a time. Returns
         None once the worker drains. Retries while Redis is away."""
-        async with self.waiter.turn:
-            while not self.draining.is_set():
-                rang = await self.waiter.wait()
+        async with self._waiter.turn:
+            while not self._waiter.draining.is_set():
+                rang = await self._waiter.wait()
                 if held := await self._claim_any_queue(rang):
                     return held
-                if self.waiter.state in ("draining", "blocked"):
-                    await self.waiter.ring_again(rang)
+                if self._waiter.state in ("draining", "blocked"):
+                    await self._waiter.ring_again(rang)
         return None
 
     def following_request(self, ending: HeldClaim) -> ClaimRequest | None:
         """The request for the claim after `ending`, which is sent with the outcomes of that; None
         when draining, where nothing may be claimed beside the other claims, or where there is no
         queue to claim from."""
-        if self.draining.is_set() or not self._held.allow_another(beside=ending):
+        if self._waiter.draining.is_set() or not self._held.allow_another(beside=ending):
             return None
         queues = self._claimable_queues(None)[:MAX_QUEUES_PER_CLAIM]
         return self._new_request(queues, len(self._held.by_token) > 1) if queues else None
@@ -148,7 +111,7 @@ class Claimer:
         A claim call covers few queues, so for many queues a cheaper call checks first whether any
         has work. Raises RedisRefused if Redis refuses that call.
         """
-        self.waiter.seen_empty = True
+        self._waiter.seen_empty = True
         queues = self._claimable_queues(rang)
         if len(queues) > MAX_QUEUES_PER_CLAIM and not rang:
             has_work = await self._retry_until_answered(lambda: self._runs.has_work(queues), False)
@@ -178,7 +141,7 @@ class Claimer:
         """Makes one claim call. Returns None where there are no jobs, or none may be claimed now;
         raises RedisRefused."""
         async with self.claim_lock:
-            if self.waiter.state in ("draining", "blocked"):
+            if self._waiter.state in ("draining", "blocked"):
                 return None
             request = self._new_request(queues, bool(self._held.by_token))
             try:
@@ -198,22 +161,28 @@ class Claimer:
         self._requests_sent += 1
         # Counted in whole rounds of all queues, or the same queue would be favoured each time; and
         # in claims, since a request that got no jobs has not had its turn.
-        rounds = self._claims_made // len(self._queues)
+        known = self._waiter.queues
+        rounds = self._claims_made // len(known)
         return ClaimRequest(
             tuple(queues),
             self._runs.new_token(),
             is_holding,
             self._max_batch,
             low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
-            one_at_a_time=tuple(queue for queue in queues if queue in self._unbatched),
+            one_at_a_time=tuple(
+                # Not all are known: they may have changed while the claim waited for its turn.
+                queue
+                for queue in queues
+                if queue in known and not known[queue].is_batched
+            ),
         )
 
     def _claimable_queues(self, first: str | None) -> list[str]:
         """The queues whose jobs need not wait for others, beginning with `first` if it is one of
         them, else with another one each time."""
-        start = self._queues.index(first) if first in self._queues else self._requests_sent
-        queues = rotated(self._queues, start)
-        return [queue for queue in queues if not self._windows.must_wait(queue)]
+        queues = list(self._waiter.queues)
+        start = queues.index(first) if first in queues else self._requests_sent
+        return [queue for queue in rotated(queues, start) if not self._windows.must_wait(queue)]
 
     async def _retry_until_answered(self, call: Callable[[], Awaitable[T]], otherwise: T) -> T:
         """Repeats a call that may be sent twice until Redis answers, and returns the answer.
@@ -227,7 +196,7 @@ class Claimer:
             except RedisRefused:
                 raise
             except RedisUnavailable as error:
-                if self.draining.is_set():
+                if self._waiter.draining.is_set():
                     return otherwise
                 _log.warning(f"Claiming: {error.detail}")
-                await pause_before_retry(self.draining)
+                await pause_before_retry(self._waiter.draining)

@@ -23,13 +23,11 @@ meanwhile."""
 class ControlListener:
     """Reads the control streams of this worker's queues; one instance per worker."""
 
-    def __init__(
-        self, store: Store, queues: Iterable[str], on_message: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, store: Store, on_message: Callable[[str, str], None]) -> None:
         """`on_message` is called with the kind of message ("cancel", "expire", ...) and the job's
         id, also for jobs of other workers."""
         self._store = store
-        self.serve(queues)
+        self.serve(())
         self._on_message = on_message
         self._blocking = store.blocking_connection()
         self._last_ids: dict[str, bytes] = {}
