@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import (
-    AbstractAsyncContextManager,
     asynccontextmanager,
     contextmanager,
     nullcontext,
@@ -71,7 +70,10 @@ async def serve(plan: ServePlan, api: "Api", beside: BackgroundTasks | None = No
     Raises StartError if Valkey, the worker or the API cannot start; it may come in a group.
     """
     with _signals() as stop:
-        async with _redis(plan) as url:
+        redis: AbstractAsyncContextManager[str] = (
+            nullcontext(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
+        )
+        async with redis as url:
             if beside:
                 await beside.before_worker(url)
             async with (
@@ -148,12 +150,6 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 
 
 # --- Valkey ----------------------------------------------------------------------------------
-
-
-def _redis(plan: ServePlan) -> AbstractAsyncContextManager[str]:
-    """The Redis of a plan as a block that yields its URL: the one at `redis_url`, else an embedded
-    one that lives as long as the block."""
-    return nullcontext(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
 
 
 @asynccontextmanager

@@ -81,7 +81,7 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
         # With the default of 5 ms a thread that renders results delays the loop's next call.
         sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
-    if code or library.is_loading:
+    if code or cache.is_loading:
         # A thread that does not stop cannot be joined, and the interpreter would wait for it.
         guard.prepare_exit()
         logging.shutdown()
@@ -204,13 +204,12 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 
     def read_values() -> metrics.MetricValues:
         """The present figures, in one record."""
-        runs, ended = worker.run_times_and_verdict_counts()
         return metrics.MetricValues(
             served=list(library.table.uncontested_signatures().values()),
             refused=sorted(library.table.problems()),
-            loaded=len(library.loaded),
-            runs=runs,
-            ended=ended,
+            loaded=len(library.cache.labels),
+            runs=worker.runner.times.sums(),
+            ended=worker.finisher.verdict_counts,
         )
 
     return metrics.Metrics(read_values)

@@ -8,7 +8,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -139,7 +139,7 @@ class Worker:
             runs, self._held, self._waiter, max_batch=config.max_batch, on_step=on_step
         )
         self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
-        self._runner = BatchRunner(
+        self.runner = BatchRunner(
             library,
             self._builder,
             self._queues.model_of,
@@ -148,7 +148,7 @@ class Worker:
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
         )
-        self._finisher = Finisher(
+        self.finisher = Finisher(
             runs,
             self._held,
             self._claimer,
@@ -156,7 +156,7 @@ class Worker:
             start_task=self._start_task,
             on_step=on_step,
         )
-        self._control_listener = ControlListener(store, self._finisher.end_job)
+        self._control_listener = ControlListener(store, self.finisher.end_job)
         self._announcer = Announcer(
             store, self.worker_id, library, self._queues, self._status, self._serve_queues
         )
@@ -191,8 +191,8 @@ class Worker:
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
-        self._library.close()
-        self._runner.close(wait=not self.is_hung)
+        self._library.cache.close()
+        self.runner.close(wait=not self.is_hung)
         return EXIT_HUNG if self.is_hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
@@ -269,9 +269,9 @@ class Worker:
             "concurrency": self._config.concurrency,
             "busy": len(self._held.by_token),
             "state": self._state(),
-            "jobs_done": self._finisher.jobs_done(),
+            "jobs_done": self.finisher.jobs_done(),
             "seconds_per_job": self._job_times.seconds_per_job(),
-            "run_times": self._runner.times.view(),
+            "run_times": self.runner.times.view(),
         }
 
     def _redis_answered(self) -> None:
@@ -291,14 +291,6 @@ class Worker:
             reason = self._library.table.why_nothing_is_served()
             return reason or "It loads its models; none is served yet."
         return None
-
-    def run_times_and_verdict_counts(
-        self,
-    ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
-        """Since the start: by model and highest number of rows (a power of two) the number of runs
-        and their total seconds; and by verdict the number of outcomes that were stored, as
-        `Finisher.verdict_counts`."""
-        return self._runner.times.sums(), self._finisher.verdict_counts
 
     def _state(self) -> str:
         """The state as announced: hung, draining, starting or ready."""
@@ -332,8 +324,8 @@ class Worker:
     async def _stop_runs(self, busy: set[asyncio.Task[None]]) -> None:
         """Stops the runs of these slots, since the drain took too long, and releases their jobs.
         Sets `is_hung` if a run does not stop within the grace period, and cancels its slot."""
-        self._runner.give_up()
-        self._finisher.give_up()
+        self.runner.give_up()
+        self.finisher.give_up()
         for held in self._held.by_token.values():
             if held.run:
                 held.run.stop_for("drain")
@@ -343,7 +335,7 @@ class Worker:
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
                     for held in self._held.by_token.values():
-                        group.start_soon(self._finisher.release, held)
+                        group.start_soon(self.finisher.release, held)
             for task in stuck:
                 task.cancel()
 
@@ -362,17 +354,17 @@ class Worker:
         """
         finished: list[JobOutcome] = []
         try:
-            prepared = await self._runner.prepare(held.claim)
+            prepared = await self.runner.prepare(held.claim)
             finished += [
                 await self._outcome_of_refused(held, job, error) for job, error in prepared.refused
             ]
             if any(outcome.outcome == "released" for outcome in finished):
                 await self._waiter.ring_for_another_worker(held.claim.queue)
             for batch in prepared.batches:
-                finished += await self._runner.run(held, batch)
+                finished += await self.runner.run(held, batch)
         except RunHung as hung:
             self._begin_drain_after_hang()
-            finished += self._runner.after_hang(held, hung.run, finished)
+            finished += self.runner.after_hang(held, hung.run, finished)
         except Exception:
             _log.exception("A claim could not be run; its jobs fail.")
             error = JobError("The worker failed in a way it did not expect; its log has more.")
@@ -383,7 +375,7 @@ class Worker:
                 if job.job_id not in ended_ids
             ]
         held.run_ended_at = time.monotonic()
-        following = await self._finisher.finish(held, finished)
+        following = await self.finisher.finish(held, finished)
         self._note_seconds_per_job(held)
         return following
 
@@ -424,7 +416,7 @@ class Worker:
 
     def _on_renewal(self, renewal: Renewal) -> None:
         """Called in the renewal thread; passes the renewal on to the event loop."""
-        self._loop.call_soon_threadsafe(self._finisher.apply_renewal, renewal)
+        self._loop.call_soon_threadsafe(self.finisher.apply_renewal, renewal)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Starts a task that `run` waits for."""

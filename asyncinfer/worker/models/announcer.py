@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -126,7 +126,8 @@ class Announcer:
         others = await self._read_others()
         is_other_folder = self._compare_folders(others, status)
         contested_problems = await self._announce_models(others)
-        is_contested_otherwise = contested_problems.keys() != self._contested_labels()
+        before = self._table.signatures().keys() & self._table.contested_problems.keys()
+        is_contested_otherwise = contested_problems.keys() != before
         if is_contested_otherwise:
             self._library.set_contested(contested_problems)
         if self._library.mark_announced(new) or is_contested_otherwise or is_other_folder:
@@ -189,10 +190,6 @@ class Announcer:
                 default,
             )
 
-    def _contested_labels(self) -> set[Label]:
-        """The loaded versions that the library does not serve, as another worker's file differs."""
-        return self._table.signatures().keys() - self._table.uncontested_signatures().keys()
-
     async def _announce_worker(self, status: WorkerStatus) -> None:
         """Writes the announcement of this worker, which expires after a few missed rounds."""
         about = {**status, **self._models_status()}
@@ -215,7 +212,7 @@ class Announcer:
             "loading": self._table.loading[:_MAX_LOADING],
             "loading_versions": _first_versions(self._table.loading_versions, _MAX_LOADING),
             "model_dir": str(self._library.source.path),
-            "loaded": ["/".join(label) for label in self._library.loaded],
+            "loaded": ["/".join(label) for label in self._library.cache.labels],
         }
 
     def _problems(self) -> dict[Label, str]:
@@ -268,9 +265,11 @@ class Announcer:
         await self._announcements.announce_model_names(names)
         for model in names:
             known = await self._announcements.read_versions(model)
-            for version, signature in _versions_of(model, due):
-                if conflict := await self._announce_version(known.get(version), signature, others):
-                    contested_problems[model, version] = conflict
+            for label, signature in due.items():
+                if label[0] == model and (
+                    conflict := await self._announce_version(known.get(label[1]), signature, others)
+                ):
+                    contested_problems[label] = conflict
         self._announced = signatures
         if is_full:
             self._full_round_at = began_at
@@ -358,13 +357,6 @@ def _first_versions(by_model: Mapping[str, Sequence[str]], count: int) -> dict[s
     for model, version in islice(labels, count):
         first.setdefault(model, []).append(version)
     return first
-
-
-def _versions_of(
-    model: str, signatures: Mapping[Label, Signature]
-) -> Iterator[tuple[str, Signature]]:
-    """The versions of one model with their signatures."""
-    return ((label[1], signature) for label, signature in signatures.items() if label[0] == model)
 
 
 def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerAnnouncement]) -> str:

@@ -45,7 +45,7 @@ class Library:
         self.on_served: Callable[[], None] = lambda: None
         """Called when versions begin to be served, as they were announced just now."""
         self._allow_custom_ops = allow_custom_ops
-        self._cache = cache
+        self.cache = cache
         self._passed_over: tuple[str, ...] = ()
         self._unreadable = ""
         self._last_warning = ""
@@ -53,21 +53,7 @@ class Library:
         self._changed_meanwhile = False
         """Whether the folder may have changed since the rescan that is under way began."""
 
-    def close(self) -> None:
-        """Loads nothing more; runs under way keep their engines."""
-        self._cache.close()
-
     # --- engines -------------------------------------------------------------------------------
-
-    @property
-    def is_loading(self) -> bool:
-        """Whether a thread loads a version just now."""
-        return self._cache.is_loading
-
-    @property
-    def loaded(self) -> list[Label]:
-        """The versions whose engines are in memory, the least recently used first."""
-        return self._cache.labels
 
     async def fetch(self, model: str | None, version: str | None) -> Engine:
         """The engine of a version (None: the default version) of a model, loaded in a thread if
@@ -77,16 +63,16 @@ class Library:
         file was changed in place.
         """
         found = self.table.find_served(model, version)
-        if engine := self._cache.get(found.label):
+        if engine := self.cache.get(found.label):
             return engine
         if found.is_altered:
             raise UnknownModel(f"It cannot be loaded again: {found.problem}")
         try:
-            engine = await self._cache.fetch(found.file, total_bytes(found.stamp))
+            engine = await self.cache.fetch(found.file, total_bytes(found.stamp))
         except ModelRefused as error:
             raise UnknownModel(f"It cannot be loaded any more: {error.detail}") from error
         if found.signature and engine.signature.sha256 != found.signature.sha256:
-            self._cache.drop(found.label)
+            self.cache.drop(found.label)
             raise UnknownModel(f"{found.file.display_path} {_IN_PLACE}")
         return engine
 
@@ -294,7 +280,7 @@ class Library:
         """The engine, loaded in a thread without the cache, or the problem as text. Never raises: a
         bad file must not keep others from being loaded."""
         try:
-            return await self._cache.load(file)
+            return await self.cache.load(file)
         except ModelRefused as error:
             return error.detail
         except Exception as error:
@@ -307,10 +293,10 @@ class Library:
         `displaces` as for `EngineCache.put`."""
         loaded = {"signature": engine.signature, "loaded": version.stamp}
         self._log_and_keep(msgspec.structs.replace(version, **loaded))
-        self._cache.drop(version.label)
+        self.cache.drop(version.label)
         if self.table.is_best(version.label):
             size_bytes = total_bytes(version.stamp)
-            self._cache.put(version.file, engine, size_bytes, displaces=displaces)
+            self.cache.put(version.file, engine, size_bytes, displaces=displaces)
 
     def _keep_with_problem(
         self, known: Version, found: Version, problem: str, *, is_altered: bool = False
@@ -358,7 +344,7 @@ class Library:
         more."""
         for label in labels:
             self.table.drop_removed(label)
-            self._cache.drop(label)
+            self.cache.drop(label)
         self._changed()
 
     def _changed(self) -> None:
@@ -371,7 +357,7 @@ class Library:
         """Chooses the default version of each model, and drops the engine of the one before unless
         that was removed from the folder."""
         for label in self.table.update_served():
-            self._cache.drop(label)  # runs under way keep the engine
+            self.cache.drop(label)  # runs under way keep the engine
 
     def _warn_if_nothing_is_served(self) -> None:
         """Logs why no model is served, once for each reason."""
