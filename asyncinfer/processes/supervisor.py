@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import (
+    AbstractAsyncContextManager,
     asynccontextmanager,
     contextmanager,
     nullcontext,
