@@ -111,10 +111,11 @@ class Worker:
         """Whether a run did not stop, so that its thread is lost and the process must end."""
         self._store = store
         self._library = library
+        self._table = library.table
         self._config = config
         self._queues = Queues(
             store,
-            library.table,
+            self._table,
             default_model,
             max_batch=config.max_batch,
             default_is_set=default_is_set,
@@ -221,7 +222,7 @@ class Worker:
         """Loads the models that are in the folder at the start; returns when all were tried, and
         logs which can be served."""
         await self._library.load_untried()
-        names = self._library.table.names
+        names = self._table.names
         if names:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             _log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
@@ -256,7 +257,7 @@ class Worker:
         """Passes the queues of the served models to the claim waiter and the control listener, with
         whether more are about to come."""
         queues = self._queues.served()
-        is_growing = bool(self._library.table.loading or self._library.table.unannounced_labels)
+        is_growing = bool(self._table.loading or self._table.unannounced_labels)
         self._waiter.serve(queues, is_growing=is_growing)
         self._control_listener.serve(queues, is_growing=is_growing)
 
@@ -287,8 +288,8 @@ class Worker:
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
-        if not self._library.table.served:
-            reason = self._library.table.why_nothing_is_served()
+        if not self._table.served:
+            reason = self._table.why_nothing_is_served()
             return reason or "It loads its models; none is served yet."
         return None
 
@@ -298,11 +299,7 @@ class Worker:
             return "hung"
         if self._waiter.draining.is_set():
             return "draining"
-        return (
-            "starting"
-            if self._library.table.loading and not self._library.table.served
-            else "ready"
-        )
+        return "starting" if self._table.loading and not self._table.served else "ready"
 
     def begin_drain(self) -> None:
         """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
@@ -389,7 +386,7 @@ class Worker:
             return self._later_deferrer.defer(job)
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
-            if self._library.table.will_load(model, version):
+            if self._table.will_load(model, version):
                 return self._unloaded_deferrer.deferred_outcome(job)
             if await self._is_elsewhere(model, version):
                 return released_outcomes([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
