@@ -5,12 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import (
-    AbstractAsyncContextManager,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-)
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Final, Protocol
@@ -71,10 +66,7 @@ async def serve(plan: ServePlan, api: "Api", beside: BackgroundTasks | None = No
     Raises StartError if Valkey, the worker or the API cannot start; it may come in a group.
     """
     with _signals() as stop:
-        redis: AbstractAsyncContextManager[str] = (
-            nullcontext(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
-        )
-        async with redis as url:
+        async with _redis(plan) as url:
             if beside:
                 await beside.before_worker(url)
             async with (
@@ -154,9 +146,13 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
-    """Runs an embedded Valkey, restarts it if it ends, and stops it on leaving; yields its URL."""
-    async with valkey.embedded(data_dir) as server, anyio.create_task_group() as group:
+async def _redis(plan: ServePlan) -> AsyncIterator[str]:
+    """Yields the URL of the plan's Redis. Without a `redis_url` runs an embedded Valkey, restarts it
+    if it ends, and stops it on leaving."""
+    if plan.redis_url:
+        yield plan.redis_url
+        return
+    async with valkey.embedded(plan.data_dir) as server, anyio.create_task_group() as group:
         group.start_soon(Restarter("Valkey", server.child, server.start).run)
         yield server.url
         group.cancel_scope.cancel()

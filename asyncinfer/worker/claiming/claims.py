@@ -64,7 +64,8 @@ class Claimer:
         async with self._waiter.turn:
             while not self._waiter.draining.is_set():
                 rang = await self._waiter.wait()
-                if held := await self._claim_any_queue(rang):
+                is_draining = self._waiter.draining.is_set()
+                if not is_draining and (held := await self._claim_any_queue(rang)):
                     return held
                 if self._waiter.state in ("draining", "blocked"):
                     await self._waiter.ring_again(rang)
@@ -169,12 +170,8 @@ class Claimer:
             is_holding,
             self._max_batch,
             low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
-            one_at_a_time=tuple(
-                # Not all are known: they may have changed while the claim waited for its turn.
-                queue
-                for queue in queues
-                if queue in known and not known[queue].is_batched
-            ),
+            # Not all are known: they may have changed while the claim waited for its turn.
+            one_at_a_time=tuple(q for q in queues if q in known and not known[q].is_batched),
         )
 
     def _claimable_queues(self, first: str | None) -> list[str]:
