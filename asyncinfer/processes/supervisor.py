@@ -147,8 +147,8 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _redis(plan: ServePlan) -> AsyncIterator[str]:
-    """Yields the URL of the plan's Redis. Without a `redis_url` runs an embedded Valkey, restarts it
-    if it ends, and stops it on leaving."""
+    """Yields the URL of the plan's Redis. Without one, runs an embedded Valkey, restarts it if it
+    ends, and stops it on leaving."""
     if plan.redis_url:
         yield plan.redis_url
         return
