@@ -154,7 +154,8 @@ class Worker:
             self._held,
             self._claimer,
             self._builder,
-            start_task=self._start_task,
+            # In the group, so that `run` waits for it.
+            start_task=lambda work: self._group.create_task(work),
             on_step=on_step,
         )
         self._control_listener = ControlListener(store, self.finisher.end_job)
@@ -414,10 +415,6 @@ class Worker:
     def _on_renewal(self, renewal: Renewal) -> None:
         """Called in the renewal thread; passes the renewal on to the event loop."""
         self._loop.call_soon_threadsafe(self.finisher.apply_renewal, renewal)
-
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Starts a task that `run` waits for."""
-        return self._group.create_task(work)
 
     def _begin_drain_after_hang(self) -> None:
         """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.

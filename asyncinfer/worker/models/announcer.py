@@ -81,6 +81,7 @@ class Announcer:
         self._worker_id = worker_id
         self._library = library
         self._table = library.table
+        self._folder = str(library.source.path)
         self._queues = queues
         self._on_queues_changed = on_queues_changed
         self._read_status = read_status
@@ -157,17 +158,16 @@ class Announcer:
     def _compare_folders(self, others: Sequence[WorkerAnnouncement], status: WorkerStatus) -> bool:
         """Notes how other folders differ from this one; returns whether that has changed since the
         last round, the first time whether there are differences. Logs them the first time."""
-        before, table, source = self._differences, self._table, self._library.source
-        folder = str(source.path)
+        before, table = self._differences, self._table
         models = {
             *table.names,
             *(model for model, _ in table.signatures() | table.problems()),
         }
-        comparable = others if source.serves_all_models else ()
-        started_ms = status["started_ms"]
-        now = self._differences = find_differences(folder, models, started_ms, comparable)
+        comparable = others if self._library.source.serves_all_models else ()
+        now = find_differences(self._folder, models, status["started_ms"], comparable)
+        self._differences = now
         if before is None:
-            self._warn_at_start(startup_warning(folder, now), models, others)
+            self._warn_at_start(startup_warning(self._folder, now), models, others)
         return now != (before or Differences())
 
     def _warn_at_start(
@@ -211,7 +211,7 @@ class Announcer:
             "problems": _bounded_problems(self._problems()),
             "loading": self._table.loading[:_MAX_LOADING],
             "loading_versions": _first_versions(self._table.loading_versions, _MAX_LOADING),
-            "model_dir": str(self._library.source.path),
+            "model_dir": self._folder,
             "loaded": ["/".join(label) for label in self._library.cache.labels],
         }
 
@@ -220,8 +220,7 @@ class Announcer:
         version is OF_ALL_VERSIONS."""
         found = self._table.problems()
         if self._differences:
-            folder = str(self._library.source.path)
-            for model, problem in lacking_problems(folder, self._differences).items():
+            for model, problem in lacking_problems(self._folder, self._differences).items():
                 found.setdefault((model, OF_ALL_VERSIONS), problem)
         return found
 
