@@ -27,7 +27,8 @@ OTHER = f"{QUEUE}:digits"
 LATE_ID = "fffffffffffe7abc8def0123456789ab"
 """Random hex digits that read as a UUIDv7 of the year 10889."""
 
-DEEP = b"[" * 20_000 + b"]" * 20_000
+DEEP = b"[" * 500_000 + b"]" * 500_000
+"""Deeper than any Python lets a decoder go; Python 3.14 allows tens of thousands."""
 NOT_UTF8 = b"\xff\xfe"
 
 
@@ -421,7 +422,7 @@ def _base64(content: bytes) -> str:
 
 
 CURSORS = {
-    "nested": _base64(b"\x94\x00\x80\x00" + b"\x91" * 20_000 + b"\x90"),
+    "nested": _base64(b"\x93\x00\x80" + b"\x91" * 20_000 + b"\x90"),
     "nested place": _base64(b"\x94\x92\x01\x01\xa1q\x00" + b"\x91" * 2_500 + b"\x90"),
     "nested letter": _base64(b"\x94\x00\xa1q\xa1x" + b"\x91" * 2_500 + b"\x90"),
     "nested spot": _base64(b"\x93\x00\xa1x" + b"\x91" * 2_500 + b"\x90"),

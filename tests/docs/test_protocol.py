@@ -134,7 +134,9 @@ def key_functions() -> dict[str, Callable[..., str | tuple[str, ...]]]:
     return {
         name: function
         for name, function in inspect.getmembers(keys, inspect.isfunction)
-        if function.__module__ == keys.__name__ and name not in NOT_KEYS
+        if function.__module__ == keys.__name__
+        and not name.startswith("__")
+        and name not in NOT_KEYS
     }
 
 

@@ -19,7 +19,7 @@ _MAX_LETTERS_AT_ONCE: Final = 100
 _MAX_LETTERS_READ: Final = 20_000
 
 
-class _Letter(Struct, frozen=True, array_like=True):
+class _Letter(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A dead letter: when it was added, to which queue, and its job."""
 
     at_ms: Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]

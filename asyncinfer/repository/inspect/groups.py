@@ -46,7 +46,7 @@ class GroupTally(Struct, frozen=True, kw_only=True):
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
 
-class _GroupCursor(Struct, frozen=True, array_like=True):
+class _GroupCursor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a listing stopped: a job and its index in the list."""
 
     index: Annotated[int, Meta(ge=0, lt=1 << 32)]

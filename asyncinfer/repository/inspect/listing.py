@@ -60,7 +60,7 @@ _Entry = tuple[_EntryId, str, list[str]]
 first."""
 
 
-class _ListingCursor(Struct, frozen=True, array_like=True):
+class _ListingCursor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a listing stopped: a log entry, and how many of its jobs are listed."""
 
     entry: _EntryId
