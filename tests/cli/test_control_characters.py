@@ -67,6 +67,7 @@ def shown_on_a_terminal(*argv: str, typed: str = "", until: str = "") -> str:
     return text
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["table", "csv"])
 def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
     evil_url: None, rows: Path, form: str
@@ -74,6 +75,7 @@ def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
     assert SHOWN in shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["json", "ndjson"])
 def test_json_on_a_terminal_has_escapes_and_means_the_same(
     evil_url: None, rows: Path, form: str
@@ -83,6 +85,7 @@ def test_json_on_a_terminal_has_escapes_and_means_the_same(
     assert EVIL in str(json.loads(line)["y"][0])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["csv", "json", "ndjson"])
 def test_data_in_a_pipe_has_each_character_as_it_is(
     evil_url: None, rows: Path, tmp_path: Path, form: str
@@ -93,11 +96,13 @@ def test_data_in_a_pipe_has_each_character_as_it_is(
     assert inner in ran.out
 
 
+@pytest.mark.soak
 def test_a_description_of_a_model_commands_nothing(evil_url: None, tmp_path: Path) -> None:
     assert SHOWN in shown_on_a_terminal("models", "same")
     assert EVIL in run_in_shell("asyncinfer models same --json", tmp_path).json["description"]
 
 
+@pytest.mark.soak
 def test_status_and_error_of_an_external_job_command_nothing(
     evil_url: None, redis_client: Any
 ) -> None:

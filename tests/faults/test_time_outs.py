@@ -89,6 +89,7 @@ async def _restart_until_all_ended(workers: Workers, load_client: LoadClient) ->
     return exits
 
 
+@pytest.mark.soak
 async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_process(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
@@ -139,6 +140,7 @@ async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     assert not any(logged[job_id]["processing"] for job_id in others)
 
 
+@pytest.mark.soak
 async def test_a_job_with_too_large_a_result_fails_alone_among_those_of_its_run(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

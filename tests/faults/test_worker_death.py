@@ -61,7 +61,7 @@ async def _wait_until_ready_or_dead(worker: WorkerChild, client: redis.Redis) ->
     )
 
 
-@pytest.mark.parametrize("step", soak_except(STEPS, 3))
+@pytest.mark.parametrize("step", soak_except(STEPS, 2))
 async def test_a_job_survives_its_worker(
     step: Step, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -82,6 +82,7 @@ async def test_a_job_survives_six_workers_each_killed_at_one_step(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_that_was_frozen_cannot_overwrite_the_result_of_the_next_worker(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

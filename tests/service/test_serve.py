@@ -212,6 +212,7 @@ def test_it_works_from_any_folder_with_the_shipped_models(served: ServeProcess) 
     assert "iris (default)" in served.banner["Models"]
 
 
+@pytest.mark.soak
 def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> None:
     file = tmp_path / "churn.onnx"
     file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
