@@ -1,13 +1,11 @@
 """The HTTP server of the API, which runs until SIGINT or SIGTERM."""
 
-import asyncio
 import contextlib
 import socket
 import sys
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import uvicorn
 
@@ -40,12 +38,32 @@ async def serve_on(
 
 
 class Server(uvicorn.Server):
-    """uvicorn within our own lifespan, so that a failed start is raised, not logged."""
+    """uvicorn within our own lifespan, so that a failed start is raised, not logged. It listens,
+    keeps the Date header, and stops at a signal; connections are ours."""
 
-    def __init__(self, app: Api, config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
-        super().__init__(_uvicorn_config(app, config))
+    def __init__(
+        self,
+        app: Api,
+        config: ApiConfig,
+        *,
+        on_ready: Callable[[], None],
+        connection: type[Connection] = Connection,
+    ) -> None:
+        super().__init__(_uvicorn_config(app, self._connect))
         self._app = app
         self._on_ready = on_ready
+        self._connection = connection
+        self._limits = ConnectionLimits(
+            header_seconds=config.header_timeout_seconds,
+            body_seconds=config.body_timeout_seconds,
+            header_bytes=config.max_header_bytes,
+            connections=config.max_connections,
+            idle_seconds=self.config.timeout_keep_alive,
+        )
+
+    def _connect(self, **_: Any) -> Connection:
+        """Makes the object of a new connection. What uvicorn passes to it is in this object too."""
+        return self._connection(self._app, self._limits, self.server_state)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Calls `on_ready` once connections are accepted. Sets this process's thread switch
@@ -67,16 +85,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _uvicorn_config(app: Api, config: ApiConfig) -> uvicorn.Config:
-    limits = ConnectionLimits(
-        header_seconds=config.header_timeout_seconds,
-        body_seconds=config.body_timeout_seconds,
-        header_bytes=config.max_header_bytes,
-        connections=config.max_connections,
-    )
+def _uvicorn_config(app: Api, connect: Callable[..., Connection]) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], partial(Connection, limits)),
+        http=cast(Any, connect),
         ws="none",
         lifespan="off",
         interface="asgi3",

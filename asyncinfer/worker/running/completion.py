@@ -15,9 +15,7 @@ from asyncinfer.repository.claims import (
     ClaimReply,
     ClaimRequest,
     JobOutcome,
-    PackedOutcomes,
     QueueConsumer,
-    pack_outcomes,
 )
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
@@ -75,12 +73,11 @@ class Finisher:
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
         open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
-        outcomes = pack_outcomes(open_outcomes)
         held.open_jobs.clear()
         self._on_step("finishing")
         return await self._claimer.finish(
             held,
-            lambda following: self._store(held, outcomes, last=True, following=following),
+            lambda following: self._store(held, open_outcomes, last=True, following=following),
         )
 
     async def release(self, held: HeldClaim) -> None:
@@ -131,12 +128,12 @@ class Finisher:
 
     async def _store_early(self, held: HeldClaim, outcome: JobOutcome) -> None:
         """Stores one outcome, and leaves the claim open."""
-        await self._store(held, pack_outcomes([outcome]), last=False)
+        await self._store(held, [outcome], last=False)
 
     async def _store(
         self,
         held: HeldClaim,
-        outcomes: Sequence[PackedOutcomes],
+        outcomes: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None = None,
@@ -150,7 +147,7 @@ class Finisher:
         """
         while True:
             try:
-                verdicts, claimed = await self._runs.finish_packed(
+                verdicts, claimed = await self._runs.finish(
                     held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
