@@ -88,6 +88,28 @@ DOORS = {
 }
 
 
+# A library's parts without documentation may change in any release. Of those of redis-py, one file
+# uses some, which checks at the start whether they are as expected (`tests/repository/test_wire.py`
+# tells which are not). Names that begin with `_` are used of no library.
+UNDOCUMENTED = {
+    "repository/wire.py": (
+        "AbstractConnection",
+        "can_read",
+        "can_read_destructive",
+        "get_connection",
+        "make_connection",
+        "pack_command",
+        "read_response",
+        "send_packed_command",
+    )
+}
+"""The file that may use undocumented parts of a library, and the names of these."""
+
+OWN_PRIVATE = {"_driver", "_server"}
+"""Private attributes of our own client that the command line uses."""
+PYTHONS_PRIVATE = {"_exit", "_getframe"}
+
+
 def _modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
@@ -173,6 +195,37 @@ def test_each_library_has_one_door(library: str) -> None:
         if any(name.split(".")[0] == library for name in _imports(path))
     }
     assert users <= {DOORS[library]}
+
+
+def test_no_private_part_of_a_library_is_used() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            parts = name.split(".")
+            is_private = any(part.startswith("_") and part != "__future__" for part in parts)
+            assert parts[0] == "asyncinfer" or not is_private, f"{path} imports {name}"
+            # uvicorn's HTTP implementation has no documentation.
+            assert not name.startswith("uvicorn."), f"{path} imports {name}"
+        for owner, attribute in _attributes(path):
+            is_own = owner in ("self", "cls") or attribute in OWN_PRIVATE | PYTHONS_PRIVATE
+            is_private = attribute.startswith("_") and not attribute.startswith("__")
+            assert is_own or not is_private, f"{path} uses {owner}.{attribute}"
+
+
+@pytest.mark.parametrize("allowed", UNDOCUMENTED)
+def test_undocumented_parts_of_a_library_are_used_in_one_file(allowed: str) -> None:
+    names = set(UNDOCUMENTED[allowed])
+    for path in _modules():
+        used = {attribute for _, attribute in _attributes(path)}
+        imported = {name.rpartition(".")[2] for name in _imports(path)}
+        if path != PACKAGE / allowed:
+            assert not names & (used | imported), path
+
+
+def _attributes(path: Path) -> Iterator[tuple[str, str]]:
+    """Each `owner.attribute` in the module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node.value), node.attr
 
 
 def test_each_module_has_a_one_line_summary() -> None:

@@ -13,6 +13,7 @@ from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
+from asyncinfer.errors import StartError
 
 _SWITCH_SECONDS: Final = 0.0005
 
@@ -50,6 +51,8 @@ class Server(uvicorn.Server):
         connection: type[Connection] = Connection,
     ) -> None:
         super().__init__(_uvicorn_config(app, self._connect))
+        if problem := unexpected(self.server_state):
+            raise StartError(problem)
         self._app = app
         self._on_ready = on_ready
         self._connection = connection
@@ -83,6 +86,18 @@ class Server(uvicorn.Server):
         does not raise the signal again after the shutdown: `serve` returns."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+def unexpected(server_state: object) -> str | None:
+    """What uvicorn's state of a server lacks that connections need of it, with the remedy; None if
+    it lacks nothing."""
+    for name in ("connections", "tasks", "default_headers"):
+        if not hasattr(server_state, name):
+            return (
+                f"uvicorn {uvicorn.__version__} has no ServerState.{name}, which the server needs. "
+                "Install an older version of it, or a newer one of asyncinfer."
+            )
+    return None
 
 
 def _uvicorn_config(app: Api, connect: Callable[..., Connection]) -> uvicorn.Config:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -135,11 +135,19 @@ def _is_large(command: tuple[Any, ...]) -> bool:
 
 @functools.cache
 def is_as_expected() -> bool:
-    """Whether the installed redis-py has all that this module uses; logs once if not."""
+    """Whether the installed redis-py has all that this module uses; logs what it has not, once in a
+    process."""
     found = list(unexpected(AbstractConnection, ConnectionPool))
-    if found:
-        _log.warning("%s Commands go through its client, which costs more CPU time.", found[0])
+    log_unexpected(found)
     return not found
+
+
+def log_unexpected(found: Sequence[str]) -> None:
+    """Logs what is not as expected, and what follows from it; nothing if all is."""
+    if found:
+        _log.warning(
+            "%s So commands go through its client, which takes more CPU time.", " ".join(found)
+        )
 
 
 def unexpected(*classes: type) -> Iterator[str]:
