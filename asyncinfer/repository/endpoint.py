@@ -8,6 +8,7 @@ from msgspec import Struct
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -95,9 +96,10 @@ _SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2
 async def close(client: AsyncRedis) -> None:
     """Closes a client and its connections to sentinels, if any."""
     await client.aclose()
-    sentinel = getattr(client.connection_pool, "sentinel_manager", None)
-    if sentinel:
-        await sentinel.aclose()
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def _sentinel(url: str) -> Endpoint:
