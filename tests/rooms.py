@@ -38,7 +38,7 @@ INSIDE = {
         ("process",),
     ),
     "repository": (
-        ("keys", "policy", "pool", "redis_errors", "scripts"),
+        ("keys", "policy", "redis_errors", "scripts", "wire"),
         ("endpoint",),
         ("store",),
         ("announcements", "claims", "doorbell", "leases", "stored_jobs"),

@@ -17,6 +17,26 @@ from tests.rooms import DOORS, INSIDE, ROOMS
 PACKAGE = REPOSITORY / "asyncinfer"
 
 
+# A library's parts without documentation may change in any release. Of those of redis-py, one file
+# uses some, which checks at the start whether they are as expected (`tests/repository/test_wire.py`
+# tells which are not). Names that begin with `_` are used of no library.
+UNDOCUMENTED = {
+    "repository/wire.py": (
+        "AbstractConnection",
+        "can_read",
+        "can_read_destructive",
+        "get_connection",
+        "make_connection",
+        "pack_command",
+        "read_response",
+        "send_packed_command",
+    )
+}
+"""The file that may use undocumented parts of a library, and the names of these."""
+
+PYTHONS_PRIVATE = {"_exit", "_getframe"}
+
+
 def _modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
@@ -140,6 +160,37 @@ def test_the_command_line_uses_the_client_as_its_users_do() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
                 assert ast.unparse(node.value) in ("self", "os"), f"{path}:{node.lineno}"
+
+
+def test_no_private_part_of_a_library_is_used() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            parts = name.split(".")
+            is_private = any(part.startswith("_") and part != "__future__" for part in parts)
+            assert parts[0] == "asyncinfer" or not is_private, f"{path} imports {name}"
+            # uvicorn's HTTP implementation has no documentation.
+            assert not name.startswith("uvicorn."), f"{path} imports {name}"
+        for owner, attribute in _attributes(path):
+            is_own = owner in ("self", "cls") or attribute in PYTHONS_PRIVATE
+            is_private = attribute.startswith("_") and not attribute.startswith("__")
+            assert is_own or not is_private, f"{path} uses {owner}.{attribute}"
+
+
+@pytest.mark.parametrize("allowed", UNDOCUMENTED)
+def test_undocumented_parts_of_a_library_are_used_in_one_file(allowed: str) -> None:
+    names = set(UNDOCUMENTED[allowed])
+    for path in _modules():
+        used = {attribute for _, attribute in _attributes(path)}
+        imported = {name.rpartition(".")[2] for name in _imports(path)}
+        if path != PACKAGE / allowed:
+            assert not names & (used | imported), path
+
+
+def _attributes(path: Path) -> Iterator[tuple[str, str]]:
+    """Each `owner.attribute` in the module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node.value), node.attr
 
 
 def test_each_module_has_a_one_line_summary() -> None:

@@ -21,7 +21,7 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import PackedArguments, Store, encode_args
+from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
 
 MAX_QUEUES_PER_CLAIM: Final = 8
@@ -116,19 +116,6 @@ class JobOutcome(Struct, frozen=True):
     """How long a job to retry is delayed."""
 
 
-class PackedOutcomes(Struct, frozen=True):
-    """Outcomes for one call, with their arguments packed before a connection is available."""
-
-    outcomes: Sequence[JobOutcome]
-    args: PackedArguments
-
-
-def pack_outcomes(finished: Sequence[JobOutcome]) -> list[PackedOutcomes]:
-    """Packs outcomes for as few calls as the bounds allow. Always at least one part: a finish may
-    carry only `last`."""
-    return [PackedOutcomes(part, _pack(part)) for part in _split_into_calls(finished)]
-
-
 class QueueConsumer:
     """Claims jobs for one worker and stores their outcomes."""
 
@@ -141,7 +128,7 @@ class QueueConsumer:
 
         The token has at least 65 bytes so that the server stores the hash of running jobs as a
         table: with shorter values it keeps one list and searches it from its start, which took
-        17 µs a job with 256 running.
+        17 µs a job with 256 running, and 10 % of Redis's CPU time while a queue was drained.
         """
         missing = _MIN_TOKEN_BYTES - len(self._worker_id) - 1
         return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
@@ -166,34 +153,24 @@ class QueueConsumer:
         last: bool,
         following: ClaimRequest | None = None,
     ) -> tuple[list[FinishVerdict], ClaimReply]:
-        """`finish_packed` for outcomes that are not packed yet."""
-        outcomes = pack_outcomes(finished)
-        return await self.finish_packed(claim, outcomes, last=last, following=following)
-
-    async def finish_packed(
-        self,
-        claim: Claim,
-        outcomes: Sequence[PackedOutcomes],
-        *,
-        last: bool,
-        following: ClaimRequest | None = None,
-    ) -> tuple[list[FinishVerdict], ClaimReply]:
-        """Stores outcomes of jobs of `claim`, and claims jobs for the `following` request in the
-        last call. `last`: no job of the claim is unfinished any more.
+        """Stores outcomes of jobs of `claim` in as few calls as the bounds allow, and claims jobs
+        for the `following` request in the last one. `last`: no job of the claim is unfinished any
+        more.
 
         Returns a verdict for each outcome and the reply to `following`. Raises RedisUnavailable;
         then the same arguments may be sent again, no matter what the first call did.
         """
+        *parts, last_part = _split_into_calls(finished)
         verdicts: list[FinishVerdict] = []
-        for part in outcomes[:-1]:
+        for part in parts:
             verdicts += (await self._finish(claim, part, last=False, following=None))[0]
-        ended, claimed = await self._finish(claim, outcomes[-1], last=last, following=following)
+        ended, claimed = await self._finish(claim, last_part, last=last, following=following)
         return verdicts + ended, claimed
 
     async def _finish(
         self,
         claim: Claim,
-        part: PackedOutcomes,
+        part: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None,
@@ -204,10 +181,13 @@ class QueueConsumer:
         if following:
             header["next"] = await self._claim_args(following)
             names += following.queues
-        reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
+        args: list[Any] = [encode_args(header)]
+        for job in part:
+            args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
+        reply = await self._store.call(script("finish"), names, args)
         verdicts = [cast(FinishVerdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
-            verdicts = await self._recognise_own_finishes(claim, part.outcomes, verdicts)
+            verdicts = await self._recognise_own_finishes(claim, part, verdicts)
         if following and len(reply) > 1:
             return verdicts, self._parse_claim_reply(reply[1], following.token)
         return verdicts, ClaimReply(None)
@@ -251,13 +231,6 @@ class QueueConsumer:
         if not flat:
             return ClaimReply(None, bool(blocked))
         return ClaimReply(Claim(queue.decode(), token, flat), bool(blocked))
-
-
-def _pack(finished: Sequence[JobOutcome]) -> PackedArguments:
-    args: list[Any] = []
-    for job in finished:
-        args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
-    return PackedArguments.of(args)
 
 
 def _split_into_calls(finished: Sequence[JobOutcome]) -> Iterator[list[JobOutcome]]:

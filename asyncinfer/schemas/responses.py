@@ -87,7 +87,7 @@ class TensorShape(Struct, frozen=True):
 class ValidationResult(Struct, frozen=True, kw_only=True):
     """A request that would be accepted, as the server reads it. Nothing was stored."""
 
-    valid: Literal[True] = True
+    valid: Annotated[bool, Meta(extra_json_schema={"const": True})] = True
     model: str
     version: Annotated[str, Meta(description="The version that would run.")]
     inputs: list[TensorShape]

@@ -14,9 +14,7 @@ from asyncinfer.repository.claims import (
     ClaimReply,
     ClaimRequest,
     JobOutcome,
-    PackedOutcomes,
     QueueConsumer,
-    pack_outcomes,
 )
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
@@ -77,12 +75,11 @@ class Finisher:
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
         open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
-        outcomes = pack_outcomes(open_outcomes)
         held.open_jobs.clear()
         self._on_step("finishing")
         async with self._claimer.claim_lock:
             following = self._claimer.following_request(held)
-            reply = await self._store(held, outcomes, last=True, following=following)
+            reply = await self._store(held, open_outcomes, last=True, following=following)
             self._held.release(held)
             self._on_step("finished")
             next_held = self._claimer.register(following, reply) if following else None
@@ -137,12 +134,12 @@ class Finisher:
 
     async def _store_early(self, held: HeldClaim, outcome: JobOutcome) -> None:
         """Stores one outcome, and leaves the claim open."""
-        await self._store(held, pack_outcomes([outcome]), last=False)
+        await self._store(held, [outcome], last=False)
 
     async def _store(
         self,
         held: HeldClaim,
-        outcomes: Sequence[PackedOutcomes],
+        outcomes: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None = None,
@@ -156,7 +153,7 @@ class Finisher:
         """
         while True:
             try:
-                verdicts, claimed = await self._runs.finish_packed(
+                verdicts, claimed = await self._runs.finish(
                     held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
