@@ -18,6 +18,7 @@ from asyncinfer.engine.probe_inputs import (
     WITHOUT_EXAMPLE,
     Filling,
     InputValues,
+    input_shape,
     random_array,
 )
 from asyncinfer.engine.runner import Stop, Stopped
@@ -245,9 +246,10 @@ class _BatchProbe:
             if spec.optional and not optional:
                 continue
             axis = self._axes[spec.name]
-            shape = self._shape(spec, size)
+            example = self._example.get(spec.name)
+            shape = input_shape(spec, example, size)
             of_jobs = itertools.cycle(filling.scales)
-            values = InputValues(spec, self._example.get(spec.name), axis, self._heights, seed)
+            values = InputValues(spec, example, axis, self._heights, seed)
             shared = values.make(rng, filling.kind, next(of_jobs), shape) if axis is None else None
             for job, count in zip(jobs, counts, strict=True):
                 if shared is not None:
@@ -257,17 +259,6 @@ class _BatchProbe:
                 shape[axis] = count
                 job[spec.name] = values.make(rng, filling.kind, next(of_jobs), shape)
         return list(jobs)
-
-    def _shape(self, spec: TensorSpec, size: int) -> list[int]:
-        """The shape of an input, in which the caller sets the rows: open dimensions as in the
-        example, else `size`."""
-        like = self._example.get(spec.name)
-        if spec.shape is None and like is not None:
-            return list(like.shape)
-        sizes = (size,) * len(dims(spec)) if like is None else like.shape
-        return [
-            dim if isinstance(dim, int) else own for dim, own in zip(dims(spec), sizes, strict=True)
-        ]
 
     def _compare(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from asyncinfer.models.onnx_graph import Dims, Function, Graph, GraphTooLarge, Node, OnnxFile
@@ -106,7 +107,7 @@ def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
         )
         pending += [makers[name] for name in reads if name in makers]
     nodes = tuple(node for node in graph.nodes if id(node) in kept)
-    return Graph(graph.inputs, nodes, graph.initializers, graph.names_read)
+    return msgspec.structs.replace(graph, nodes=nodes)
 
 
 def _names_in_mask(mask: int, names: Sequence[str]) -> list[str]:
@@ -421,7 +422,7 @@ def _reduces_all_rows(node: Node) -> bool:
 
 def _tables(graph: Graph) -> dict[str, _Value]:
     """The constants of a graph that may be tables, as values by name."""
-    return {name: _Value(table=_Table(dims)) for name, dims in graph.initializers.items()}
+    return {name: _Value(table=_Table(tensor.dims)) for name, tensor in graph.initializers.items()}
 
 
 def _all_fed(values: Sequence[_Value]) -> int:

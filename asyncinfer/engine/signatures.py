@@ -10,7 +10,7 @@ import msgspec
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile
-from asyncinfer.models.onnx_graph import OnnxFile
+from asyncinfer.models.onnx_graph import Graph
 from asyncinfer.models.signature import MAX_ROWS, Signature
 from asyncinfer.tensors.datatypes import Dim, TensorSpec
 
@@ -77,7 +77,7 @@ _INPUT_KINDS: Final = (
 
 
 def describe(
-    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: OnnxFile | None
+    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: Graph | None
 ) -> Signature:
     """The signature by the graph and `model.toml`, before any run; `graph` is None if it was too
     large to be read, and `sha256` is that of the file, in hex. Raises ModelRefused for inputs and
