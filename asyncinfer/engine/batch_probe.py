@@ -117,9 +117,13 @@ class _BatchProbe:
         """How many dimensions each output has."""
         self._rows_differ = False
         """Whether any probe gave different answers for different rows."""
-        self._equal_inputs = {name for name in self._example if self._may_be_category(name)}
-        """Inputs of categories that had one value in all rows of all probes so far, as in the
-        example."""
+        self._equal_inputs = {
+            name
+            for name, example in self._example.items()
+            if self._axes[name] is not None and example.dtype.kind in "Oiu"
+        }
+        """Inputs that may be categories, so that only values of the example are valid, and had one
+        value in all rows of all probes so far."""
 
     def find_output_axes(self) -> Axes:
         """Runs the probes; returns for each output the axis of its rows, None for an output
@@ -194,11 +198,6 @@ class _BatchProbe:
             if axis is not None and name in self._example
         ]
         return min(counts, default=0)
-
-    def _may_be_category(self, name: str) -> bool:
-        """Whether this input, which the example must have, may be a category, so that only values
-        of the example are valid."""
-        return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
 
     def _has_different_rows(self, name: str, jobs: Sequence[Feeds]) -> bool:
         """Whether an input had different values in the rows of these jobs."""

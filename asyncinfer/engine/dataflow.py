@@ -179,8 +179,12 @@ class _GraphFollower:
         }
         return self._summarize(graph.nodes, {**tables, **fed}, ())
 
-    def _function(self, key: tuple[str, str, str]) -> _Summary:
-        """The summary of a function, which is followed when first called; raises GraphTooLarge."""
+    def summary_of_call(self, node: Node) -> _Summary | None:
+        """The summary of the function that the node calls, which is followed when first called;
+        None for an operator. Raises GraphTooLarge."""
+        key = node.key
+        if key not in self._functions:
+            return None
         if key not in self._summaries:
             function = self._functions[key]
             # A function that calls itself finds this; ONNX Runtime loads no such file.
@@ -209,11 +213,6 @@ class _GraphFollower:
                 ends = tuple(scope.values.get(name, _UNKNOWN) for name in outputs)
                 return _Summary(ends, found.mixers, frozenset(found.lookups))
         raise GraphTooLarge
-
-    def summary_of_call(self, node: Node) -> _Summary | None:
-        """The summary of the function that the node calls, None for an operator; raises
-        GraphTooLarge."""
-        return self._function(node.key) if node.key in self._functions else None
 
     @contextmanager
     def nested(self) -> Iterator[None]:
@@ -254,18 +253,14 @@ class _Pass:
     def follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
         """Adds the values that the nodes give to the scope; notes mixers and lookups."""
         with self._follower.nested():
-            self._follow(nodes, scope)
-
-    def _follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
-        """As `follow`, without counting a level."""
-        for node in nodes:
-            inputs = [self._value(name, scope) for name in node.inputs]
-            captured = self._follow_inner_graphs(node, inputs, scope)
-            outputs = self._outputs(node, inputs, captured)
-            for name, value in zip(node.outputs, outputs, strict=True):
-                if (id(scope), name) in self._read_early and scope.values.get(name) != value:
-                    self.needs_another_pass = True
-                scope.values[name] = value
+            for node in nodes:
+                inputs = [self._value(name, scope) for name in node.inputs]
+                captured = self._follow_inner_graphs(node, inputs, scope)
+                outputs = self._outputs(node, inputs, captured)
+                for name, value in zip(node.outputs, outputs, strict=True):
+                    if (id(scope), name) in self._read_early and scope.values.get(name) != value:
+                        self.needs_another_pass = True
+                    scope.values[name] = value
 
     def _value(self, name: str, scope: _Scope | None) -> _Value:
         """The value of this name in the scope or those around it; an empty one if it is unknown,
@@ -301,10 +296,9 @@ class _Pass:
     def _outputs(self, node: Node, inputs: Sequence[_Value], captured: int) -> list[_Value]:
         """The values that a node gives, one for each output; notes whether it mixes rows or looks
         up a table. `captured` is the mask of inputs that its inner graphs read."""
-        if (summary := self._follower.summary_of_call(node)) is not None:
-            self._note_mixer(node, inputs, captured)
-            return self._call_outputs(node, summary, inputs)
         self._note_mixer(node, inputs, captured)
+        if (summary := self._follower.summary_of_call(node)) is not None:
+            return self._call_outputs(node, summary, inputs)
         if node.domain not in _ONNX:
             return [_Value(_all_fed(inputs) | captured)] * len(node.outputs)
         if node.operator in _SHAPES:
@@ -356,15 +350,17 @@ class _Pass:
         """Notes the inputs that the operator uses as row numbers of a table."""
         axis = node.integers.get("axis", node.integers.get("gather_axis", 0))
         for at, ids in _LOOKUPS.get(node.operator, ()):
-            if max(at, ids) >= len(inputs) or not inputs[ids].same:
-                continue
-            table = inputs[at].table
-            if table is None:
-                continue
-            if table.source:
-                self.lookups.add(((table.source, axis), inputs[ids].same))
-            elif -len(table.dims) <= axis < len(table.dims):
-                self.lookups.add((table.dims[axis], inputs[ids].same))
+            if max(at, ids) < len(inputs):
+                self._add_lookup(inputs[at].table, axis, inputs[ids].same)
+
+    def _add_lookup(self, table: _Table | None, axis: int, same: int) -> None:
+        """Notes inputs (a mask) as row numbers of a table along this axis, if there are both."""
+        if table is None or not same:
+            return
+        if table.source:
+            self.lookups.add(((table.source, axis), same))
+        elif -len(table.dims) <= axis < len(table.dims):
+            self.lookups.add((table.dims[axis], same))
 
     def _call_outputs(
         self, node: Node, summary: _Summary, inputs: Sequence[_Value]
@@ -374,17 +370,12 @@ class _Pass:
             if fed := self._combine(mask, inputs).fed:
                 self.mixers[name] = self.mixers.get(name, 0) | fed
         for height, mask in summary.lookups:
-            if not (same := self._combine(mask, inputs).same):
-                continue
-            if isinstance(height, int):
+            same = self._combine(mask, inputs).same
+            if not isinstance(height, int):
+                source, axis = height
+                self._add_lookup(self._combine(source, inputs).table, axis, same)
+            elif same:
                 self.lookups.add((height, same))
-                continue
-            source, axis = height
-            table = self._combine(source, inputs).table
-            if table is not None and table.source:
-                self.lookups.add(((table.source, axis), same))
-            elif table is not None and -len(table.dims) <= axis < len(table.dims):
-                self.lookups.add((table.dims[axis], same))
         outputs = [self._call_output(value, inputs) for value in summary.outputs]
         return (outputs + [_UNKNOWN] * len(node.outputs))[: len(node.outputs)]
 

@@ -146,7 +146,7 @@ class InputValues(Struct, frozen=True):
     def _draw_rows(
         self, example: Array, rng: np.random.Generator, shape: Sequence[int], kind: Kind
     ) -> Array:
-        """Random rows of the example, as many as `shape` says; near rows, and in every second probe,
+        """Random rows of the example, as many as `shape` says; near rows and in every second probe
         each column is from another row. The example itself if the input has no rows."""
         if self.axis is None:
             return example

@@ -19,8 +19,8 @@ from asyncinfer.engine.classes.tables import class_tables
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models import onnx_graph
 from asyncinfer.models.folder import scan
-from asyncinfer.models.results import render_result
 from tests import zoo
+from tests.models.single_result import render_result
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 BOOL, STRING = TensorProto.BOOL, TensorProto.STRING
