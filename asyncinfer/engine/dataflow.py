@@ -4,9 +4,10 @@ It finds operators that make the rows of a run depend on each other so little th
 not show it, and inputs that are row numbers of a table.
 """
 
+import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -166,7 +167,8 @@ class _GraphFollower:
         self._functions = functions
         self._summaries: dict[tuple[str, str, str], _Summary] = {}
         self._steps = 0
-        self._depth = 0
+        self.depth = 0
+        """How many graphs and functions within each other are being followed."""
 
     def graph(self, graph: Graph) -> _Summary:
         """Follows the main graph and returns its mixers and lookups, without outputs; raises
@@ -214,15 +216,6 @@ class _GraphFollower:
                 return _Summary(ends, found.mixers, frozenset(found.lookups))
         raise GraphTooLarge
 
-    @contextmanager
-    def nested(self) -> Iterator[None]:
-        """Counts one level of graphs within graphs; raises GraphTooLarge if there are too many."""
-        if self._depth == _MAX_DEPTH:
-            raise GraphTooLarge
-        self._depth += 1
-        yield
-        self._depth -= 1
-
     def count_steps(self, count: int = 1) -> None:
         """Adds to the steps so far; raises GraphTooLarge once there are too many."""
         self._steps += count
@@ -251,16 +244,20 @@ class _Pass:
         self.lookups: set[Lookup] = set()
 
     def follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
-        """Adds the values that the nodes give to the scope; notes mixers and lookups."""
-        with self._follower.nested():
-            for node in nodes:
-                inputs = [self._value(name, scope) for name in node.inputs]
-                captured = self._follow_inner_graphs(node, inputs, scope)
-                outputs = self._outputs(node, inputs, captured)
-                for name, value in zip(node.outputs, outputs, strict=True):
-                    if (id(scope), name) in self._read_early and scope.values.get(name) != value:
-                        self.needs_another_pass = True
-                    scope.values[name] = value
+        """Adds the values that the nodes give to the scope; notes mixers and lookups. Raises
+        GraphTooLarge if too many graphs are within each other."""
+        self._follower.depth += 1
+        if self._follower.depth > _MAX_DEPTH:
+            raise GraphTooLarge
+        for node in nodes:
+            inputs = [self._value(name, scope) for name in node.inputs]
+            captured = self._follow_inner_graphs(node, inputs, scope)
+            outputs = self._outputs(node, inputs, captured)
+            for name, value in zip(node.outputs, outputs, strict=True):
+                if (id(scope), name) in self._read_early and scope.values.get(name) != value:
+                    self.needs_another_pass = True
+                scope.values[name] = value
+        self._follower.depth -= 1
 
     def _value(self, name: str, scope: _Scope | None) -> _Value:
         """The value of this name in the scope or those around it; an empty one if it is unknown,
@@ -305,12 +302,9 @@ class _Pass:
             return [_UNKNOWN] * len(node.outputs)
         self._note_lookup(node, inputs)
         first = inputs[0] if inputs else _UNKNOWN
-        same = 0
+        same = first.same if node.operator in _SAME_NUMBERS else 0
         if node.operator == "Concat":
-            for value in inputs:
-                same |= value.same
-        elif node.operator in _SAME_NUMBERS:
-            same = first.same
+            same = _union(value.same for value in inputs)
         table = first.table if node.operator in _SAME_DIMS else None
         if node.operator == "Constant" and "value" in node.integer_lists:
             table = _Table(node.integer_lists["value"])
@@ -321,11 +315,8 @@ class _Pass:
     def _overall(self, node: Node, inputs: Sequence[_Value]) -> int:
         """The mask of inputs of whose statistics over all rows a node's output is made; inputs that
         only give sizes are left out."""
-        overall = 0
-        for at, value in enumerate(inputs):
-            if at not in _SIZES.get(node.operator, ()):
-                overall |= value.overall
-        return overall
+        sizes = _SIZES.get(node.operator, ())
+        return _union(value.overall for at, value in enumerate(inputs) if at not in sizes)
 
     def _note_mixer(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
         """Notes the operator, with the inputs that feed it, if it uses a statistic of all rows for
@@ -418,7 +409,8 @@ def _tables(graph: Graph) -> dict[str, _Value]:
 
 def _all_fed(values: Sequence[_Value]) -> int:
     """The mask of the inputs on which any of these values depends."""
-    fed = 0
-    for value in values:
-        fed |= value.fed
-    return fed
+    return _union(value.fed for value in values)
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)

@@ -122,15 +122,12 @@ def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
             f"{file.model}/model.toml: session.devices needs one of "
             f"{', '.join(sorted(_WITH_DEVICES))} in session.providers"
         )
+    if not devices:
+        return [[(name, {}) for name in names]]
     return [
-        [(name, _device_options(name, number)) for name in names] for number in (devices or (None,))
+        [(name, {"device_id": number} if name in _WITH_DEVICES else {}) for name in names]
+        for number in devices
     ]
-
-
-def _device_options(name: str, number: int | None) -> dict[str, Any]:
-    """The provider's option for a device number; empty if there is none or the provider has no
-    devices."""
-    return {} if number is None or name not in _WITH_DEVICES else {"device_id": number}
 
 
 def _provider_remedy(name: str) -> str:

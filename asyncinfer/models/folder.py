@@ -106,8 +106,13 @@ def read_folder(model_dir: Path) -> FolderListing:
             why = f"{file_access.os_error_reason(error)}. Its name cannot be that of a model"
             ignored.append(f"{_shown(entry, 1)} is ignored: it {why}")
             continue
-        if files and found.setdefault(files[0].model, files) is not files:
-            duplicates += _duplicate(entry, files[0], found[files[0].model][0])
+        if not files:
+            continue
+        winner = found.setdefault(files[0].model, files)[0]
+        if winner is not files[0] and is_valid_name(winner.model):
+            why = f"is not served, since {winner.display_path} has its name; rename or remove one"
+            problem = f"{_shown(entry, 1)}: {why}"
+            duplicates.append(ModelFile(winner.model, OF_ALL_VERSIONS, entry, problem=problem))
     files = [file for files in (*found.values(), duplicates) for file in files]
     return FolderListing(files, tuple(ignored))
 
@@ -147,19 +152,14 @@ def read_stamp(file: ModelFile) -> Stamp:
     folder = file.path.parent
     if not file_access.is_file(file.path):
         return ()
-    paths = [file.path] if file.is_single_file else _files_below(folder)
+    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    paths = [file.path] if file.is_single_file else itertools.islice(below, _MAX_STAMPED_FILES)
     return tuple(sorted(_stamped(paths, folder)))
 
 
 def total_bytes(stamp: Stamp) -> int:
     """The number of bytes of all files of a stamp."""
     return sum(size for _, size, _ in stamp)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yields files of a folder and its inner folders, at most 10,000, in no order."""
-    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    return itertools.islice(below, _MAX_STAMPED_FILES)
 
 
 def _stamped(paths: Iterable[Path], folder: Path) -> Iterator[tuple[str, int, int]]:
@@ -210,17 +210,6 @@ def _unreadable_model(entry: Path, problem: str) -> ModelFile:
     return ModelFile(
         _model_name(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_unreadable_folder=True
     )
-
-
-def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
-    """The problem of an entry whose model name another entry has; empty if it is no valid name."""
-    if not is_valid_name(file.model):
-        return []
-    shown = _shown(entry, 1)
-    problem = (
-        f"{shown}: is not served, since {winner.display_path} has its name; rename or remove one"
-    )
-    return [ModelFile(file.model, OF_ALL_VERSIONS, entry, problem=problem)]
 
 
 def _model_name(name: str) -> str:

@@ -124,7 +124,6 @@ class _Reader:
         self._parts = 0
 
     def file(self) -> OnnxFile:
-        """The whole file."""
         outermost = self._spans(0, len(self._content))
         functions = dict(self._function(*span) for span in outermost.get(25, ()))
         return OnnxFile(self._graph(outermost.get(7, ()), 0), functions)
@@ -154,14 +153,12 @@ class _Reader:
         return Graph(tuple(inputs), tuple(nodes), initializers, frozenset(names_read), unknown_rank)
 
     def _function(self, begin: int, end: int) -> tuple[Key, Function]:
-        """A function and its key."""
         spans = self._spans(begin, end)
         key = (_domain(self._text(spans, 10)), self._text(spans, 1), self._text(spans, 13))
         nodes = tuple(self._node(*span, 0) for span in spans.get(7, ()))
         return key, Function(self._texts(spans, 4), self._texts(spans, 5), nodes)
 
     def _node(self, begin: int, end: int, depth: int) -> Node:
-        """The node in these bounds."""
         self._nodes += 1
         if self._nodes > _MAX_NODES:
             raise GraphTooLarge
@@ -256,7 +253,6 @@ class _Reader:
         return _integers(self._content, start, stop)
 
     def _count(self, parts: int) -> None:
-        """Counts parts; raises GraphTooLarge beyond the limit."""
         self._parts += parts
         if self._parts > _MAX_PARTS:
             raise GraphTooLarge

@@ -174,8 +174,7 @@ class _ErrorFinder:
             if isinstance(last, list):
                 self._cut_lists.add(id(last))
                 last = last[-1] if last else None
-        is_flat = isinstance(value, list) and not any(isinstance(item, list) for item in value)
-        if self._rank > 1 and is_flat and value:
+        if self._rank > 1 and isinstance(value, list) and _is_flat(value):
             takes = f"{self._model} takes {self._rank}: shape {shape_text(self._spec)}"
             yield InputError(self._root, f"1 dimension, {takes}{_as_row(value, self._rank)}")
         else:
@@ -309,6 +308,11 @@ def _as_row(items: list[object], rank: int) -> str:
         return ""
     shown = f"{first}"[:_SHOWN_CHARACTERS]
     return f"; one row? [[{shown}{', ...' if len(items) > 1 else ''}]]"
+
+
+def _is_flat(items: list[object]) -> bool:
+    """Whether a list has items, and none of them is a list."""
+    return bool(items) and not any(isinstance(item, list) for item in items)
 
 
 def _kind(value: object) -> str:

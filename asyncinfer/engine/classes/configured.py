@@ -7,7 +7,7 @@ from asyncinfer.engine.classes.tables import Table
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile
 from asyncinfer.models.signature import Signature
-from asyncinfer.tensors.datatypes import FLOATS, RANGES, TensorSpec, dims
+from asyncinfer.tensors.datatypes import FLOATS, RANGES, TensorSpec, dims, shape_text
 
 _MAX_SHOWN: Final = 6
 """The most outputs of a model that an error names."""
@@ -127,7 +127,9 @@ class ClassConfig:
         """Makes the error for labels without an output that has a column for each. `seen_shapes`
         are those that made-up rows got."""
         specs = list(self._specs.values())
-        declared = ", ".join(map(_declared, specs[:_MAX_SHOWN]))
+        declared = ", ".join(
+            f"`{spec.name}` {spec.datatype} {shape_text(spec)}" for spec in specs[:_MAX_SHOWN]
+        )
         more = ", ..." if len(specs) > _MAX_SHOWN else ""
         shapes = [f"`{name}` {list(shape)}" for name, shape in seen_shapes.items()][:_MAX_SHOWN]
         seen = f", and the model gave {', '.join(shapes)}" if shapes else ""
@@ -146,12 +148,6 @@ class ClassConfig:
 
     def _error(self, problem: str) -> ModelRefused:
         return ModelRefused(f"{self._prefix}: {problem}")
-
-
-def _declared(spec: TensorSpec) -> str:
-    """Name, datatype and shape of an output, for a message."""
-    sizes = ", ".join("?" if dim is None else str(dim) for dim in dims(spec))
-    return f"`{spec.name}` {spec.datatype} [{sizes}]"
 
 
 def may_be_scores(spec: TensorSpec, signature: Signature) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -82,10 +83,7 @@ def with_class_outputs(
     if not signature.labels:
         return signature
     class_specs = config.class_outputs or [spec for spec in signature.outputs if may_be_class(spec)]
-
-    def observe(scores: Sequence[TensorSpec]) -> ProbeAnswers:
-        return probe.observe(signature, scores, class_specs, run, example, seconds)
-
+    observe = partial(probe.observe, signature, class_specs, run, example, seconds)
     scores, answers = _observe_scores(signature, config, class_specs, observe)
     config.check_width(signature)
     if not scores:

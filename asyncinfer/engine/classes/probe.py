@@ -67,11 +67,11 @@ class ProbeAnswers(Struct, frozen=True):
 
 def observe(
     signature: Signature,
-    scores: Sequence[TensorSpec],
     class_specs: Sequence[TensorSpec],
     run: RunFunction,
     example: Feeds | None,
     seconds: float,
+    scores: Sequence[TensorSpec],
 ) -> ProbeAnswers:
     """Runs rows like the example and of several scales, until there are enough or `seconds` (two at
     most) are over. Rows that the model does not accept are skipped; never raises.
@@ -79,45 +79,41 @@ def observe(
     `scores` and `class_specs` are the outputs that may be the scores and the class; `scores` must
     not be empty.
     """
-    names = [spec.name for spec in signature.outputs]
     width = len(signature.labels)
     rows = _RowMaker(signature, example)
-    runs: list[dict[str, Array]] = []
+    outputs: dict[str, list[Array]] = {spec.name: [] for spec in signature.outputs}
     with deadline(min(seconds, _MAX_SECONDS)) as stop:
-        for outputs in rows.run_all(run, stop):
-            runs.append(dict(zip(names, outputs, strict=True)))
-            if _is_enough([run_outputs[scores[0].name] for run_outputs in runs], width):
+        for run_outputs in rows.run_all(run, stop):
+            for arrays, array in zip(outputs.values(), run_outputs, strict=True):
+                arrays.append(array)
+            if _is_enough(outputs[scores[0].name], width):
                 break
-    if not runs:
+    if not outputs[scores[0].name]:
         return ProbeAnswers()
     matrices = {
-        spec.name: [run_outputs[spec.name] for run_outputs in runs]
+        spec.name: outputs[spec.name]
         for spec in scores
-        if all(_is_matrix(run_outputs[spec.name], width) for run_outputs in runs)
+        if all(_is_matrix(array, width) for array in outputs[spec.name])
     }
-    multilabel_arrays = [
-        run_outputs[spec.name]
-        for spec in signature.outputs
-        if _may_be_multilabel_output(spec)
-        for run_outputs in runs
-    ]
     is_multilabel = any(
         _is_matrix(array, width) and _has_multilabel_values(_without_booleans(array))
-        for array in multilabel_arrays
+        for spec in signature.outputs
+        if _may_be_multilabel_output(spec)
+        for array in outputs[spec.name]
     )
     if not matrices:
-        unfit = {spec.name: runs[0][spec.name].shape for spec in scores}
+        unfit = {spec.name: outputs[spec.name][0].shape for spec in scores}
         return ProbeAnswers(is_multilabel=is_multilabel, unfit=unfit)
     matrices, counts = _with_rows(matrices, rows.rows_per_run)
     values = {
-        spec.name: [run_outputs[spec.name].reshape(-1) for run_outputs in runs]
+        spec.name: np.concatenate([array.reshape(-1) for array in outputs[spec.name]])
         for spec in class_specs
-        if [run_outputs[spec.name].size for run_outputs in runs] == counts
-        and all(run_outputs[spec.name].ndim in (1, 2) for run_outputs in runs)
+        if [array.size for array in outputs[spec.name]] == counts
+        and all(array.ndim in (1, 2) for array in outputs[spec.name])
     }
     return ProbeAnswers(
         {name: np.concatenate(arrays).astype(np.float64) for name, arrays in matrices.items()},
-        {name: _without_booleans(np.concatenate(arrays)) for name, arrays in values.items()},
+        {name: _without_booleans(column) for name, column in values.items()},
         is_multilabel,
     )
 
