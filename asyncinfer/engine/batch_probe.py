@@ -128,7 +128,10 @@ class _BatchProbe:
     def find_output_axes(self) -> Axes:
         """Runs the probes; returns for each output the axis of its rows, None for an output
         without. Raises _NotBatchable, or Stopped at the deadline."""
-        for optional in self._optional_choices():
+        has_optional = any(spec.optional for spec in self._inputs)
+        # First without optional inputs, then with them.
+        choices = [False, True] if has_optional else [False]
+        for optional in choices:
             if not self._run_probes(self._fillings(), optional):
                 reason_kind = (
                     Obstacle.NONE_RAN_LIKE_EXAMPLE
@@ -137,7 +140,7 @@ class _BatchProbe:
                 )
                 raise _NotBatchable(reason_kind, failure=self._failure)
         if not self._rows_differ:
-            for optional in self._optional_choices():
+            for optional in choices:
                 self._run_probes(LAST_TRY, optional)
         assert self._output_axes is not None
         if all(axis is None for axis in self._output_axes):
@@ -173,11 +176,6 @@ class _BatchProbe:
             return ONE_ROW
         has_fractions = any(spec.datatype in FLOATS for spec in self._inputs)
         return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
-
-    def _optional_choices(self) -> list[bool]:
-        """Whether to leave optional inputs out (False) and to give them (True), in the order to
-        try."""
-        return [False, True] if any(spec.optional for spec in self._inputs) else [False]
 
     def _has_open_sizes(self) -> bool:
         """Whether an input has an open dimension beside the rows, whose size must be guessed."""

@@ -291,24 +291,20 @@ def _only_onnx_file(folder: Path, usual: Path, entries: list[Path]) -> tuple[Pat
         if not only.name.isprintable():
             return usual, f"{_shown(only, 3)}: rename it to model.onnx"
         return only, _problem(only, _shown(only, 3))
-    if _VERSION.fullmatch(folder.name) and (
-        deep := _first_onnx(filter(file_access.is_folder, entries))
-    ):
-        to = f"{_shown(folder, 2)}/model.onnx"
-        return usual, f"{_shown(deep, 4)}: lies a folder too deep; move it to {to}"
+    if _VERSION.fullmatch(folder.name):
+        below = itertools.chain.from_iterable(map(_entries_below, entries))
+        if deep := next(filter(_is_onnx, below), None):
+            to = f"{_shown(folder, 2)}/model.onnx"
+            return usual, f"{_shown(deep, 4)}: lies a folder too deep; move it to {to}"
     return None
 
 
-def _first_onnx(folders: Iterable[Path]) -> Path | None:
-    """The first ONNX file in the first of the folders that has one; None if none has."""
-    for folder in folders:
-        try:
-            entries = sorted(_entries(folder))
-        except OSError:
-            continue
-        if found := next(filter(_is_onnx, entries), None):
-            return found
-    return None
+def _entries_below(folder: Path) -> list[Path]:
+    """The entries of a folder, by name; none if it cannot be read or is a file."""
+    try:
+        return sorted(_entries(folder)) if file_access.is_folder(folder) else []
+    except OSError:
+        return []
 
 
 def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
@@ -335,13 +331,9 @@ def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
 
 def _has_version(folder: Path) -> bool:
     """Whether it is the folder of a model: it has a version with a model.onnx."""
-    try:
-        entries = _entries(folder)
-    except OSError:
-        return False
     return any(
         file_access.is_file(entry / "model.onnx")
-        for entry in entries
+        for entry in _entries_below(folder)
         if _VERSION.fullmatch(entry.name)
     )
 

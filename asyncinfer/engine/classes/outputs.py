@@ -121,7 +121,7 @@ def _observe_scores(
     is_declared = any(may_have_columns(spec, signature) for spec in specs)
     if not is_declared:
         scores = [spec for spec in specs if may_be_misdeclared(spec, signature)]
-    is_multilabel = probe.may_be_multilabel(signature)
+    is_multilabel = any(map(probe.may_be_multilabel, specs))
     is_clear = is_declared and len(scores) == 1 and not class_specs and not is_multilabel
     answers = ProbeAnswers() if is_clear or not scores else observe(scores)
     has_columns = answers.scores or (is_declared and (answers.is_multilabel or not answers.unfit))
@@ -143,7 +143,10 @@ def _best_scores(
     first, *others = [name for name, rank in ranks.items() if rank == max(ranks.values())]
     for other in others:
         if first in answers.scores and _disagree(answers.scores[first], answers.scores[other]):
-            raise config.ambiguous_scores_error([first, other])
+            raise config.error(
+                f"labels: `{first}` and `{other}` have a column for each and disagree; name the "
+                "one that they are for as score_output"
+            )
     return first
 
 
@@ -282,7 +285,11 @@ class _ClassFinder:
         `model.toml` names an output whose values are unknown."""
         candidates = [candidate for spec in specs if (candidate := self._candidate(spec))]
         if self._config.class_outputs and not candidates:
-            raise self._config.unknown_values_error(self._config.class_outputs[0].name)
+            raise self._config.error(
+                f"class_output: which value of `{self._config.class_outputs[0].name}` means which "
+                "column of the scores is not known from the graph or from probe rows; give "
+                "`classes`, a value for each label in their order"
+            )
         # If two heads have labels of the same kind, the one that agrees with these scores.
         return max(
             candidates,

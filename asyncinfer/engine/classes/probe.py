@@ -98,7 +98,7 @@ def observe(
     is_multilabel = any(
         _is_matrix(array, width) and _has_multilabel_values(_without_booleans(array))
         for spec in signature.outputs
-        if _may_be_multilabel_output(spec)
+        if may_be_multilabel(spec)
         for array in outputs[spec.name]
     )
     if not matrices:
@@ -137,13 +137,9 @@ def _with_rows(
     return {name: matrices[name] for name, lengths in counts.items() if lengths == wanted}, wanted
 
 
-def may_be_multilabel(signature: Signature) -> bool:
-    """Whether an output may have a 0 or 1 for each class in each row, by its name and type."""
-    return any(map(_may_be_multilabel_output, signature.outputs))
-
-
-def _may_be_multilabel_output(spec: TensorSpec) -> bool:
-    """By its name and type: the label of a classifier, a matrix of whole numbers or booleans."""
+def may_be_multilabel(spec: TensorSpec) -> bool:
+    """Whether an output may have a 0 or 1 for each class in each row, by its name and type: the
+    label of a classifier, a matrix of whole numbers or booleans."""
     is_matrix = len(dims(spec)) == 2 and dims(spec)[1] != 1
     return (
         plain_name(spec.name) in LABEL_NAMES
