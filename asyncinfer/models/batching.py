@@ -76,7 +76,7 @@ def candidate_axes(inputs: Sequence[TensorSpec]) -> list[Axes]:
     dimension of inputs whose first dimension is fixed, such as a state.
     """
     found = axes_by_name(inputs)
-    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    first = forced_axes(0, inputs)
     if any(axis == 0 for axis in first) and all(spec.shape is not None for spec in inputs):
         found += [first, tuple(_only_open(spec, inputs) for spec in inputs)]
     return _by_inputs(found)
@@ -92,7 +92,7 @@ def axes_by_name(inputs: Sequence[TensorSpec]) -> list[Axes]:
     if any(spec.shape is None for spec in inputs):
         return []
     found: list[Axes] = []
-    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    first = forced_axes(0, inputs)
     names = {dims(spec)[0] for spec, axis in zip(inputs, first, strict=True) if axis == 0}
     if names and len(names - {None}) <= 1:
         found.append(first)
