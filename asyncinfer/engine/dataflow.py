@@ -94,7 +94,6 @@ def read_flow(file: OnnxFile, outputs: Collection[str] = ()) -> Flow:
 
 
 def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
-    """The graph without the nodes that these outputs do not need."""
     makers = {name: node for node in graph.nodes for name in node.outputs if name}
     pending = [makers[name] for name in outputs if name in makers]
     kept: set[int] = set()

@@ -169,7 +169,6 @@ def _decide_batching(
 
 
 def _stacked_inputs(axes: Axes, signature: Signature) -> frozenset[str]:
-    """The names of the inputs that are stacked along these axes."""
     named = zip(signature.inputs, axes, strict=True)
     return frozenset(spec.name for spec, axis in named if axis is not None)
 

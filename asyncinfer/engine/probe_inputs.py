@@ -124,7 +124,6 @@ class InputValues(Struct, frozen=True):
         return random_array(self.spec, rng, self._within_table(scale), shape)
 
     def _comes_from_example(self, kind: Kind) -> bool:
-        """Whether the values are drawn from the rows of the example."""
         if kind in (Kind.ROWS, Kind.NEAR_ROWS):
             return True
         if kind == Kind.CATEGORIES and self.seed % 2 and self._has_equal_rows():

@@ -239,7 +239,6 @@ class _Reader:
         return self._decode(*spans[number][-1]) if number in spans else ""
 
     def _texts(self, spans: Mapping[int, Sequence[Span]], number: int) -> tuple[str, ...]:
-        """The texts of a repeated field."""
         return tuple(self._decode(*span) for span in spans.get(number, ()))
 
     def _decode(self, start: int, stop: int) -> str:
@@ -292,7 +291,6 @@ def tensor_values(content: memoryview, span: Span) -> tuple[int | str, ...]:
 
 
 def _strings(content: memoryview, span: Span, wanted: int) -> Iterator[str]:
-    """The strings of a field."""
     for number, start, stop in fields(content, *span):
         if number == wanted:
             yield str(content[start:stop], "utf-8")

@@ -82,5 +82,4 @@ def _model_refused_error(reasons: Sequence[str]) -> ModelRefused:
 
 
 def _last_lines(log: ProcessOutput) -> str:
-    """The end of the log, for a message."""
     return "Its last lines:\n" + "\n".join(log.lines[-_LINES_SHOWN:])

@@ -161,7 +161,6 @@ def plain_name(name: str) -> str:
 
 
 def _is_matrix(output: Array, width: int) -> bool:
-    """Whether an output has two dimensions, and `width` columns."""
     return output.ndim == 2 and output.shape[1] == width
 
 
