@@ -249,6 +249,8 @@ class WritesRefused(RedisUnavailable):
     """Redis answered that it accepts no writes in its present state; the call changed nothing."""
 
     code, title = "redis_refuses_writes", "Redis takes no writes just now"
+    reason = ""
+    """Why it accepts none, with the remedy."""
     is_disk_full = False
     """True if Redis is known to be unable to save to its disk (MISCONF)."""
 

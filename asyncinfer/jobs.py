@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import time
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -14,13 +15,7 @@ Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
 Outcome = Literal["completed", "failed", "cancelled", "retry", "dead", "released", "suspect"]
 
-STATUSES: Final[tuple[Status, ...]] = (
-    "pending",
-    "processing",
-    "completed",
-    "failed",
-    "cancelled",
-)
+STATUSES: Final[tuple[Status, ...]] = ("pending", "processing", "completed", "failed", "cancelled")
 TERMINAL: Final[frozenset[str]] = frozenset({"completed", "failed", "cancelled"})
 
 DEFAULT_TENANT: Final = "default"
@@ -69,8 +64,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ) = None
     ttl_seconds: (
         Annotated[
-            int,
-            Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept."),
+            int, Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept.")
         ]
         | None
     ) = None
@@ -254,6 +248,11 @@ def record_seq(meta: bytes) -> bytes:
 def decode_facts(facts: bytes | None) -> Facts:
     """The facts in packed bytes; empty facts if those are missing or corrupt. Raises nothing."""
     return (facts and _read_facts(facts)) or _NO_FACTS
+
+
+def now_ms() -> int:
+    """The time of this machine's clock, in ms since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 # --- ids -----------------------------------------------------------------------------------

@@ -222,8 +222,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 3600
     failed_ttl: Annotated[
-        int,
-        _about("Time that a failed job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS),
+        int, _about("Time that a failed job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS)
     ] = _DAY_SECONDS
     keep_input: Annotated[bool, _about("Keep the input of completed jobs too.")] = False
     lease_seconds: Annotated[
@@ -247,10 +246,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_deliveries: Annotated[
         int,
         _about(
-            "Delivery attempts before a job becomes a dead letter.",
-            unit="attempts",
-            ge=1,
-            le=100,
+            "Delivery attempts before a job becomes a dead letter.", unit="attempts", ge=1, le=100
         ),
     ] = 3
 

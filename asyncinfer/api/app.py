@@ -79,7 +79,8 @@ class Api:
         self._by_plain_path = {
             path: resource for path, resource in resources.items() if "{" not in path
         }
-        """Resources whose path has no parameters, which need no router."""
+        """Resources whose path has no parameters, which need no router: that took 9 % of the API's
+        CPU time for a submit."""
         self._router = Router(
             [StarletteRoute(path, resource) for path, resource in resources.items()],
             redirect_slashes=False,

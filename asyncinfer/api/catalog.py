@@ -22,16 +22,11 @@ from asyncinfer.errors import (
     StorageFull,
     VersionNotFound,
 )
-from asyncinfer.models.folder import is_valid_name
+from asyncinfer.models.folder import is_valid_name, version_order
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import (
-    AnnouncedModels,
-    Announcements,
-    decode_worker_announcement,
-    upcoming_models,
-)
+from asyncinfer.repository.announcements import AnnouncedModels, Announcements, upcoming_models
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name_detail
@@ -299,8 +294,7 @@ class Catalog:
             with suppress(StorageFull):
                 agreed = await self._store.agree_on_default_model(self._configured_default)
                 return replace(announced, default_model=agreed or None)
-        bodies = (await self._announcements.read_workers()).values()
-        workers = [decode_worker_announcement(body) for body in bodies]
+        workers = (await self._announcements.read_workers()).values()
         self._models_are_loading = any(upcoming_models(worker) for worker in workers)
         defaults = [worker.default_model for worker in workers]
         self._has_no_default = None in defaults and not any(defaults)
@@ -314,7 +308,7 @@ class Catalog:
         served = {}
         for model, bodies in announced.models.items():
             if signatures := _signatures(model, bodies):
-                versions = tuple(sorted(signatures, key=_newest_first))
+                versions = tuple(sorted(signatures, key=version_order, reverse=True))
                 requested = announced.default_versions.get(model, "")
                 served[model] = Served(
                     keys.queue(self._store.queue_name, model, announced.default_model),
@@ -364,8 +358,3 @@ def _signatures(model: str, bodies: Mapping[str, bytes]) -> dict[str, Signature]
                 "Redis cannot be read, so the version is not served."
             )
     return signatures
-
-
-def _newest_first(version: str) -> tuple[int, str]:
-    """A sort key that puts the newest version first: numbers from the highest, then other names."""
-    return (-int(version), version) if version.isdecimal() else (0, version)

@@ -1,13 +1,11 @@
 """The job that a request names, and the errors if there is none to act on."""
 
-import time
 from typing import Any, Final
 
 from asyncinfer import jobs
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.new_job import queue_full_error
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import owner_of
 from asyncinfer.errors import JobExpired, JobNotFound, JobNotRetryable, RequestError
 from asyncinfer.repository.stored_jobs import StoredJob
 
@@ -19,7 +17,7 @@ def job_absent_error(services: Services, job_id: str) -> RequestError:
     which: JobExpired if its id is older than JOB_TTL, else JobNotFound."""
     created_ms = jobs.created_ms(job_id)
     ttl_seconds = services.config.policy.job_ttl_seconds
-    if created_ms is not None and created_ms + ttl_seconds * 1000 < time.time() * 1000:
+    if created_ms is not None and created_ms + ttl_seconds * 1000 < jobs.now_ms():
         return JobExpired(
             f"Jobs are kept for {ttl_seconds} s after they end (JOB_TTL), and this one was created "
             "before that. Submit its input again."
@@ -39,7 +37,7 @@ async def find_job(services: Services, request: Request[Any]) -> StoredJob:
 
 def is_in_reach(request: Request[Any], stored: StoredJob) -> bool:
     """Whether the job belongs to the tenant that the request is about, which may be all tenants."""
-    return request.reach.tenant in (None, owner_of(stored))
+    return request.reach.tenant in (None, stored.tenant)
 
 
 def not_retried_error(services: Services, stored: StoredJob, verdict: str) -> RequestError:

@@ -65,7 +65,7 @@ def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
     operation: _Schema = {
         "operationId": _operation_id(route),
         "summary": (getdoc(route.handler) or "").partition("\n")[0],
-        "parameters": [*_path_parameters(route), *_query_parameters(route), *_headers(route)],
+        "parameters": _parameters(route),
         "responses": {
             **{str(status): _answer(route, status, schemas) for status in route.answers},
             **_problems(route, schemas[Problem]),
@@ -139,33 +139,27 @@ def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
     }
 
 
-def _path_parameters(route: Route) -> list[_Schema]:
-    """Parameter objects of the names in braces in the path."""
+def _parameters(route: Route) -> list[_Schema]:
+    """Parameter objects of the names in braces in the path, of the fields of the query, and of the
+    headers that the route reads."""
+    query = msgspec.json.schema(route.query)["$defs"][route.query.__name__]["properties"]
     return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)}", route.path)
-    ]
-
-
-def _query_parameters(route: Route) -> list[_Schema]:
-    """Parameter objects of the fields of the route's query struct."""
-    schema = msgspec.json.schema(route.query)
-    properties = schema["$defs"][route.query.__name__]["properties"]
-    return [
-        {"name": name, "in": "query", "required": False, "schema": property_schema}
-        for name, property_schema in properties.items()
-    ]
-
-
-def _headers(route: Route) -> list[_Schema]:
-    """Parameter objects of the request headers that a route reads."""
-    return [
-        {
-            "name": header.name,
-            "in": "header",
-            "required": False,
-            "description": header.description,
-            "schema": {"type": "string", "pattern": header.pattern},
-        }
-        for header in route.headers
+        *(
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)}", route.path)
+        ),
+        *(
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in query.items()
+        ),
+        *(
+            {
+                "name": header.name,
+                "in": "header",
+                "required": False,
+                "description": header.description,
+                "schema": {"type": "string", "pattern": header.pattern},
+            }
+            for header in route.headers
+        ),
     ]

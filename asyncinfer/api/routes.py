@@ -106,7 +106,7 @@ class HeaderParameter(Struct, frozen=True):
     pattern: str
 
 
-class Route(Struct, frozen=True, kw_only=True):
+class Route(Struct, frozen=True):
     """A method on a path. Without a `scope` it needs no API key. `answers` are the bodies by
     status, None for one that no struct describes."""
 
@@ -115,6 +115,9 @@ class Route(Struct, frozen=True, kw_only=True):
     handler: Handler
     scope: KeyScope | None
     answers: dict[int, type[Struct] | None]
+    errors: Errors = ()
+    query: type[Struct] = NoQuery
+    headers: tuple[HeaderParameter, ...] = ()
     bodies: tuple[type[Struct], ...] = ()
     """The structs that a JSON body may be."""
     body_required: bool = True
@@ -127,9 +130,6 @@ class Route(Struct, frozen=True, kw_only=True):
     """The structs that a line of a bulk request may be."""
     line_answers: tuple[type[Struct], ...] = ()
     """The structs that a line of a bulk answer may be."""
-    query: type[Struct] = NoQuery
-    headers: tuple[HeaderParameter, ...] = ()
-    errors: Errors = ()
 
 
 _PREFER = HeaderParameter(
@@ -152,7 +152,10 @@ _LINES: Final = (PredictLine, TensorLine)
 _LINE_ANSWERS: Final = (AcceptedJob, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
+_REDIS: Final[Errors] = (RedisUnavailable,)
+_FULL: Final[Errors] = (StorageFull, WritesRefused)
 _MODEL: Final[Errors] = (ModelNotFound, NoModelAnnounced, ModelLoading)
+_GROUP: Final[Errors] = (GroupNotFound, RedisUnavailable)
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
 _READING: Final[Errors] = (
     InvalidJSON,
@@ -173,243 +176,132 @@ _PREDICT: Final[Errors] = (
     ResultDamaged,
     IdempotencyConflict,
     QueueFull,
-    StorageFull,
-    WritesRefused,
+    *_FULL,
 )
 
 ROUTES: Final = (
-    Route(
-        method="POST",
-        path="/predict",
-        handler=predict,
-        scope="submit",
-        bodies=_INPUTS,
-        binary_bodies=_BINARY,
-        binary_answers=_BINARY,
-        line_bodies=_LINES,
-        line_answers=_LINE_ANSWERS,
-        query=RequestOptions,
-        headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
-        answers={200: Job, 202: AcceptedJob},
-        errors=_PREDICT,
+    *(
+        Route(
+            "POST",
+            path,
+            predict,
+            "submit",
+            {200: Job, 202: AcceptedJob},
+            _PREDICT,
+            query=RequestOptions,
+            headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
+            bodies=_INPUTS,
+            binary_bodies=_BINARY,
+            binary_answers=_BINARY,
+            line_bodies=_LINES,
+            line_answers=_LINE_ANSWERS,
+        )
+        for path in ("/predict", "/predict/{model}")
     ),
+    Route("GET", "/job/{id}", read_job, "read", {200: Job}, _JOB, query=WaitQuery),
     Route(
-        method="POST",
-        path="/predict/{model}",
-        handler=predict,
-        scope="submit",
-        bodies=_INPUTS,
-        binary_bodies=_BINARY,
-        binary_answers=_BINARY,
-        line_bodies=_LINES,
-        line_answers=_LINE_ANSWERS,
-        query=RequestOptions,
-        headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
-        answers={200: Job, 202: AcceptedJob},
-        errors=_PREDICT,
-    ),
-    Route(
-        method="GET",
-        path="/job/{id}",
-        handler=read_job,
-        scope="read",
-        query=WaitQuery,
-        answers={200: Job},
-        errors=_JOB,
-    ),
-    Route(
-        method="GET",
-        path="/job/{id}/result",
-        handler=read_result,
-        scope="read",
+        "GET",
+        "/job/{id}/result",
+        read_result,
+        "read",
+        {200: None},
+        (*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
         query=ResultQuery,
-        answers={200: None},
         binary_answers=_BINARY,
-        errors=(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
     ),
     Route(
-        method="GET",
-        path="/job/{id}/events",
-        handler=follow_job,
-        scope="read",
+        "GET",
+        "/job/{id}/events",
+        follow_job,
+        "read",
+        {200: None, 204: None},
+        (*_JOB, TooManyStreams),
         query=JobEventsQuery,
         headers=(_LAST_EVENT_ID,),
         media_type="text/event-stream",
-        answers={200: None, 204: None},
-        errors=(*_JOB, TooManyStreams),
     ),
     Route(
-        method="DELETE",
-        path="/job/{id}",
-        handler=cancel_job,
-        scope="submit",
+        "DELETE",
+        "/job/{id}",
+        cancel_job,
+        "submit",
+        {200: Job, 202: Job},
+        (*_JOB, JobFinished, JobNotFinished),
         query=CancelJobQuery,
-        answers={200: Job, 202: Job},
-        errors=(*_JOB, JobFinished, JobNotFinished),
     ),
     Route(
-        method="POST",
-        path="/job/{id}/retry",
-        handler=retry_job,
-        scope="submit",
+        "POST",
+        "/job/{id}/retry",
+        retry_job,
+        "submit",
+        {202: AcceptedJob},
+        (*_JOB, JobNotRetryable, QueueFull, *_FULL),
         query=JobQuery,
-        answers={202: AcceptedJob},
-        errors=(*_JOB, JobNotRetryable, QueueFull, StorageFull, WritesRefused),
+    ),
+    Route("GET", "/jobs", list_jobs, "read", {200: JobList}, _REDIS, query=JobsQuery),
+    Route(
+        "DELETE", "/jobs", clear_jobs, "submit", {200: ClearResult}, _REDIS, query=ClearJobsQuery
     ),
     Route(
-        method="GET",
-        path="/jobs",
-        handler=list_jobs,
-        scope="read",
-        query=JobsQuery,
-        answers={200: JobList},
-        errors=(RedisUnavailable,),
-    ),
-    Route(
-        method="DELETE",
-        path="/jobs",
-        handler=clear_jobs,
-        scope="submit",
-        query=ClearJobsQuery,
-        answers={200: ClearResult},
-        errors=(RedisUnavailable,),
-    ),
-    Route(
-        method="POST",
-        path="/jobs/retry",
-        handler=retry_jobs,
-        scope="submit",
+        "POST",
+        "/jobs/retry",
+        retry_jobs,
+        "submit",
+        {200: RetryResult},
+        (
+            *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
+            *(InvalidInput, RedisUnavailable),
+            *_FULL,
+        ),
+        query=RetryQuery,
         bodies=(RetryRequest,),
         body_required=False,
-        query=RetryQuery,
-        answers={200: RetryResult},
-        errors=(
-            *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
-            *(InvalidInput, RedisUnavailable, StorageFull, WritesRefused),
-        ),
     ),
+    Route("GET", "/queues", list_queues, "read", {200: QueueList}, _REDIS),
+    Route("GET", "/workers", list_workers, "admin", {200: WorkerList}, _REDIS),
     Route(
-        method="GET",
-        path="/queues",
-        handler=list_queues,
-        scope="read",
-        answers={200: QueueList},
-        errors=(RedisUnavailable,),
-    ),
-    Route(
-        method="GET",
-        path="/workers",
-        handler=list_workers,
-        scope="admin",
-        answers={200: WorkerList},
-        errors=(RedisUnavailable,),
-    ),
-    Route(
-        method="GET",
-        path="/events",
-        handler=follow_jobs,
-        scope="read",
+        "GET",
+        "/events",
+        follow_jobs,
+        "read",
+        {200: None},
+        (*_MODEL, *_REDIS, TooManyStreams),
         query=EventsQuery,
         headers=(_LAST_EVENT_ID,),
         media_type="text/event-stream",
-        answers={200: None},
-        errors=(*_MODEL, RedisUnavailable, TooManyStreams),
     ),
+    Route("GET", "/group/{group}", read_group, "read", {200: Group}, _GROUP),
+    Route("DELETE", "/group/{group}", cancel_group, "submit", {200: GroupCancelResult}, _GROUP),
+    Route("GET", "/models", list_models, "read", {200: ModelList}, _REDIS),
+    Route("GET", "/models/{model}", read_model, "read", {200: Model}, _MODEL + _REDIS),
     Route(
-        method="GET",
-        path="/group/{group}",
-        handler=read_group,
-        scope="read",
-        answers={200: Group},
-        errors=(GroupNotFound, RedisUnavailable),
-    ),
-    Route(
-        method="DELETE",
-        path="/group/{group}",
-        handler=cancel_group,
-        scope="submit",
-        answers={200: GroupCancelResult},
-        errors=(GroupNotFound, RedisUnavailable),
-    ),
-    Route(
-        method="GET",
-        path="/models",
-        handler=list_models,
-        scope="read",
-        answers={200: ModelList},
-        errors=(RedisUnavailable,),
-    ),
-    Route(
-        method="GET",
-        path="/models/{model}",
-        handler=read_model,
-        scope="read",
-        answers={200: Model},
-        errors=(*_MODEL, RedisUnavailable),
-    ),
-    Route(
-        method="POST",
-        path="/models/{model}/validate",
-        handler=validate,
-        scope="submit",
-        bodies=_INPUTS,
-        binary_bodies=_BINARY,
+        "POST",
+        "/models/{model}/validate",
+        validate,
+        "submit",
+        {200: ValidationResult},
+        _READING,
         query=RequestOptions,
         headers=(_JSON_LENGTH,),
-        answers={200: ValidationResult},
-        errors=_READING,
+        bodies=_INPUTS,
+        binary_bodies=_BINARY,
     ),
+    Route("POST", "/models/{model}/pause", pause_model, "admin", {200: Pause}, _MODEL + _REDIS),
+    Route("POST", "/models/{model}/resume", resume_model, "admin", {200: Pause}, _MODEL + _REDIS),
     Route(
-        method="POST",
-        path="/models/{model}/pause",
-        handler=pause_model,
-        scope="admin",
-        answers={200: Pause},
-        errors=(*_MODEL, RedisUnavailable),
+        "POST",
+        "/models/{model}/purge",
+        purge_model,
+        "operator",
+        {200: PurgeResult},
+        _MODEL + _REDIS,
     ),
-    Route(
-        method="POST",
-        path="/models/{model}/resume",
-        handler=resume_model,
-        scope="admin",
-        answers={200: Pause},
-        errors=(*_MODEL, RedisUnavailable),
-    ),
-    Route(
-        method="POST",
-        path="/models/{model}/purge",
-        handler=purge_model,
-        scope="operator",
-        answers={200: PurgeResult},
-        errors=(*_MODEL, RedisUnavailable),
-    ),
-    Route(
-        method="GET",
-        path="/scale/{model}",
-        handler=read_scale,
-        scope="read",
-        answers={200: Scale},
-        errors=(*_MODEL, RedisUnavailable),
-    ),
-    Route(
-        method="GET",
-        path="/health",
-        handler=health,
-        scope=None,
-        answers={200: Health},
-        errors=(RedisUnavailable,),
-    ),
-    Route(method="GET", path="/health/live", handler=live, scope=None, answers={200: Liveness}),
-    Route(
-        method="GET",
-        path="/health/ready",
-        handler=ready,
-        scope=None,
-        answers={200: Liveness},
-        errors=(RedisUnavailable, WritesRefused),
-    ),
-    Route(method="GET", path="/openapi.json", handler=openapi, scope=None, answers={200: None}),
-    Route(method="GET", path="/", handler=about, scope=None, answers={200: ServiceInfo}),
+    Route("GET", "/scale/{model}", read_scale, "read", {200: Scale}, _MODEL + _REDIS),
+    Route("GET", "/health", health, None, {200: Health}, _REDIS),
+    Route("GET", "/health/live", live, None, {200: Liveness}),
+    Route("GET", "/health/ready", ready, None, {200: Liveness}, (RedisUnavailable, WritesRefused)),
+    Route("GET", "/openapi.json", openapi, None, {200: None}),
+    Route("GET", "/", about, None, {200: ServiceInfo}),
 )
 
 EVERYWHERE: Final[Errors] = (InvalidQuery,)

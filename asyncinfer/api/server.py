@@ -1,13 +1,11 @@
 """The HTTP server of the API, which runs until SIGINT or SIGTERM."""
 
-import asyncio
 import contextlib
 import socket
 import sys
 from collections.abc import Callable
-from functools import partial
 from types import FrameType
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import uvicorn
 
@@ -15,6 +13,7 @@ from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
+from asyncinfer.errors import StartError
 
 _SWITCH_SECONDS: Final = 0.0005
 
@@ -40,12 +39,34 @@ async def serve_on(
 
 
 class Server(uvicorn.Server):
-    """uvicorn within our own lifespan, so that a failed start is raised, not logged."""
+    """uvicorn within our own lifespan, so that a failed start is raised, not logged. It listens,
+    keeps the Date header, and stops at a signal; connections are ours."""
 
-    def __init__(self, app: Api, config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
-        super().__init__(_uvicorn_config(app, config))
+    def __init__(
+        self,
+        app: Api,
+        config: ApiConfig,
+        *,
+        on_ready: Callable[[], None],
+        connection: type[Connection] = Connection,
+    ) -> None:
+        super().__init__(_uvicorn_config(app, self._connect))
+        if problem := unexpected(self.server_state):
+            raise StartError(problem)
         self._app = app
         self._on_ready = on_ready
+        self._connection = connection
+        self._limits = ConnectionLimits(
+            header_seconds=config.header_timeout_seconds,
+            body_seconds=config.body_timeout_seconds,
+            header_bytes=config.max_header_bytes,
+            connections=config.max_connections,
+            idle_seconds=self.config.timeout_keep_alive,
+        )
+
+    def _connect(self, **_: Any) -> Connection:
+        """Makes the object of a new connection. What uvicorn passes to it is in this object too."""
+        return self._connection(self._app, self._limits, self.server_state)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Calls `on_ready` once connections are accepted. Sets this process's thread switch
@@ -67,16 +88,22 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _uvicorn_config(app: Api, config: ApiConfig) -> uvicorn.Config:
-    limits = ConnectionLimits(
-        header_seconds=config.header_timeout_seconds,
-        body_seconds=config.body_timeout_seconds,
-        header_bytes=config.max_header_bytes,
-        connections=config.max_connections,
-    )
+def unexpected(server_state: object) -> str | None:
+    """What uvicorn's state of a server lacks that connections need of it, with the remedy; None if
+    it lacks nothing."""
+    for name in ("connections", "tasks", "default_headers"):
+        if not hasattr(server_state, name):
+            return (
+                f"uvicorn {uvicorn.__version__} has no ServerState.{name}, which the server needs. "
+                "Install an older version of it, or a newer one of asyncinfer."
+            )
+    return None
+
+
+def _uvicorn_config(app: Api, connect: Callable[..., Connection]) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], partial(Connection, limits)),
+        http=cast(Any, connect),
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -6,15 +6,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from asyncinfer.jobs import (
-    DEFAULT_TENANT,
-    TERMINAL,
-    JobError,
-    Priority,
-    Record,
-    Status,
-    created_ms,
-)
+from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms
 from asyncinfer.models.results import render_packed
 from asyncinfer.repository.inspect.log import StatusChange
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -59,10 +51,10 @@ def summary_view(
         status=stored.status,
         result=UNSET,
         error=error_of(stored),
-        model=(record.model if record else default_model) or UNSET,
+        model=stored.model or default_model or UNSET,
         version=version_of(record),
         sha256=(record and record.ran_sha256) or UNSET,
-        group=(record and record.options.group) or UNSET,
+        group=stored.group or UNSET,
         priority=priority_of(record),
         worker=public_worker_name(record.worker) if record and record.worker else UNSET,
         round=record.round if record else UNSET,
@@ -82,14 +74,9 @@ def operator_view(
     error = view.error
     return msgspec.structs.replace(
         view,
-        tenant=owner_of(stored),
+        tenant=stored.tenant,
         error=error if isinstance(error, UnsetType) else JobError(error.code, _NOT_SHOWN),
     )
-
-
-def owner_of(stored: StoredJob) -> str:
-    """The tenant that a job belongs to; an external job belongs to the default tenant."""
-    return stored.record.tenant if stored.record else DEFAULT_TENANT
 
 
 def change_view(
@@ -108,14 +95,13 @@ def change_view(
         return Job(
             job_id=change.job_id, status=change.status, result=UNSET, waiting_for=waiting_for_then
         )
-    record = stored.record
     return Job(
         job_id=change.job_id,
         status=change.status,
         result=UNSET,
-        model=(record.model if record else default_model) or UNSET,
-        group=(record and record.options.group) or UNSET,
-        priority=priority_of(record),
+        model=stored.model or default_model or UNSET,
+        group=stored.group or UNSET,
+        priority=priority_of(stored.record),
         waiting_for=waiting_for_then,
     )
 
@@ -135,11 +121,6 @@ def version_of(record: Record | None) -> str | UnsetType:
 def url_of(job_id: str) -> str:
     """The path of a job; an id with other characters than letters and digits is quoted."""
     return f"/job/{job_id if job_id.isalnum() and job_id.isascii() else quote(job_id, safe='')}"
-
-
-def has_ended(stored: StoredJob) -> bool:
-    """Whether the job is completed, failed or cancelled."""
-    return stored.status in TERMINAL
 
 
 def result_text(stored: StoredJob) -> Raw | None:

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from asyncinfer import jobs
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
-from asyncinfer.errors import StorageFull
+from asyncinfer.errors import StorageFull, WritesRefused
 from asyncinfer.jobs import Record, Status, max_backoff_seconds
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -30,6 +30,10 @@ _STORAGE_FULL: Final = WaitingFor(
     "Redis has reached its maxmemory. Accepted jobs are run in their turn, but no new ones are "
     "accepted. Give Redis more memory, or let jobs expire sooner (JOB_TTL).",
 )
+_NO_ENDS: Final = frozenset({"disk_full", "redis_refuses_writes"})
+"""Codes of a Redis that stores no ends of jobs."""
+
+_NO_WRITES: Final = _NO_ENDS | {"storage_full"}
 _STARTING: Final = WaitingFor(
     "starting", "The worker of this server was just started and is about to announce its models."
 )
@@ -101,8 +105,8 @@ class WaitReasons:
         refusal = self._snapshot.writes_refusal
         if isinstance(refusal, StorageFull):
             return _STORAGE_FULL
-        if refusal and refusal.is_disk_full:
-            return _DISK_FULL
+        if refusal:
+            return _DISK_FULL if refusal.is_disk_full else _writes_refused(refusal)
         missing = self._missing_worker(model, version)
         if queue not in self._snapshot.paused:
             return missing
@@ -133,11 +137,17 @@ class WaitReasons:
 def _not_pending_reason(
     general: WaitingFor | None, status: Status
 ) -> WaitingFor | UnsetType | None:
-    """The reason of a running job: a full disk, which keeps its end from being stored, else None.
-    UNSET for an ended one."""
+    """The reason of a running job: what keeps its end from being stored, else None. UNSET for an
+    ended one."""
     if status in jobs.TERMINAL:
         return UNSET
-    return general if general is _DISK_FULL else None
+    return general if general and general.code in _NO_ENDS else None
+
+
+def _writes_refused(refusal: WritesRefused) -> WaitingFor:
+    """The reason of all jobs while Redis refuses writes, but not since its disk is full."""
+    message = f"Redis takes no writes, so no job begins or ends: {refusal.reason}."
+    return WaitingFor("redis_refuses_writes", f"{message} Jobs then continue by themselves.")
 
 
 def _since(shown: str, absence: Absence) -> str:
@@ -152,7 +162,7 @@ def _since(shown: str, absence: Absence) -> str:
 def _delayed(record: Record, general: WaitingFor | None) -> WaitingFor | None:
     """The reason `delayed`, with the message of `general`, if the job's start time is in the
     future; else `general`. A Redis that takes no writes comes first."""
-    if general is _DISK_FULL or general is _STORAGE_FULL:
+    if general and general.code in _NO_WRITES:
         return general
     start = record.created_ms / 1000 + record.options.delay_seconds
     seconds = start - time.time()

@@ -1,7 +1,7 @@
-"""URLs of the API and of Redis as users see them, without passwords."""
+"""Addresses of the API and of Redis as users see them, without passwords."""
 
+import ipaddress
 from typing import Final
-from urllib.parse import urlsplit
 
 _LOOPBACK_OF_WILDCARD: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -15,7 +15,17 @@ def api_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host is a loopback address, or `localhost`; other names are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def shown_url(redis_url: str) -> str:
     """A REDIS_URL without its user, password and options, to be shown and logged."""
-    parts = urlsplit(redis_url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # Not urlsplit, which of Python 3.13 refuses a list of sentinels with an IPv6 address.
+    scheme, _, rest = redis_url.partition("://")
+    authority, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

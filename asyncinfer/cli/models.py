@@ -1,12 +1,19 @@
 """The commands `models`, `pause` and `resume`."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 import click
+import msgspec
 
 from asyncinfer.cli import options
+from asyncinfer.cli.api_client import connect, seconds_by_rows
+from asyncinfer.cli.exit_codes import say_error
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.cli.output import console, say, say_json, seconds, show, show_facts, styled
+from asyncinfer.untrusted.printable import printable_line
 
 _LOADING: Final = ("loading", "yellow")
 _STATE_TEXTS: Final = {
@@ -15,8 +22,7 @@ _STATE_TEXTS: Final = {
 }
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import ModelList
-    from asyncinfer.client import Model, TensorInfo
+    from asyncinfer.client import Catalog, Model, ModelProblem, PausedState, TensorInfo
 
 
 @options.command(
@@ -33,17 +39,14 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 
     The times of a run are measured by the workers.
     """
-    from asyncinfer.cli.api_client import ApiClient, ModelList, path_part
-    from asyncinfer.cli.output import say_json
-
-    path = "/models" if model is None else f"/models/{path_part(model)}"
-    with ApiClient(server) as api:
+    with connect(server) as client:
         if as_json:
-            say_json(api.request_json("GET", path))
+            path = "/models" if model is None else f"/models/{quote(model, safe='')}"
+            say_json(client.request("GET", path))
         elif model is None:
-            _show_all(api.request_as(ModelList, "GET", path))
+            _show_all(client.catalog())
         else:
-            _show_one(api.client.model(model))
+            _show_one(client.model(model))
 
 
 @options.command("pause", "asyncinfer pause digits")
@@ -52,7 +55,8 @@ def models(model: str | None, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def pause(model: str, server: ServerOptions, as_json: bool) -> None:
     """Pause a model: accept its jobs, but run none of them."""
-    _set_paused(model, server, as_json, "pause", "is paused: it accepts jobs and runs none")
+    with connect(server) as client:
+        _report(client.pause(model), "is paused: it accepts jobs and runs none", as_json)
 
 
 @options.command("resume", "asyncinfer resume digits")
@@ -61,28 +65,20 @@ def pause(model: str, server: ServerOptions, as_json: bool) -> None:
 @options.as_json
 def resume(model: str, server: ServerOptions, as_json: bool) -> None:
     """Resume a paused model."""
-    _set_paused(model, server, as_json, "resume", "runs jobs again")
+    with connect(server) as client:
+        _report(client.resume(model), "runs jobs again", as_json)
 
 
-def _set_paused(model: str, server: ServerOptions, as_json: bool, verb: str, outcome: str) -> None:
-    """Pauses or resumes a model and prints the outcome; `verb` is the last part of the path."""
-    from asyncinfer.cli.api_client import ApiClient, path_part
-    from asyncinfer.cli.output import say, say_json
-
-    with ApiClient(server) as api:
-        answer = api.request_json("POST", f"/models/{path_part(model)}/{verb}")
+def _report(state: "PausedState", outcome: str, as_json: bool) -> None:
+    """Prints what a pause or resume has done, in words or as JSON."""
     if as_json:
-        say_json(answer)
+        say_json(state)
     else:
-        say(f"{model} {outcome}.\n")
+        say(f"{state.model} {outcome}.\n")
 
 
-def _show_all(listed: "ModelList") -> None:
+def _show_all(listed: "Catalog") -> None:
     """Prints a table of the models on stdout, also of those that load, and problems on stderr."""
-    from asyncinfer.cli.api_client import problem_line
-    from asyncinfer.cli.exit_codes import say_error
-    from asyncinfer.cli.output import console, show, styled
-
     known = {model.model for model in listed.models}
     rows = [_row(model, listed.loading) for model in listed.models]
     rows += [_loading_row(name) for name in listed.loading if name not in known]
@@ -93,14 +89,19 @@ def _show_all(listed: "ModelList") -> None:
     )
     if not rows:
         say_error("No model is served yet. Put an ONNX file into the MODEL_DIR of a worker.")
-    for problem in listed.all_problems:
-        console(stderr=True).print(styled(problem_line(problem), "yellow"), soft_wrap=True)
+    _warn(listed.all_problems)
+
+
+def _warn(problems: Sequence["ModelProblem"]) -> None:
+    """Prints each problem of a model on stderr, in one line."""
+    for problem in problems:
+        where = f"{problem.model} {problem.version or 'all versions'}, worker {problem.worker}"
+        line = styled(printable_line(f"{where}: {problem.reason}"), "yellow")
+        console(stderr=True).print(line, soft_wrap=True)
 
 
 def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
     """The cells of a model that is served; `loading` has the names of models that are loading."""
-    from asyncinfer.cli.output import styled
-
     name = f"{model.model} (default)" if model.default else model.model
     takes = ", ".join(map(_tensor, model.inputs))
     batched = "yes" if model.batched else "no"
@@ -111,8 +112,6 @@ def _row(model: "Model", loading: Sequence[str]) -> Sequence[object]:
 
 def _loading_row(name: str) -> Sequence[object]:
     """The cells of a model that a worker is loading and none serves yet."""
-    from asyncinfer.cli.output import styled
-
     return name, None, None, None, None, 0, styled(*_LOADING)
 
 
@@ -130,9 +129,6 @@ def _fastest(run_times: dict[str, dict[str, float]]) -> str | None:
 
     `run_times` has the seconds by worker and number of rows. None if nothing was measured.
     """
-    from asyncinfer.cli.api_client import seconds_by_rows
-    from asyncinfer.cli.output import seconds
-
     measured = [pair for times in run_times.values() for pair in seconds_by_rows(times)]
     if not measured:
         return None
@@ -147,19 +143,12 @@ def _tensor(spec: "TensorInfo") -> str:
 
 def _show_one(model: "Model") -> None:
     """Prints all facts of a model on stdout, and its problems on stderr."""
-    from asyncinfer.cli.api_client import problem_line
-    from asyncinfer.cli.output import console, show_facts
-
     show_facts(_facts(model))
-    for problem in model.problems:
-        console(stderr=True).print(problem_line(problem), style="yellow", soft_wrap=True)
+    _warn(model.problems)
 
 
 def _facts(model: "Model") -> Iterator[Sequence[object]]:
     """Pairs of a name and a value, in the order in which they are shown."""
-    from asyncinfer.cli.api_client import seconds_by_rows
-    from asyncinfer.cli.output import seconds
-
     yield "model", f"{model.model} (default)" if model.default else model.model
     if model.description:
         yield "description", model.description
@@ -182,10 +171,6 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
 
 def _example_argument(example: Any) -> str:
     """An example as an argument of `predict`, quoted for a shell; `FILE` if none short is known."""
-    import shlex
-
-    import msgspec
-
     if not isinstance(example, dict):
         return "FILE"
     shown = shlex.quote(msgspec.json.encode(example.get("data", example)).decode())

@@ -110,8 +110,16 @@ class ServerOptions(Struct, frozen=True):
     api_key: str | None
 
 
+api_key: Final = click.option(
+    "--api-key",
+    envvar="ASYNCINFER_API_KEY",
+    metavar="KEY",
+    help="Your API key. Prefer the variable: `ps` shows what is given here. [ASYNCINFER_API_KEY]",
+)
+
+
 def server(function: Callable[..., Any]) -> Any:
-    """A decorator that adds --url and --api-key; the command receives a Server as `server`."""
+    """A decorator that adds --url and --api-key; the command receives them as `server`."""
 
     @click.option(
         "--url",
@@ -120,13 +128,7 @@ def server(function: Callable[..., Any]) -> Any:
         show_default=True,
         help="Address of the service. [ASYNCINFER_URL]",
     )
-    @click.option(
-        "--api-key",
-        envvar="ASYNCINFER_API_KEY",
-        metavar="KEY",
-        help="Your API key. Prefer the variable: `ps` shows what is given here. "
-        "[ASYNCINFER_API_KEY]",
-    )
+    @api_key
     @functools.wraps(function)
     def run(*args: Any, url: str, api_key: str | None, **values: Any) -> Any:
         return function(*args, server=ServerOptions(url, api_key), **values)

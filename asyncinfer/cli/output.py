@@ -52,18 +52,18 @@ def show(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, numeric: Iterable[str] = ()
 ) -> None:
     """Prints a table on stdout; the arguments are those of `table`."""
-    _print(table(columns, rows, numeric=numeric))
+    print_table(table(columns, rows, numeric=numeric))
 
 
 def show_facts(rows: Iterable[Sequence[object]]) -> None:
     """Prints pairs of a name and a value on stdout, without a header."""
     facts = table(("", ""), rows)
     facts.show_header = False
-    _print(facts)
+    print_table(facts)
 
 
-def _print(printed: "Table") -> None:
-    """Prints a table; in a pipe without the spaces that fill up the last column."""
+def print_table(printed: "Table") -> None:
+    """Prints a table on stdout; in a pipe without the spaces that fill up the last column."""
     target = console()
     if target.is_terminal:
         target.print(printed)
@@ -157,9 +157,7 @@ def size(value: float) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value /= 1024
         unit += 1
-    return (
-        f"{value:.0f} {_UNITS[unit]}" if value >= 10 or not unit else f"{value:.1f} {_UNITS[unit]}"
-    )
+    return f"{value:.{1 if unit and value < 10 else 0}f} {_UNITS[unit]}"
 
 
 def rate(value: float | None) -> str | None:

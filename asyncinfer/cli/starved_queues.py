@@ -3,7 +3,7 @@
 import shlex
 from typing import TYPE_CHECKING
 
-from asyncinfer.cli.output import seconds
+from asyncinfer.cli.output import counted, seconds
 from asyncinfer.untrusted.printable import printable_line
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def waiting_text(queue: "Queue") -> str:
     verb = "waits" if count == 1 else "wait"
     oldest = seconds(queue.oldest_age_seconds)
     age = f", oldest {oldest}" if oldest else ""
-    return f"{count:,} job{'s' * (count != 1)} of {printable_line(queue_name(queue))} {verb}{age}"
+    return f"{counted(count, 'job')} of {printable_line(queue_name(queue))} {verb}{age}"
 
 
 def starved_remedy(queue: "Queue", model_dir: str = "") -> str:

@@ -3,6 +3,8 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from asyncinfer.untrusted.printable import printable_line
@@ -43,17 +45,17 @@ class ProgressBar:
             bar.advance(1)
         bar.close()
 
-    `total` is the number of rows, None if that is unknown; `title` stands before the bar. Without
-    `leave` the bar disappears when it is closed.
+    `total` is the number of rows, None if that is unknown; `title` stands before the bar. `look`
+    are more arguments of tqdm: with `leave=False` the bar disappears when it is closed.
     """
 
-    def __init__(self, total: int | None, title: str, *, leave: bool = True) -> None:
+    def __init__(self, total: int | None, title: str = "", **look: Any) -> None:
         with warnings.catch_warnings():
             # A notebook without widgets gets a bar of text, and tqdm warns of that.
             warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
 
-            self._bar: Any = tqdm(total=total, desc=title, unit="row", unit_scale=True, leave=leave)
+            self._bar: Any = tqdm(total=total, desc=title, unit="row", unit_scale=True, **look)
         self._errors = 0
 
     def advance(self, rows: int, errors: int = 0) -> None:
@@ -67,6 +69,13 @@ class ProgressBar:
         """Prints the line on stderr, above the bar; also from another thread."""
         self._bar.write(printable_line(line), file=sys.stderr)
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Takes the bar off the screen for a block that writes to it; also in another thread."""
+        with self._bar.external_write_mode(file=self._bar.fp):
+            yield
+
     def close(self) -> None:
-        """Completes the bar."""
+        """Shows all rows that are done, and ends the bar."""
+        self._bar.refresh()
         self._bar.close()

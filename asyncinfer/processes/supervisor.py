@@ -5,7 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Final, Protocol
@@ -71,10 +71,13 @@ async def serve(plan: ServePlan, api: "Api", beside: BackgroundTasks | None = No
                 await beside.before_worker(url)
             async with (
                 _run_worker(plan, url, stop) as worker_pid,
-                _run_beside(beside, url, worker_pid),
                 _cancel_when(stop.stop_requested),
+                anyio.create_task_group() as group,
             ):
+                if beside and worker_pid:
+                    group.start_soon(beside.beside_worker, url, worker_pid)
                 await api(url, stop)
+                group.cancel_scope.cancel()
 
 
 # --- signals ---------------------------------------------------------------------------------
@@ -142,25 +145,17 @@ async def _cancel_when(event: asyncio.Event) -> AsyncIterator[None]:
 # --- Valkey ----------------------------------------------------------------------------------
 
 
-def _redis(plan: ServePlan) -> AbstractAsyncContextManager[str]:
-    """The Redis of a plan as a block that yields its URL: the one at `redis_url`, else an embedded
-    one that lives as long as the block."""
-    return _external_redis(plan.redis_url) if plan.redis_url else _embedded_redis(plan.data_dir)
-
-
 @asynccontextmanager
-async def _external_redis(url: str) -> AsyncIterator[str]:
-    yield url
-
-
-@asynccontextmanager
-async def _embedded_redis(data_dir: Path) -> AsyncIterator[str]:
-    """Runs an embedded Valkey, restarts it if it ends, and stops it on leaving; yields its URL."""
-    async with (
-        valkey.embedded(data_dir) as server,
-        Restarter("Valkey", server.child, server.start).run_in_background(),
-    ):
+async def _redis(plan: ServePlan) -> AsyncIterator[str]:
+    """Yields the URL of the plan's Redis. Without one, runs an embedded Valkey, restarts it if it
+    ends, and stops it on leaving."""
+    if plan.redis_url:
+        yield plan.redis_url
+        return
+    async with valkey.embedded(plan.data_dir) as server, anyio.create_task_group() as group:
+        group.start_soon(Restarter("Valkey", server.child, server.start).run)
         yield server.url
+        group.cancel_scope.cancel()
 
 
 # --- the worker ------------------------------------------------------------------------------
@@ -186,26 +181,13 @@ async def _run_worker(
 
     restarter = Restarter("The worker", await start(), start, refused_exit=_REFUSED_EXIT)
     try:
-        async with restarter.run_in_background():
+        async with anyio.create_task_group() as group:
+            group.start_soon(restarter.run)
             yield lambda: restarter.child.pid
+            group.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
             await drain(restarter.child, plan.drain_seconds, stop.hurry_requested)
-
-
-@asynccontextmanager
-async def _run_beside(
-    beside: BackgroundTasks | None, url: str, worker_pid: Callable[[], int] | None
-) -> AsyncIterator[None]:
-    """Runs `beside.beside_worker` during the block; does nothing if there is no `beside` or no
-    worker."""
-    if beside is None or worker_pid is None:
-        yield
-        return
-    async with anyio.create_task_group() as group:
-        group.start_soon(beside.beside_worker, url, worker_pid)
-        yield
-        group.cancel_scope.cancel()
 
 
 async def drain(child: Child, drain_seconds: float, hurry: asyncio.Event) -> None:
@@ -243,15 +225,6 @@ class Restarter:
         self._name = name
         self._start = start
         self._refused_exit = refused_exit
-
-    @asynccontextmanager
-    async def run_in_background(self) -> AsyncIterator[None]:
-        """Runs `run` during the block, which a StartError of it cancels (raised in a group). Does
-        not end the child on leaving."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self.run)
-            yield
-            group.cancel_scope.cancel()
 
     async def run(self) -> None:
         """Runs until it is cancelled, which leaves the child running. `child` is the current one.

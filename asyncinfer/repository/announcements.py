@@ -202,6 +202,11 @@ class Announcements:
         )
         return sorted(filter(None, map(decoding.name, known)))
 
+    async def read_queues(self, default_model: str | None) -> set[str]:
+        """The queues of the announced models, and that of the default model."""
+        n = self._store.queue_name
+        return {n, *(keys.queue(n, name, default_model) for name in await self.read_model_names())}
+
     async def read_models(self) -> AnnouncedModels:
         """All announced models with their versions and defaults: two commands and one a model."""
         names = await self.read_model_names()
@@ -209,12 +214,16 @@ class Announcements:
         default_versions = await self.read_default_versions()
         return AnnouncedModels(await self._store.default_model(), models, default_versions)
 
-    async def read_workers(self) -> dict[str, bytes]:
-        """The live workers: {worker id: announcement as JSON}."""
+    async def read_workers(self) -> dict[str, WorkerAnnouncement]:
+        """The live workers by id, and what each announces."""
         n = self._store.queue_name
         reply = await self._store.read("ZRANGE", keys.workers(n), 0, -1, otherwise=())
         ids = [name for raw_id in reply if (name := decoding.name(raw_id)) is not None]
         if not ids:
             return {}
         bodies = await self._store.command("MGET", *(keys.worker(n, name) for name in ids))
-        return {name: body for name, body in zip(ids, bodies, strict=True) if body}
+        return {
+            name: decode_worker_announcement(body)
+            for name, body in zip(ids, bodies, strict=True)
+            if body
+        }

@@ -21,7 +21,7 @@ from asyncinfer.jobs import (
 )
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import PackedArguments, Store, encode_args
+from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
 
 MAX_QUEUES_PER_CLAIM: Final = 8
@@ -32,15 +32,7 @@ _MIN_TOKEN_BYTES: Final = 65
 """One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
 
 FinishVerdict = Literal[
-    "completed",
-    "failed",
-    "cancelled",
-    "retry",
-    "dead",
-    "released",
-    "suspect",
-    "stale",
-    "already",
+    "completed", "failed", "cancelled", "retry", "dead", "released", "suspect", "stale", "already"
 ]
 """What a finish did with a job. `stale`: the claim does not hold the job any more, so that its
 outcome was discarded. `already`: an earlier try of the same call has stored this outcome."""
@@ -124,19 +116,6 @@ class JobOutcome(Struct, frozen=True):
     """How long a job to retry is delayed."""
 
 
-class PackedOutcomes(Struct, frozen=True):
-    """Outcomes for one call, with their arguments packed before a connection is available."""
-
-    outcomes: Sequence[JobOutcome]
-    args: PackedArguments
-
-
-def pack_outcomes(finished: Sequence[JobOutcome]) -> list[PackedOutcomes]:
-    """Packs outcomes for as few calls as the bounds allow. Always at least one part: a finish may
-    carry only `last`."""
-    return [PackedOutcomes(part, _pack(part)) for part in _split_into_calls(finished)]
-
-
 class QueueConsumer:
     """Claims jobs for one worker and stores their outcomes."""
 
@@ -149,7 +128,7 @@ class QueueConsumer:
 
         The token has at least 65 bytes so that the server stores the hash of running jobs as a
         table: with shorter values it keeps one list and searches it from its start, which took
-        17 µs a job with 256 running.
+        17 µs a job with 256 running, and 10 % of Redis's CPU time while a queue was drained.
         """
         missing = _MIN_TOKEN_BYTES - len(self._worker_id) - 1
         return f"{self._worker_id}:{secrets.token_hex(max(8, (missing + 1) // 2))}"
@@ -174,34 +153,24 @@ class QueueConsumer:
         last: bool,
         following: ClaimRequest | None = None,
     ) -> tuple[list[FinishVerdict], ClaimReply]:
-        """`finish_packed` for outcomes that are not packed yet."""
-        outcomes = pack_outcomes(finished)
-        return await self.finish_packed(claim, outcomes, last=last, following=following)
-
-    async def finish_packed(
-        self,
-        claim: Claim,
-        outcomes: Sequence[PackedOutcomes],
-        *,
-        last: bool,
-        following: ClaimRequest | None = None,
-    ) -> tuple[list[FinishVerdict], ClaimReply]:
-        """Stores outcomes of jobs of `claim`, and claims jobs for the `following` request in the
-        last call. `last`: no job of the claim is unfinished any more.
+        """Stores outcomes of jobs of `claim` in as few calls as the bounds allow, and claims jobs
+        for the `following` request in the last one. `last`: no job of the claim is unfinished any
+        more.
 
         Returns a verdict for each outcome and the reply to `following`. Raises RedisUnavailable;
         then the same arguments may be sent again, no matter what the first call did.
         """
+        *parts, last_part = _split_into_calls(finished)
         verdicts: list[FinishVerdict] = []
-        for part in outcomes[:-1]:
+        for part in parts:
             verdicts += (await self._finish(claim, part, last=False, following=None))[0]
-        ended, claimed = await self._finish(claim, outcomes[-1], last=last, following=following)
+        ended, claimed = await self._finish(claim, last_part, last=last, following=following)
         return verdicts + ended, claimed
 
     async def _finish(
         self,
         claim: Claim,
-        part: PackedOutcomes,
+        part: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None,
@@ -212,10 +181,13 @@ class QueueConsumer:
         if following:
             header["next"] = await self._claim_args(following)
             names += following.queues
-        reply = await self._store.call(script("finish"), names, [encode_args(header)], part.args)
+        args: list[Any] = [encode_args(header)]
+        for job in part:
+            args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
+        reply = await self._store.call(script("finish"), names, args)
         verdicts = [cast(FinishVerdict, decoding.text(verdict)) for verdict in reply[0]]
         if "stale" in verdicts:
-            verdicts = await self._recognise_own_finishes(claim, part.outcomes, verdicts)
+            verdicts = await self._recognise_own_finishes(claim, part, verdicts)
         if following and len(reply) > 1:
             return verdicts, self._parse_claim_reply(reply[1], following.token)
         return verdicts, ClaimReply(None)
@@ -223,20 +195,18 @@ class QueueConsumer:
     async def _recognise_own_finishes(
         self, claim: Claim, finished: Sequence[JobOutcome], verdicts: list[FinishVerdict]
     ) -> list[FinishVerdict]:
-        """Turns `stale` into `already` for jobs that this claim has finished: a repeated call gets
-        `stale` for its own work, and the job's record names the claim that finished it."""
+        """Turns `stale` into `already` for outcomes that are stored: a repeated call gets `stale`
+        for its own work."""
         stale = [job for job, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
-        names = [
-            name
-            for job in stale
-            for name in (
-                id_bytes(keys.meta(job.job_id)),
-                id_bytes(keys.result(job.job_id)),
-                id_bytes(keys.error(job.job_id)),
-            )
-        ]
-        reply = iter(await self._store.command("MGET", *names))
-        own_ids = {job.job_id for job in stale if _is_stored(job, claim.token, *_next_three(reply))}
+        key_makers = (keys.status, keys.meta, keys.result, keys.error)
+        names = [id_bytes(key_of(job.job_id)) for job in stale for key_of in key_makers]
+        values = iter(await self._store.command("MGET", *names))
+        states = zip(values, values, values, values, strict=True)
+        own_ids = {
+            job.job_id
+            for job, state in zip(stale, states, strict=True)
+            if _is_stored(job, claim.token, *state)
+        }
         return [
             "already" if verdict == "stale" and job.job_id in own_ids else verdict
             for job, verdict in zip(finished, verdicts, strict=True)
@@ -263,13 +233,6 @@ class QueueConsumer:
         return ClaimReply(Claim(queue.decode(), token, flat), bool(blocked))
 
 
-def _pack(finished: Sequence[JobOutcome]) -> PackedArguments:
-    args: list[Any] = []
-    for job in finished:
-        args += (id_bytes(job.job_id), job.outcome, job.body, job.meta, job.delay_ms)
-    return PackedArguments.of(args)
-
-
 def _split_into_calls(finished: Sequence[JobOutcome]) -> Iterator[list[JobOutcome]]:
     """Splits outcomes into parts of a bounded number of jobs and bytes; at least one part."""
     part: list[JobOutcome] = []
@@ -290,23 +253,22 @@ def _parse_job(
     if record and is_later(record):
         later_schema, record = record.schema, None
     return ClaimedJob(
-        id_text(job_id or b""),
-        data or b"",
-        meta or b"",
-        record,
-        decode_facts(facts),
-        later_schema,
+        id_text(job_id or b""), data or b"", meta or b"", record, decode_facts(facts), later_schema
     )
 
 
-def _next_three(reply: Iterator[bytes | None]) -> tuple[bytes | None, bytes | None, bytes | None]:
-    return next(reply), next(reply), next(reply)
-
-
 def _is_stored(
-    job: JobOutcome, token: str, meta: bytes | None, result: bytes | None, error: bytes | None
+    job: JobOutcome,
+    token: str,
+    status: bytes | None,
+    meta: bytes | None,
+    result: bytes | None,
+    error: bytes | None,
 ) -> bool:
-    """Whether a job's stored state is the outcome that the claim of `token` sent."""
+    """Whether a job's stored state is the outcome that the claim of `token` sent: an ended job's
+    record names the claim, and one that was given back waits with the record that was sent."""
+    if job.outcome in ("retry", "released", "suspect"):
+        return status == b"pending" and (meta or b"") == job.meta
     if meta:
         record = read_record(meta)
         return record is not None and record.claim == token

@@ -8,12 +8,13 @@ from msgspec import Struct
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from asyncinfer.errors import InvalidSetting
-from asyncinfer.repository.pool import Pool, SentinelPool
+from asyncinfer.repository import wire
 
 _SENTINEL_PORT: Final = 26379
 _CONNECT_SECONDS: Final = 0.5
@@ -30,6 +31,8 @@ class Endpoint(Struct, frozen=True):
     sentinels: tuple[tuple[str, int], ...] = ()
     service: str = ""
     options: dict[str, Any] = {}
+    is_direct: bool = True
+    """Whether commands go past redis-py's client, if it is as expected."""
 
     @classmethod
     def parse(cls, url: str) -> "Endpoint":
@@ -52,14 +55,16 @@ class Endpoint(Struct, frozen=True):
             "socket_timeout": reply_seconds,
             "retry": AsyncRetry(NoBackoff(), 0),
         }
+        pool, sentinel_pool = wire.pools(self.is_direct and wire.is_as_expected())
         if not self.sentinels:
-            return AsyncRedis.from_pool(Pool.from_url(self.url, **options))
+            return wire.keep_replies(AsyncRedis.from_pool(pool.from_url(self.url, **options)))
         sentinel_options = {**_SENTINEL_OPTIONS, "retry": AsyncRetry(NoBackoff(), 0)}
         sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        client: AsyncRedis = sentinel.master_for(
-            self.service, connection_pool_class=SentinelPool, **{**self.options, **options}
+        return wire.keep_replies(
+            sentinel.master_for(
+                self.service, connection_pool_class=sentinel_pool, **{**self.options, **options}
+            )
         )
-        return client
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
         """A blocking client, for the thread that renews leases."""
@@ -77,11 +82,7 @@ class Endpoint(Struct, frozen=True):
 
     @staticmethod
     def _common(name: str) -> dict[str, Any]:
-        return {
-            "protocol": 2,
-            "client_name": name,
-            "socket_connect_timeout": _CONNECT_SECONDS,
-        }
+        return {"protocol": 2, "client_name": name, "socket_connect_timeout": _CONNECT_SECONDS}
 
 
 # A sentinel that is down must not use up the time of a call, so that the next one can be asked.
@@ -91,15 +92,18 @@ _SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2
 async def close(client: AsyncRedis) -> None:
     """Closes a client and its connections to sentinels, if any."""
     await client.aclose()
-    sentinel = getattr(client.connection_pool, "sentinel_manager", None)
-    if sentinel:
-        await sentinel.aclose()
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def _sentinel(url: str) -> Endpoint:
-    parts = urlsplit(url)
+    # urlsplit of Python 3.13 refuses a list of hosts in which an IPv6 address is not the first.
+    authority, _, rest = url.partition("://")[2].partition("/")
+    parts = urlsplit("/" + rest.lstrip("/"))
     service, _, database = parts.path.strip("/").partition("/")
-    userinfo, _, hosts = parts.netloc.rpartition("@")
+    userinfo, _, hosts = authority.rpartition("@")
     user, _, password = userinfo.partition(":")
     try:
         sentinels = tuple(_parse_sentinel(host) for host in hosts.split(","))

@@ -60,6 +60,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
             "then.",
             retry_after_seconds=1,
         )
+        refused.reason = reason
         refused.is_disk_full = reason == _WRITE_REFUSALS["MISCONF"]
         return refused
     if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NOT_PRIMARY_ERRORS):
@@ -69,8 +70,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         )
     if str(error).startswith(_TRANSIENT_CODES):
         return RedisUnavailable(
-            f"Redis cannot do this just now ({error}). Retry in a moment.",
-            retry_after_seconds=1,
+            f"Redis cannot do this just now ({error}). Retry in a moment.", retry_after_seconds=1
         )
     if str(error).startswith("WRONGTYPE"):
         return wrong_type_error()

@@ -9,8 +9,6 @@ from typing import Any, Final
 
 import msgspec
 import redis.exceptions as redis_errors
-from hiredis import pack_command
-from msgspec import Struct
 from redis.asyncio import Redis
 
 from asyncinfer.errors import (
@@ -33,14 +31,11 @@ from asyncinfer.repository.redis_errors import (
     wrong_type_error,
 )
 from asyncinfer.repository.scripts import Script, script
+from asyncinfer.repository.wire import exchange
 from asyncinfer.untrusted import decoding
 
 _AT_ONCE: Final = 16
 """The most commands of one process in flight; more wait in the process, not in Redis."""
-
-_LARGE_BYTES: Final = 64 << 10
-_FEW_ARGUMENTS: Final = 32
-
 
 _FIRST_TRY_SHARE: Final = 0.45
 """The share of a call's time for its first try."""
@@ -51,17 +46,6 @@ _SKIP_SECONDS: Final = 30.0
 """How long a blocking call leaves out a key of the wrong type."""
 
 encode_args = msgspec.msgpack.Encoder().encode
-
-
-class PackedArguments(Struct, frozen=True):
-    """RESP-encoded arguments, prepared before a connection is available."""
-
-    count: int
-    content: memoryview
-
-    @classmethod
-    def of(cls, args: Sequence[Any]) -> "PackedArguments":
-        return cls(len(args), _without_count(pack_command(tuple(args))))
 
 
 class BlockingConnection:
@@ -84,7 +68,7 @@ class BlockingConnection:
         usable = self._usable(lists, "list") if self._skipped_until else lists
         pop = ("BRPOP", *usable, wait_seconds)
         try:
-            reply = await self._with_timeout(wait_seconds, _exchange(self._client, pop))
+            reply = await self._with_timeout(wait_seconds, exchange(self._client, pop))
         except WrongKeyType:
             await self._skip_wrong_types(usable, b"list")
             return None
@@ -106,7 +90,7 @@ class BlockingConnection:
             *(streams[name] for name in usable),
         )
         try:
-            reply = await self._with_timeout(wait_seconds, _exchange(self._client, read))
+            reply = await self._with_timeout(wait_seconds, exchange(self._client, read))
         except WrongKeyType:
             await self._skip_wrong_types(usable, b"stream")
             return []
@@ -126,7 +110,7 @@ class BlockingConnection:
 
     async def _skip_wrong_types(self, names: Sequence[str], kind: bytes) -> None:
         for name in names:
-            found = await self._with_timeout(0.0, _exchange(self._client, ("TYPE", name)))
+            found = await self._with_timeout(0.0, exchange(self._client, ("TYPE", name)))
             if found not in (kind, b"none"):
                 _log.warning(WRONG_TYPE_WARNING.format(repr(name)))
                 self._skipped_until[name] = time.monotonic() + _SKIP_SECONDS
@@ -179,14 +163,8 @@ class Store:
         """A new connection for calls that block; the caller closes it."""
         return BlockingConnection(self.endpoint.client(self.name, reply_seconds=None))
 
-    async def call(
-        self,
-        verb: Script,
-        names: Sequence[str],
-        args: Sequence[Any],
-        more: PackedArguments | None = None,
-    ) -> Any:
-        """Runs a script, with `more` as its last arguments, and returns its reply.
+    async def call(self, verb: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
+        """Runs a script and returns its reply.
 
         A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
         or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
@@ -195,9 +173,9 @@ class Store:
 
         async def run() -> Any:
             try:
-                return await _exchange(self.redis, ("EVALSHA", verb.sha, *keys_and_args), more)
+                return await exchange(self.redis, ("EVALSHA", verb.sha, *keys_and_args))
             except redis_errors.NoScriptError:
-                return await _exchange(self.redis, ("EVAL", verb.text, *keys_and_args), more)
+                return await exchange(self.redis, ("EVAL", verb.text, *keys_and_args))
 
         try:
             reply = await self._with_retry(run)
@@ -326,6 +304,12 @@ class Store:
             {self.queue_name, *(name for name in names if name.startswith(f"{self.queue_name}:"))}
         )
 
+    async def queues_of(self, model: str | None, default_model: str | None) -> list[str]:
+        """The queue of a model, or all queues for None."""
+        if model is None:
+            return await self.queues()
+        return [keys.queue(self.queue_name, model, default_model)]
+
     async def queues_with_jobs(self, queues: Sequence[str]) -> set[str]:
         """The subset of `queues` in which a job waits, is delayed or runs."""
         if not queues:
@@ -424,50 +408,15 @@ def _job_keys(queue: str) -> tuple[str, ...]:
     return (*keys.waiting(queue), keys.delayed(queue), keys.leases(queue))
 
 
-async def _exchange(
-    client: Redis, command: tuple[Any, ...], more: PackedArguments | None = None
-) -> Any:
-    """Sends a command and returns its reply, as redis-py's client does, but packs it with hiredis:
-    packing in Python took longer than all the rest of a call of many arguments."""
-    pool = client.connection_pool
-    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
-    try:
-        if more:
-            count = b"*%d\r\n" % (len(command) + more.count)
-            packed = [count, _without_count(pack_command(command)), more.content]
-        elif _is_large(command):
-            packed = connection.pack_command(*command)
-        else:
-            packed = pack_command(command)
-        await connection.send_packed_command(packed, check_health=False)
-        return await connection.read_response()
-    finally:
-        await pool.release(connection)
-
-
-def _without_count(packed: bytes) -> memoryview:
-    """A RESP-encoded command without the count of its parts in front."""
-    return memoryview(packed)[packed.index(b"\n") + 1 :]
-
-
-def _is_large(command: tuple[Any, ...]) -> bool:
-    """Whether an argument is so large that it should be sent without copying it into one buffer
-    with the others. The caller of a command of many arguments has bounded their sizes."""
-    return len(command) <= _FEW_ARGUMENTS and any(
-        type(part) is bytes and len(part) > _LARGE_BYTES for part in command
-    )
-
-
 def check_info(info: Mapping[str, Any]) -> str:
     """The server's name and version, from the reply to INFO: managed services forbid CONFIG GET.
     Raises ServerRefused for an unsupported version or mode, or if the server evicts keys."""
-    valkey = info.get("valkey_version")
-    name, version = ("Valkey", valkey) if valkey else ("Redis", info.get("redis_version", "0"))
-    oldest = (7, 2) if valkey else (7, 0)
-    found = tuple(int(part) for part in str(version).split(".")[:2])
-    if found < oldest:
+    server = server_name(info)
+    name, _, version = server.partition(" ")
+    oldest = (7, 2) if name == "Valkey" else (7, 0)
+    if tuple(int(part) for part in version.split(".")[:2]) < oldest:
         raise ServerRefused(
-            f"This is {name} {version}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
+            f"This is {server}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
             "Upgrade it, or unset REDIS_URL to use the embedded Valkey."
         )
     if int(info.get("cluster_enabled", 0)):
@@ -481,4 +430,10 @@ def check_info(info: Mapping[str, Any]) -> str:
             f"This server evicts keys when full (maxmemory-policy {policy}), so accepted jobs "
             "could vanish. Set `maxmemory-policy noeviction`."
         )
-    return f"{name} {version}"
+    return server
+
+
+def server_name(info: Mapping[str, Any]) -> str:
+    """The server's name and version, such as `Valkey 8.1.1`, from the reply to INFO."""
+    valkey = info.get("valkey_version")
+    return f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '0')}"

@@ -6,12 +6,7 @@ from typing import Final, cast
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.jobs import (
-    Record,
-    Status,
-    id_text,
-    read_record,
-)
+from asyncinfer.jobs import DEFAULT_TENANT, TERMINAL, Record, Status, id_text, read_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
@@ -30,6 +25,30 @@ class StoredJob(Struct, frozen=True):
     error: bytes | None
     record: Record | None
     meta: bytes = b""
+
+    @property
+    def tenant(self) -> str:
+        """Whose job it is; an external job is the default tenant's."""
+        return self.record.tenant if self.record else DEFAULT_TENANT
+
+    @property
+    def model(self) -> str | None:
+        """None for an external job, which is one of the default model."""
+        return self.record.model if self.record else None
+
+    @property
+    def group(self) -> str | None:
+        return self.record.options.group if self.record else None
+
+    @property
+    def round(self) -> int:
+        """The number of the job's round, from 1; each retry begins another."""
+        return self.record.round if self.record else 1
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job is completed, failed or cancelled."""
+        return self.status in TERMINAL
 
 
 def parse_inbox_entry(fields: dict[bytes, bytes]) -> Iterator[tuple[str, StoredJob | None]]:
@@ -58,17 +77,8 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[StoredJob | No
     """Reads jobs in one call; None for each that is absent or whose record is unreadable."""
     if not job_ids:
         return []
-    names = [
-        name
-        for job_id in job_ids
-        for name in (
-            keys.status(job_id),
-            keys.result(job_id),
-            keys.error(job_id),
-            keys.meta(job_id),
-        )
-    ]
-    reply = await store.command("MGET", *names)
+    key_makers = (keys.status, keys.result, keys.error, keys.meta)
+    reply = await store.command("MGET", *(key(job_id) for job_id in job_ids for key in key_makers))
     return [parse_job(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
 
 
@@ -136,11 +146,7 @@ def next_round(record: Record, now_ms: int) -> Record:
 
 
 def parse_job(
-    job_id: str,
-    status: bytes | None,
-    result: bytes | None,
-    error: bytes | None,
-    meta: bytes | None,
+    job_id: str, status: bytes | None, result: bytes | None, error: bytes | None, meta: bytes | None
 ) -> StoredJob | None:
     """None for an absent job and for one whose record is unreadable."""
     if status is None:

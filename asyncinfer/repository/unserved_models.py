@@ -10,12 +10,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import (
-    Announcements,
-    WorkerAnnouncement,
-    decode_worker_announcement,
-    serves_or_loads,
-)
+from asyncinfer.repository.announcements import Announcements, WorkerAnnouncement, serves_or_loads
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -45,9 +40,7 @@ class UnservedModels:
     async def workers(self) -> list[WorkerAnnouncement]:
         """The announcements of live workers. A killed worker counts as live for 15 s, unless its
         process is known to have ended."""
-        workers = map(
-            decode_worker_announcement, (await self._announcements.read_workers()).values()
-        )
+        workers = (await self._announcements.read_workers()).values()
         return [worker for worker in workers if not (self._all_here and _has_ended(worker))]
 
     async def is_known(self, model: str) -> bool:
@@ -92,9 +85,8 @@ class UnservedModels:
         """{model: announced versions that none of `workers` has}. An empty list stands for a model
         that is announced without any version."""
         n, workers = self._store.queue_name, list(workers)
-        models = await self._store.read("SMEMBERS", keys.models(n), otherwise=())
         unserved = {}
-        for model in sorted(filter(None, map(decoding.name, models))):
+        for model in await self._announcements.read_model_names():
             fields = await self._store.read("HKEYS", keys.model(n, model), otherwise=(b"",))
             versions = [
                 version

@@ -1,7 +1,9 @@
 """Answers about queues and workers."""
 
 import hashlib
+import math
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Annotated, Final, TypeAlias
@@ -32,8 +34,7 @@ LivingWorkers: TypeAlias = Annotated[
 ]
 Slots: TypeAlias = Annotated[int, Meta(description="Batches these workers run in parallel.")]
 SecondsPerJob: TypeAlias = Annotated[
-    float | None,
-    Meta(description="Recent slot time per job; null before the model's first run."),
+    float | None, Meta(description="Recent slot time per job; null before the model's first run.")
 ]
 Backlog: TypeAlias = Annotated[
     float | None,
@@ -60,6 +61,16 @@ class Percentiles(Struct, frozen=True):
     p50: float
     p95: float
     p99: float
+
+
+def percentiles(seconds: Sequence[float]) -> Percentiles | None:
+    """Percentiles by nearest rank, so that each is one of the values; None without values."""
+    if not seconds:
+        return None
+    ordered = sorted(seconds)
+    return Percentiles(
+        *(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.50, 0.95, 0.99))
+    )
 
 
 class Queue(Struct, frozen=True, kw_only=True):
@@ -133,8 +144,7 @@ class Worker(Struct, frozen=True, kw_only=True):
         Meta(description="The versions in memory as model/version, least recently used first."),
     ]
     problems: Annotated[
-        dict[str, dict[str, str]],
-        Meta(description="By model and version, why it is not served."),
+        dict[str, dict[str, str]], Meta(description="By model and version, why it is not served.")
     ]
     seconds_per_job: Annotated[
         dict[str, float], Meta(description="By model, recent slot time per job.")

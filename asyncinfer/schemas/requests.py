@@ -4,20 +4,10 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.jobs import (
-    GROUP_PATTERN,
-    NAME_PATTERN,
-    PATTERN_END,
-    Options,
-    Status,
-)
+from asyncinfer.jobs import GROUP_PATTERN, NAME_PATTERN, PATTERN_END, Options, Status
 
 MAX_WAIT_SECONDS: Final = 60
-
-
 MAX_JOBS_PER_CALL: Final = 1000
-
-
 ALL_TENANTS: Final = "*"
 
 
@@ -150,6 +140,10 @@ TenantQuery: TypeAlias = (
 )
 
 
+_ModelFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this model.")] | None
+_GroupFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this group.")] | None
+
+
 class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
     wait: Annotated[
         float,
@@ -168,14 +162,14 @@ class ResultQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     status: Annotated[Status, Meta(description="Only jobs in this state.")] | None = None
-    model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
+    model: _ModelFilter = None
     dead: Annotated[
         bool,
         Meta(
             description="Only dead letters: jobs that failed, but may succeed if they are retried."
         ),
     ] = False
-    group: Annotated[str, Meta(description="Only jobs of this group.")] | None = None
+    group: _GroupFilter = None
     limit: Annotated[
         int, Meta(ge=1, le=1000, description="The largest number of jobs in the answer.")
     ] = 100
@@ -194,12 +188,6 @@ class JobQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantQuery = None
 
 
-_MODEL_FILTER: Final = Meta(description="Only jobs of this model.")
-
-
-_GROUP_FILTER: Final = Meta(description="Only jobs of this group.")
-
-
 class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """Which of the caller's jobs run again; at least one field is needed, or a body."""
 
@@ -207,8 +195,8 @@ class RetryQuery(Struct, frozen=True, forbid_unknown_fields=True):
         Annotated[Literal["failed", "cancelled"], Meta(description="Only jobs in this state.")]
         | None
     ) = None
-    model: Annotated[str, _MODEL_FILTER] | None = None
-    group: Annotated[str, _GROUP_FILTER] | None = None
+    model: _ModelFilter = None
+    group: _GroupFilter = None
     dead: Annotated[bool, Meta(description="Only dead letters.")] = False
     tenant: TenantQuery = None
 
@@ -231,8 +219,8 @@ class ClearJobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
-    model: Annotated[str, _MODEL_FILTER] | None = None
-    group: Annotated[str, _GROUP_FILTER] | None = None
+    model: _ModelFilter = None
+    group: _GroupFilter = None
     dead: Annotated[bool, Meta(description="Only dead letters; with `purge=true`.")] = False
     purge: Annotated[
         bool,
@@ -243,25 +231,22 @@ class ClearJobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     tenant: TenantQuery = None
 
 
+_LastEventId: TypeAlias = (
+    Annotated[
+        str,
+        Meta(description="Continue after this event; the header `Last-Event-ID` wins over it."),
+    ]
+    | None
+)
+
+
 class JobEventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    last_event_id: (
-        Annotated[
-            str,
-            Meta(description="Continue after this event; the header `Last-Event-ID` wins over it."),
-        ]
-        | None
-    ) = None
+    last_event_id: _LastEventId = None
 
 
 class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     group: (
         Annotated[str, Meta(pattern=GROUP_PATTERN, description="Only jobs of this group.")] | None
     ) = None
-    model: Annotated[str, Meta(description="Only jobs of this model.")] | None = None
-    last_event_id: (
-        Annotated[
-            str,
-            Meta(description="Continue after this event; the header `Last-Event-ID` wins over it."),
-        ]
-        | None
-    ) = None
+    model: _ModelFilter = None
+    last_event_id: _LastEventId = None

@@ -5,12 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.jobs import (
-    JobError,
-    Options,
-    Priority,
-    Status,
-)
+from asyncinfer.jobs import JobError, Options, Priority, Status
 from asyncinfer.schemas.operations import Backlog, LivingWorkers, OldestAge, SecondsPerJob, Slots
 from asyncinfer.tensors.datatypes import TensorSpec
 from asyncinfer.untrusted import decoding
@@ -20,7 +15,16 @@ class WaitingFor(Struct, frozen=True):
     """Why a job does not run now, and what to do about it."""
 
     code: Annotated[
-        Literal["no_worker", "paused", "starting", "delayed", "retry", "storage_full", "disk_full"],
+        Literal[
+            "no_worker",
+            "paused",
+            "starting",
+            "delayed",
+            "retry",
+            "storage_full",
+            "disk_full",
+            "redis_refuses_writes",
+        ],
         Meta(description="Stable, for machines."),
     ]
     message: Annotated[str, Meta(description="For people: since when, and what to do.")]
@@ -83,7 +87,7 @@ class TensorShape(Struct, frozen=True):
 class ValidationResult(Struct, frozen=True, kw_only=True):
     """A request that would be accepted, as the server reads it. Nothing was stored."""
 
-    valid: Literal[True] = True
+    valid: Annotated[bool, Meta(extra_json_schema={"const": True})] = True
     model: str
     version: Annotated[str, Meta(description="The version that would run.")]
     inputs: list[TensorShape]

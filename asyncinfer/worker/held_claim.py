@@ -1,4 +1,4 @@
-"""A claim that this process holds, and the run of one of its batches."""
+"""The claims that this process holds, and the runs of their batches."""
 
 import asyncio
 import time
@@ -6,11 +6,9 @@ from functools import cached_property
 from typing import Literal
 
 from asyncinfer.engine import Stop
-from asyncinfer.repository.claims import (
-    Claim,
-    ClaimedJob,
-)
+from asyncinfer.repository.claims import Claim, ClaimedJob
 from asyncinfer.worker.execution import Batch
+from asyncinfer.worker.lease_renewer import LeaseRenewer
 
 Step = Literal["woken", "claimed", "running", "finishing", "finished"]
 """What a worker has just done or is about to do; tests stop a worker at one of these."""
@@ -46,8 +44,11 @@ class HeldClaim:
     """A claim that this process holds: its jobs without an outcome, and the run under way. It lives
     until its outcomes are stored."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, *, emptied_queue: bool) -> None:
+        """`emptied_queue`: whether the claim took all jobs that waited in its queue, as it has
+        fewer than it could have."""
         self.claim = claim
+        self.emptied_queue = emptied_queue
         self.claimed_at = time.monotonic()
         """On the monotonic clock, in seconds."""
         self.started_ms = time.time_ns() // 1_000_000
@@ -63,3 +64,43 @@ class HeldClaim:
         """By id the jobs that have no outcome yet, in the order of the claim. A job is removed just
         before its outcome is stored."""
         return {job.job_id: job for job in self.claim.jobs}
+
+
+class HeldClaims:
+    """All claims that this process holds, and whether it may make another beside them."""
+
+    def __init__(self, renewer: LeaseRenewer) -> None:
+        self.by_token: dict[str, HeldClaim] = {}
+        self.exclusive_pending = False
+        """Whether the next job must run with nothing beside it, as the last claim call has said."""
+        self.released_event = asyncio.Event()
+        """Set at each release of a claim; who waits for one clears it first."""
+        self.mean_run_seconds = 0.0
+        """From a claim to the end of its runs, a running mean."""
+        self._renewer = renewer
+
+    def allow_another(self, *, beside: HeldClaim | None = None) -> bool:
+        """Whether another claim may be made, or may follow `beside`, which is about to end: a
+        redelivered job and a suspect run alone in their process."""
+        others = [held for held in self.by_token.values() if held is not beside]
+        return not others or not (
+            self.exclusive_pending or any(held.claim.exclusive for held in others)
+        )
+
+    def add(self, held: HeldClaim) -> None:
+        """Holds a claim, and has its lease renewed."""
+        self.by_token[held.claim.token] = held
+        self._renewer.add(held.claim)
+
+    def stop_renewing(self, token: str) -> None:
+        """Stops renewing the lease of a claim that was lost, which stays held until it is
+        finished."""
+        self._renewer.remove(token)
+
+    def release(self, held: HeldClaim) -> None:
+        """Ends a claim whose outcomes are stored: its lease is no longer renewed."""
+        run_seconds = held.run_ended_at - held.claimed_at
+        self.mean_run_seconds += 0.2 * (run_seconds - self.mean_run_seconds)
+        self.stop_renewing(held.claim.token)
+        del self.by_token[held.claim.token]
+        self.released_event.set()

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.unserved_models import UnservedModels
+from asyncinfer.timeouts import set_within
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import CrashGuard
 from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache
@@ -63,6 +65,7 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
     StartError when the server or the monitor port cannot be used, or the settings can give no
     model.
     """
+    # The monitor port is opened first, so that a port in use ends the start.
     with _opened_listener(config) as listener:
         guard = CrashGuard(
             partial(
@@ -78,7 +81,7 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
         # With the default of 5 ms a thread that renders results delays the loop's next call.
         sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
-    if code or library.is_loading:
+    if code or cache.is_loading:
         # A thread that does not stop cannot be joined, and the interpreter would wait for it.
         guard.prepare_exit()
         logging.shutdown()
@@ -86,15 +89,12 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
     return code
 
 
-@contextlib.contextmanager
-def _opened_listener(config: WorkerProcessConfig) -> Iterator[socket.socket | None]:
-    """The socket of the monitor port, None without one; closed at the end. Opened first, so that a
-    port in use ends the start; raises StartError then."""
+def _opened_listener(config: WorkerProcessConfig) -> AbstractContextManager[socket.socket | None]:
+    """The socket of the monitor port as a block, None without one; raises StartError if it cannot
+    be opened."""
     if config.monitor_port is None:
-        yield None
-        return
-    with contextlib.closing(open_listener(config.monitor_host, config.monitor_port)) as listener:
-        yield listener
+        return contextlib.nullcontext()
+    return contextlib.closing(open_listener(config.monitor_host, config.monitor_port))
 
 
 def _exit_code(work: Coroutine[Any, Any, int]) -> int:
@@ -168,14 +168,12 @@ async def _connect(
             if not is_logged:
                 _log.info("Waiting for Redis: %s", error.detail)
             is_logged = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CONNECT_PAUSE_SECONDS):
-                    await stopping.wait()
+            await set_within(stopping, _CONNECT_PAUSE_SECONDS)
         else:
-            _log.info("Connected to %s. Models to load: %d.", server, len(library.names))
+            _log.info("Connected to %s. Models to load: %d.", server, len(library.table.names))
             # Jobs may wait for models that were announced before.
-            first = default or default_model(None, library.names)
-            library.load_first([first, *known] if first else known)
+            first = default or default_model(None, library.table.names)
+            library.table.load_first([first, *known] if first else known)
             return default
     return None
 
@@ -206,13 +204,12 @@ def _metrics(worker: Worker, library: Library) -> Metrics:
 
     def read_values() -> metrics.MetricValues:
         """The present figures, in one record."""
-        runs, ended = worker.run_times_and_verdict_counts()
         return metrics.MetricValues(
-            served=list(library.uncontested_signatures().values()),
-            refused=sorted(library.problems()),
-            loaded=len(library.loaded),
-            runs=runs,
-            ended=ended,
+            served=list(library.table.uncontested_signatures().values()),
+            refused=sorted(library.table.problems()),
+            loaded=len(library.cache.labels),
+            runs=worker.runner.times.sums(),
+            ended=worker.finisher.verdict_counts,
         )
 
     return metrics.Metrics(read_values)

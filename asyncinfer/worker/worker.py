@@ -8,7 +8,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -31,9 +31,10 @@ from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
 from asyncinfer.worker import execution
+from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.claiming.control_listener import ControlListener
-from asyncinfer.worker.held_claim import HeldClaim, Step
+from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.lease_renewer import LeaseRenewer
 from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce_forever
 from asyncinfer.worker.models.folder_watcher import folder_changes
@@ -110,15 +111,15 @@ class Worker:
         """Whether a run did not stop, so that its thread is lost and the process must end."""
         self._store = store
         self._library = library
+        self._table = library.table
         self._config = config
         self._queues = Queues(
             store,
-            library,
+            self._table,
             default_model,
             max_batch=config.max_batch,
             default_is_set=default_is_set,
         )
-        queues = self._queues.served()
         self._later_deferrer = LaterReleaseDeferrer()
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
         self._job_times = JobTimes()
@@ -127,17 +128,19 @@ class Worker:
         runs = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)
-        self._claimer = Claimer(
+        self._held = HeldClaims(self._renewer)
+        self._waiter = ClaimWaiter(
             store,
             runs,
-            self._renewer,
-            queues,
-            max_batch=config.max_batch,
+            self._held,
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
+        self._claimer = Claimer(
+            runs, self._held, self._waiter, max_batch=config.max_batch, on_step=on_step
+        )
         self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
-        self._runner = BatchRunner(
+        self.runner = BatchRunner(
             library,
             self._builder,
             self._queues.model_of,
@@ -146,10 +149,16 @@ class Worker:
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
         )
-        self._finisher = Finisher(
-            runs, self._claimer, self._builder, start_task=self._start_task, on_step=on_step
+        self.finisher = Finisher(
+            runs,
+            self._held,
+            self._claimer,
+            self._builder,
+            # In the group, so that `run` waits for it.
+            start_task=lambda work: self._group.create_task(work),
+            on_step=on_step,
         )
-        self._control_listener = ControlListener(store, queues, self._finisher.end_job)
+        self._control_listener = ControlListener(store, self.finisher.end_job)
         self._announcer = Announcer(
             store, self.worker_id, library, self._queues, self._status, self._serve_queues
         )
@@ -184,8 +193,8 @@ class Worker:
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._announcer.retract()
-        self._library.close()
-        self._runner.close(wait=not self.is_hung)
+        self._library.cache.close()
+        self.runner.close(wait=not self.is_hung)
         return EXIT_HUNG if self.is_hung else 0
 
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
@@ -198,7 +207,7 @@ class Worker:
             announce,
             self._renewer.beat,
             self._control_listener.listen,
-            self._claimer.windows.listen,
+            self._waiter.windows.listen,
             self._load,
             self._watch,
         ]
@@ -214,7 +223,7 @@ class Worker:
         """Loads the models that are in the folder at the start; returns when all were tried, and
         logs which can be served."""
         await self._library.load_untried()
-        names = self._library.names
+        names = self._table.names
         if names:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
             _log.info("Serves %s%s.", ", ".join(names[:_MAX_NAMED]), more)
@@ -224,7 +233,7 @@ class Worker:
     async def _watch(self) -> None:
         """Rescans the model folder at each change, until `run` has drained. Rescans may overlap."""
         events = folder_changes(
-            self._library.watched_folder,
+            self._library.source.watched_folder,
             rescan_seconds=self._config.rescan_seconds,
             stopping=self._watch_stopped,
         )
@@ -246,28 +255,26 @@ class Worker:
         self._announce_soon.set()
 
     def _serve_queues(self) -> None:
-        """Passes the queues of the served models to the claimer and the control listener, with
+        """Passes the queues of the served models to the claim waiter and the control listener, with
         whether more are about to come."""
         queues = self._queues.served()
-        is_growing = bool(self._library.loading or self._library.unannounced_labels)
-        self._claimer.serve(queues, is_growing=is_growing)
+        is_growing = bool(self._table.loading or self._table.unannounced_labels)
+        self._waiter.serve(queues, is_growing=is_growing)
         self._control_listener.serve(queues, is_growing=is_growing)
 
     def _status(self) -> WorkerStatus:
         """The changing part of this worker's announcement."""
-        seconds_per_job = self._job_times.seconds_per_job()
-        about = {
+        return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
-            "busy": len(self._claimer.held),
+            "busy": len(self._held.by_token),
             "state": self._state(),
-            "jobs_done": self._finisher.jobs_done(),
-            "seconds_per_job": seconds_per_job,
-            "run_times": self._runner.times.view(),
+            "jobs_done": self.finisher.jobs_done(),
+            "seconds_per_job": self._job_times.seconds_per_job(),
+            "run_times": self.runner.times.view(),
         }
-        return WorkerStatus(about, seconds_per_job)
 
     def _redis_answered(self) -> None:
         """Notes for `why_not_ready` that Redis has answered now."""
@@ -277,45 +284,37 @@ class Worker:
         """Why the worker can claim nothing now, as a sentence; None when it can."""
         if self.is_hung:
             return "A run would not stop; this worker ends, to be started afresh."
-        if self._claimer.draining.is_set():
+        if self._waiter.draining.is_set():
             return "It drains: jobs under way are finished, and no more are claimed."
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
             return f"Redis has not answered for {silent_seconds:.0f} s."
-        if not self._library.served:
-            reason = self._library.why_nothing_is_served()
+        if not self._table.served:
+            reason = self._table.why_nothing_is_served()
             return reason or "It loads its models; none is served yet."
         return None
-
-    def run_times_and_verdict_counts(
-        self,
-    ) -> tuple[Mapping[str, Mapping[int, tuple[int, float]]], Mapping[str, int]]:
-        """Since the start: by model and highest number of rows (a power of two) the number of runs
-        and their total seconds; and by verdict the number of outcomes that were stored, as
-        `Finisher.verdict_counts`."""
-        return self._runner.times.sums(), self._finisher.verdict_counts
 
     def _state(self) -> str:
         """The state as announced: hung, draining, starting or ready."""
         if self.is_hung:
             return "hung"
-        if self._claimer.draining.is_set():
+        if self._waiter.draining.is_set():
             return "draining"
-        return "starting" if self._library.loading and not self._library.served else "ready"
+        return "starting" if self._table.loading and not self._table.served else "ready"
 
     def begin_drain(self) -> None:
         """Stops claiming and returns at once; does nothing if it drains already. `run` returns when
         all claimed jobs have finished or been released, which DRAIN_TIMEOUT limits. Call it only
         while `run` is under way."""
-        if not self._claimer.draining.is_set():
+        if not self._waiter.draining.is_set():
             # Set at once, since a slot that finishes before the task runs must not claim.
-            self._claimer.draining.set()
-            self._group.create_task(self._claimer.drain())
+            self._waiter.draining.set()
+            self._group.create_task(self._waiter.drain())
 
     async def _wait_for_slots(self, slots: Sequence[asyncio.Task[None]]) -> None:
         """Waits until the worker drains and its slots have ended; stops runs that take longer than
         DRAIN_TIMEOUT."""
-        await self._claimer.draining.wait()
+        await self._waiter.draining.wait()
         _, busy = await asyncio.wait(slots, timeout=self._config.drain_timeout_seconds)
         if busy:
             await self._stop_runs(busy)
@@ -323,9 +322,9 @@ class Worker:
     async def _stop_runs(self, busy: set[asyncio.Task[None]]) -> None:
         """Stops the runs of these slots, since the drain took too long, and releases their jobs.
         Sets `is_hung` if a run does not stop within the grace period, and cancels its slot."""
-        self._runner.give_up()
-        self._finisher.give_up()
-        for held in self._claimer.held.values():
+        self.runner.give_up()
+        self.finisher.give_up()
+        for held in self._held.by_token.values():
             if held.run:
                 held.run.stop_for("drain")
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
@@ -333,8 +332,8 @@ class Worker:
             self.is_hung = True
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 async with anyio.create_task_group() as group:
-                    for held in self._claimer.held.values():
-                        group.start_soon(self._finisher.release, held)
+                    for held in self._held.by_token.values():
+                        group.start_soon(self.finisher.release, held)
             for task in stuck:
                 task.cancel()
 
@@ -353,17 +352,17 @@ class Worker:
         """
         finished: list[JobOutcome] = []
         try:
-            prepared = await self._runner.prepare(held.claim)
+            prepared = await self.runner.prepare(held.claim)
             finished += [
                 await self._outcome_of_refused(held, job, error) for job, error in prepared.refused
             ]
             if any(outcome.outcome == "released" for outcome in finished):
-                await self._claimer.ring_for_another_worker(held.claim.queue)
+                await self._waiter.ring_for_another_worker(held.claim.queue)
             for batch in prepared.batches:
-                finished += await self._runner.run(held, batch)
+                finished += await self.runner.run(held, batch)
         except RunHung as hung:
             self._begin_drain_after_hang()
-            finished += self._runner.after_hang(held, hung.run, finished)
+            finished += self.runner.after_hang(held, hung.run, finished)
         except Exception:
             _log.exception("A claim could not be run; its jobs fail.")
             error = JobError("The worker failed in a way it did not expect; its log has more.")
@@ -374,7 +373,7 @@ class Worker:
                 if job.job_id not in ended_ids
             ]
         held.run_ended_at = time.monotonic()
-        following = await self._finisher.finish(held, finished)
+        following = await self.finisher.finish(held, finished)
         self._note_seconds_per_job(held)
         return following
 
@@ -388,7 +387,7 @@ class Worker:
             return self._later_deferrer.defer(job)
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
-            if self._library.will_load(model, version):
+            if self._table.will_load(model, version):
                 return self._unloaded_deferrer.deferred_outcome(job)
             if await self._is_elsewhere(model, version):
                 return released_outcomes([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
@@ -415,11 +414,7 @@ class Worker:
 
     def _on_renewal(self, renewal: Renewal) -> None:
         """Called in the renewal thread; passes the renewal on to the event loop."""
-        self._loop.call_soon_threadsafe(self._finisher.apply_renewal, renewal)
-
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Starts a task that `run` waits for."""
-        return self._group.create_task(work)
+        self._loop.call_soon_threadsafe(self.finisher.apply_renewal, renewal)
 
     def _begin_drain_after_hang(self) -> None:
         """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.

@@ -6,12 +6,14 @@ from pathlib import Path
 import httpx2
 import msgspec
 import pytest
+import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api_keys import entry_of
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.faults.proxy import proxied
+from tests.queue_driver import QueueDriver
 from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
@@ -30,15 +32,36 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
         yield client
 
 
+KEYS = (
+    ("alice", "alice", "submit,read,admin"),
+    ("alice-2", "alice", "submit,read"),
+    ("reader", "alice", "read"),
+    ("sender", "alice", "submit"),
+    ("bob", "bob", "submit,read"),
+    ("ops", "ops", "operator"),
+)
+"""Each key, its tenant and its scopes."""
+
+
 @pytest.fixture
-async def two_tenant_port(config: ApiConfig, store: Store, tmp_path: Path) -> AsyncIterator[int]:
-    """The port of an API with two tenants, whose keys are `alice` and `bob`."""
+def key_file(tmp_path: Path) -> Path:
+    """A file of `KEYS`."""
     path = tmp_path / "keys"
-    lines = [entry_of(name, name, "submit,read").line() for name in ("alice", "bob")]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(entry_of(*words).line() for words in KEYS))
+    return path
+
+
+@pytest.fixture
+async def two_tenant_port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
+    """The port of an API with the tenants of `KEYS`."""
     await announce(store, "iris", default="iris")
-    async with hosted(running(msgspec.structs.replace(config, api_keys=path))) as port:
+    async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as port:
         yield port
+
+
+@pytest.fixture
+def hands(store: Store, server: redis.Redis) -> QueueDriver:
+    return QueueDriver(store, server)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import msgspec
 from asyncinfer import jobs
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.connection import Connection
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.api.server import Server
 from asyncinfer.models.signature import Signature
@@ -53,10 +54,12 @@ async def running_until_signal(config: ApiConfig) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def running_server(config: ApiConfig) -> AsyncIterator[tuple[Server, int]]:
+async def running_server(
+    config: ApiConfig, connection: type[Connection] = Connection
+) -> AsyncIterator[tuple[Server, int]]:
     ready = anyio.Event()
     app = create_app(config)
-    server = Server(app, config, on_ready=ready.set)
+    server = Server(app, config, on_ready=ready.set, connection=connection)
     with closing(listen("127.0.0.1", 0)) as listener:
         async with app.lifespan(), anyio.create_task_group() as group:
             group.start_soon(server.serve, [listener])

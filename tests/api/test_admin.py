@@ -34,11 +34,6 @@ DIGITS = f"{QUEUE}:digits"
 NOTHING = {"cancelled": 0, "stopping": 0, "purged": 0, "more": False}
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 async def ok_body(reply: httpx2.Response) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     body: dict[str, Any] = reply.json()
@@ -541,6 +536,7 @@ def test_the_manual_shows_how_to_clean_up() -> None:
     assert len(_COMMANDS) >= 10
 
 
+@pytest.mark.system("curl")
 async def test_the_manuals_commands_do_something(
     config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:

@@ -17,11 +17,6 @@ from tests.queue_driver import QueueDriver, new_job
 from .harness import QUEUE, ManualWorker, assert_problem, submit
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
     reply = await api.get(f"/scale/{model}")
     assert reply.status_code == 200, reply.text

@@ -13,9 +13,15 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import redis
+from starlette.types import ASGIApp
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.connection import RESERVED_CONNECTIONS, Connection
+from asyncinfer.api.http.connection import (
+    RESERVED_CONNECTIONS,
+    Connection,
+    ConnectionLimits,
+    Registry,
+)
 from asyncinfer.api.server import Server
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
@@ -486,13 +492,20 @@ async def submit_on(
     assert answer.startswith(b"HTTP/1.1 202 "), answer
 
 
+class ShortIdleConnection(Connection):
+    """A connection that is kept open for only 0.3 s between requests."""
+
+    def __init__(self, app: ASGIApp, limits: ConnectionLimits, registry: Registry) -> None:
+        super().__init__(app, msgspec.structs.replace(limits, idle_seconds=0.3), registry)
+
+
 async def test_a_connection_is_closed_when_it_is_idle_and_not_while_it_is_used(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    async with hosted(running_server(config)) as (server, port), client_of(port) as client:
+    server = hosted(running_server(config, ShortIdleConnection))
+    async with server as (_, port), client_of(port) as client:
         job_id = await submit(client)
-        server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         look = f"GET /job/{job_id}?wait=0.7 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         for _ in range(2):

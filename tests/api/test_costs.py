@@ -14,7 +14,6 @@ import pytest
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
-from tests.sampling import soak_except
 
 from .harness import hosted, raw_exchange, running
 from .hostile_shapes import MODELS, filled, hostile, plain, plain_tensor
@@ -113,17 +112,8 @@ async def assert_cheap(port: int, requests: dict[str, Request], max_seconds: flo
     assert not too_expensive, f"at most {max_seconds:.3f} s, 20 times what a plain request costs"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "predict",
-        *(
-            pytest.param(name, marks=pytest.mark.soak)
-            for name in REQUEST_MAKERS
-            if name != "predict"
-        ),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", REQUEST_MAKERS)
 async def test_no_body_costs_more_than_20_plain_ones_of_its_size(port: int, kind: str) -> None:
     make_request = REQUEST_MAKERS[kind]
     ordinary = plain_tensor(BODY_BYTES) if kind == "head" else plain(BODY_BYTES)
@@ -167,7 +157,14 @@ async def test_nothing_but_a_body_can_be_long(port: int) -> None:
         await assert_cheap(port, requests, max_seconds)
 
 
-@pytest.mark.parametrize("blank", soak_except([b"\n", b" \n", b"\r\n"], 2))
+@pytest.mark.parametrize(
+    "blank",
+    [
+        b"\n",
+        pytest.param(b" \n", marks=pytest.mark.soak),
+        pytest.param(b"\r\n", marks=pytest.mark.soak),
+    ],
+)
 async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None:
     blanks = blank * (BODY_BYTES // len(blank))
     max_seconds = MAX_TIMES_PLAIN * await cpu_seconds(
@@ -178,7 +175,7 @@ async def test_blank_lines_cost_next_to_nothing(port: int, blank: bytes) -> None
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("refused", [b"x", b"{}", b'{"a":1}', b'{"data":[[1]]}', b'"\xff"'])
+@pytest.mark.parametrize("refused", [b"x", b"{}", b'{"data":[[1]]}'])
 async def test_short_lines_that_are_refused_cost_no_more_than_accepted_ones(
     port: int, refused: bytes
 ) -> None:

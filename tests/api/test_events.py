@@ -26,6 +26,7 @@ from .harness import (
     assert_problem,
     client_of,
     hosted,
+    raw_exchange,
     running,
     running_until_signal,
     submit,
@@ -79,6 +80,20 @@ async def test_an_ended_jobs_stream_is_its_snapshot_its_end_and_nothing_more(
     assert [event.name for event in events] == ["snapshot", "failed"]
     assert events[0].data == events[1].data
     assert events[1].data["error"]["code"] == "model_failed"
+
+
+async def test_a_stream_over_http_1_0_has_no_chunks_and_ends_with_its_connection(
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
+) -> None:
+    job_id = await submit(api)
+    await manual_worker.fail()
+    request = f"GET /job/{job_id}/events HTTP/1.0\r\nHost: localhost\r\n\r\n".encode()
+    assert api.base_url.port
+    head, _, body = (await raw_exchange(api.base_url.port, request)).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert body.count(b"event: ") == 2
+    assert b"\r\n" not in body, "the size of a chunk"
 
 
 async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(

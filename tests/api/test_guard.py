@@ -1,6 +1,5 @@
 """The entry check: Host, Origin, API keys, tenants."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
@@ -11,7 +10,6 @@ import redis
 from asyncinfer.api import guard
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.routes import ROUTES, Route
-from asyncinfer.api_keys import entry_of
 from asyncinfer.errors import KeyFileRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
@@ -23,7 +21,6 @@ from .harness import (
     announce,
     assert_problem,
     client_of,
-    hosted,
     running,
     submit,
 )
@@ -108,32 +105,6 @@ async def test_pages_of_this_server_and_of_allowed_origins_may_submit(
 # --- API keys --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "keys"
-    path.write_text(
-        "\n".join(
-            entry_of(key, tenant, scopes).line()
-            for key, tenant, scopes in (
-                ("alice-1", "alice", "submit,read,admin"),
-                ("alice-2", "alice", "submit,read"),
-                ("bob", "bob", "submit,read,admin"),
-                ("reader", "alice", "read"),
-                ("sender", "alice", "submit"),
-            )
-        )
-    )
-    return path
-
-
-@pytest.fixture
-async def two_tenant_port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
-    """The port of an API that requires keys."""
-    await announce(store, "iris", default="iris")
-    async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as port:
-        yield port
-
-
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
@@ -182,8 +153,8 @@ async def test_every_route_needs_its_scope(two_tenant_port: int) -> None:
 
 async def test_a_key_comes_in_either_header_and_a_tenant_may_have_two(two_tenant_port: int) -> None:
     async with client_of(two_tenant_port) as client:
-        job_id = await submit(client, headers=bearer("alice-1"))
-        for headers in (bearer("alice-2"), {"x-api-key": "alice-1"}):
+        job_id = await submit(client, headers=bearer("alice"))
+        for headers in (bearer("alice-2"), {"x-api-key": "alice"}):
             assert (await client.get(f"/job/{job_id}", headers=headers)).status_code == 200
 
 
@@ -194,7 +165,7 @@ OF_A_JOB = [route for route in ROUTES if "{id}" in route.path]
 async def test_a_job_of_another_tenant_is_not_found(
     two_tenant_port: int, manual_worker: ManualWorker, server: redis.Redis, route: Route
 ) -> None:
-    async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
+    async with client_of(two_tenant_port, **bearer("alice")) as alice:
         job_id = await submit(alice)
         ended = await submit(alice)
         await manual_worker.fail()
@@ -214,21 +185,21 @@ async def test_an_external_job_belongs_to_the_default_tenant_only(
     two_tenant_port: int, server: redis.Redis
 ) -> None:
     server.set("job:x:status", "completed", ex=60)
-    async with client_of(two_tenant_port, **bearer("alice-1")) as alice:
+    async with client_of(two_tenant_port, **bearer("alice")) as alice:
         assert_problem(await alice.get("/job/x"), 404, "job_not_found")
 
 
 async def test_two_keys_that_differ_are_refused(two_tenant_port: int) -> None:
-    both = {"authorization": "Bearer alice-1", "x-api-key": "bob"}
+    both = {"authorization": "Bearer alice", "x-api-key": "bob"}
     async with client_of(two_tenant_port) as client:
         assert_problem(await client.get("/jobs", headers=both), 400, "invalid_header")
-        alike = both | {"x-api-key": "alice-1"}
+        alike = both | {"x-api-key": "alice"}
         assert (await client.get("/jobs", headers=alike)).status_code == 200
 
 
 async def test_one_idempotency_key_of_two_tenants_is_two_jobs(two_tenant_port: int) -> None:
     async with client_of(two_tenant_port, **{"idempotency-key": "k"}) as client:
-        assert await submit(client, headers=bearer("alice-1")) != await submit(
+        assert await submit(client, headers=bearer("alice")) != await submit(
             client, headers=bearer("bob")
         )
 

@@ -12,10 +12,12 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.openapi import document
 from asyncinfer.api.routes import ROUTES
+from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
+from tests.queue_driver import QueueDriver
 
-from .harness import ProxiedApi, announce, assert_problem, client_of, running, signature
+from .harness import QUEUE, ProxiedApi, announce, assert_problem, client_of, running, signature
 
 
 def test_every_health_route_is_answered_as_a_probe() -> None:
@@ -67,6 +69,23 @@ async def test_health_shows_waiting_jobs_and_workers(api: httpx2.AsyncClient, st
     assert body["status"] == "ok"
     assert body["redis"].split()[0] in ("Valkey", "Redis")
     assert (body["queues"], body["workers"]) == ({"predict_queue": 0}, 1)
+
+
+async def test_the_queue_of_a_model_that_is_gone_is_shown_only_while_it_has_jobs(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    async def shown() -> tuple[set[str], set[str]]:
+        queues = (await api.get("/queues")).json()["queues"]
+        return {queue["queue"] for queue in queues}, {*(await api.get("/health")).json()["queues"]}
+
+    both = {QUEUE, f"{QUEUE}:gone"}
+    await hands.submit_one(queue=f"{QUEUE}:gone")
+    assert await shown() == (both, both)
+    claim = await hands.claim_jobs(queues=(f"{QUEUE}:gone",))
+    await hands.finish(claim, "dead")
+    assert await shown() == (both, {QUEUE})
+    hands.redis.delete(keys.dead(f"{QUEUE}:gone"))
+    assert await shown() == ({QUEUE}, {QUEUE})
 
 
 async def test_without_redis_the_api_is_live_but_not_ready(proxied_api: ProxiedApi) -> None:

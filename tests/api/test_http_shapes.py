@@ -7,15 +7,14 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.connection import Connection, ConnectionLimits
+from asyncinfer.api.http.connection import Connection
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
@@ -28,19 +27,17 @@ AT_ONCE: Final = 60
 PROBE: Final = ALIVE + b"Connection: close\r\n\r\n"
 
 
-class CountingConnection(Connection):
-    """Counts the received bytes, so that a client can send the rest in another packet."""
+def counting(received_bytes: dict[Address, int]) -> type[Connection]:
+    """Connections that count received bytes, so that a client can send the rest in another
+    packet."""
 
-    def __init__(
-        self, received_bytes: dict[Address, int], limits: ConnectionLimits, **uvicorn_arguments: Any
-    ) -> None:
-        super().__init__(limits, **uvicorn_arguments)
-        self._received_bytes = received_bytes
+    class CountingConnection(Connection):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            assert self.client is not None
+            received_bytes[self.client] = received_bytes.get(self.client, 0) + len(data)
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        assert self.client is not None
-        self._received_bytes[self.client] = self._received_bytes.get(self.client, 0) + len(data)
+    return CountingConnection
 
 
 class ReceivedAnswer(NamedTuple):
@@ -61,12 +58,7 @@ async def counting_api(config: ApiConfig, store: Store) -> AsyncIterator[Countin
     """An API that serves iris."""
     await announce(store, "iris", default="iris")
     received_bytes: dict[Address, int] = {}
-    async with hosted(running_server(config)) as (server, port):
-        protocol_class = server.config.http_protocol_class
-        assert isinstance(protocol_class, partial)
-        server.config.http_protocol_class = partial(
-            CountingConnection, received_bytes, *protocol_class.args
-        )
+    async with hosted(running_server(config, counting(received_bytes))) as (_, port):
         yield CountingApi(port, received_bytes)
 
 

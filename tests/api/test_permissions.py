@@ -12,7 +12,6 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api_keys import entry_of
 from asyncinfer.jobs import Record, encode_record
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
@@ -24,7 +23,6 @@ from tests.queue_driver import QueueDriver
 from .harness import (
     QUEUE,
     ManualWorker,
-    announce,
     assert_problem,
     client_of,
     hosted,
@@ -35,48 +33,26 @@ from .harness import (
 WORKER = "gpu-host.internal-4711-f0fd4a"
 
 
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    lines = [
-        entry_of(key, tenant, scopes).line()
-        for key, tenant, scopes in (
-            ("alice", "alice", "submit,read,admin"),
-            ("bob", "bob", "submit,read"),
-            ("ops", "ops", "operator"),
-        )
-    ]
-    path = tmp_path / "keys"
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture
-async def port(config: ApiConfig, store: Store, key_file: Path) -> AsyncIterator[int]:
-    await announce(store, "iris", default="iris")
-    async with hosted(running(msgspec.structs.replace(config, api_keys=key_file))) as it:
-        yield it
-
-
 async def _client(port: int, key: str) -> AsyncIterator[httpx2.AsyncClient]:
     async with client_of(port, **{"x-api-key": key}) as client:
         yield client
 
 
 @pytest.fixture
-async def alice(port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(port, "alice"):
+async def alice(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(two_tenant_port, "alice"):
         yield client
 
 
 @pytest.fixture
-async def bob(port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(port, "bob"):
+async def bob(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(two_tenant_port, "bob"):
         yield client
 
 
 @pytest.fixture
-async def ops(port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(port, "ops"):
+async def ops(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client(two_tenant_port, "ops"):
         yield client
 
 
@@ -261,11 +237,6 @@ async def test_without_keys_everyone_is_an_operator(
     assert "key=none" in audit.line()
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 # --- workers ---------------------------------------------------------------------------------
 
 
@@ -335,11 +306,11 @@ async def _ended_by(
 
 @pytest.mark.parametrize("key", [None, "guess", "ops"])
 async def test_health_shows_no_names_without_the_read_scope(
-    port: int, alice: httpx2.AsyncClient, key: str | None
+    two_tenant_port: int, alice: httpx2.AsyncClient, key: str | None
 ) -> None:
     await submit(alice)
     headers = {"x-api-key": key} if key else {}
-    async with client_of(port, **headers) as client:
+    async with client_of(two_tenant_port, **headers) as client:
         assert (await client.get("/health")).json() == {"status": "ok"}
         for path in ("/health/live", "/health/ready"):
             assert (await client.get(path)).status_code == 200

@@ -63,9 +63,12 @@ async def test_a_model_in_the_path_has_its_own_queue(
     assert server.llen(f"{QUEUE}:digits") == 1
 
 
-async def test_a_job_without_a_content_type_is_taken_for_json(api: httpx2.AsyncClient) -> None:
+async def test_a_job_without_a_content_type_is_taken_for_json(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
     reply = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}')
     assert reply.status_code == 202
+    assert server.get(keys.data(reply.json()["job_id"])) == b"[[1, 2, 3, 4]]"
 
 
 # --- waiting ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from .harness import (
     running,
     submit,
 )
-from .test_tensor_input import binary, identity
+from .tensor_requests import binary, identity
 
 BINARY = {"accept": "application/octet-stream"}
 NPY = {"accept": "application/x-npy"}

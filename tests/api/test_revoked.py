@@ -15,6 +15,7 @@ from asyncinfer.api_keys import entry_of
 from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 
+from .bulk_client import bulk_client
 from .harness import (
     QUEUE,
     ManualWorker,
@@ -26,7 +27,6 @@ from .harness import (
     submit,
 )
 from .sse import open_event_stream
-from .test_bulk import bulk_client
 
 WITHIN_SECONDS = 5.0
 ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}

@@ -9,11 +9,13 @@ import httpx2
 import msgspec
 import pytest
 import redis
+import uvicorn
+from uvicorn.server import ServerState
 
 from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.sockets import listen
-from asyncinfer.api.server import serve
+from asyncinfer.api.server import serve, unexpected
 from asyncinfer.errors import DefaultModelChanged, ServerRefused, StartError
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -76,6 +78,16 @@ async def test_another_default_model_stops_the_start_while_a_job_waits(
         await serve(
             msgspec.structs.replace(config, port=0, default_model="digits"), on_ready=lambda: None
         )
+
+
+def test_uvicorn_is_as_expected() -> None:
+    assert unexpected(ServerState()) is None
+    for name in ("startup", "shutdown", "handle_exit"):
+        assert hasattr(uvicorn.Server, name), f"uvicorn calls no Server.{name} that we extend"
+
+
+def test_what_uvicorn_lacks_is_named_at_the_start() -> None:
+    assert "has no ServerState.connections" in str(unexpected(object()))
 
 
 def test_a_port_in_use_stops_the_start_and_says_what_to_do() -> None:

@@ -34,8 +34,8 @@ from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import DTYPES, FLOATS, Array, TensorSpec
 
 from .harness import QUEUE, announce, assert_problem, client_of, hosted, running
+from .tensor_requests import LENGTH, binary, content_of, described, identity, with_json_length
 
-LENGTH = "inference-header-content-length"
 NPY = {"content-type": "application/x-npy"}
 
 TWO = Signature(
@@ -52,39 +52,8 @@ TWO = Signature(
 )
 
 
-def identity(datatype: str, shape: tuple[Any, ...] = ("n", None)) -> Signature:
-    tensor = TensorSpec("x", datatype, shape)
-    return Signature(datatype, "1", "", (tensor,), (tensor,))
-
-
 def served(signature: Signature) -> Served:
     return Served("q", signature, (signature.version,), {signature.version: signature})
-
-
-def described(name: str, array: Array, **more: Any) -> dict[str, Any]:
-    datatype = {dtype: datatype for datatype, dtype in DTYPES.items()}[array.dtype]
-    return {"name": name, "shape": list(array.shape), "datatype": datatype, **more}
-
-
-def binary(*tensors: tuple[str, Array], **more: Any) -> tuple[bytes, dict[str, str]]:
-    """A body in the Open Inference layout, and its headers."""
-    contents = [_content(array) for _, array in tensors]
-    inputs = [
-        described(name, array, parameters={"binary_data_size": len(content)})
-        for (name, array), content in zip(tensors, contents, strict=True)
-    ]
-    return with_json_length({"inputs": inputs, **more}, *contents)
-
-
-def with_json_length(head: Any, *contents: bytes) -> tuple[bytes, dict[str, str]]:
-    text = json.dumps(head).encode()
-    return text + b"".join(contents), {LENGTH: str(len(text))}
-
-
-def _content(array: Array) -> bytes:
-    if array.dtype == object:
-        return packing.pack_strings(array.ravel().tolist())
-    return array.tobytes()
 
 
 def npy_bytes(array: Any) -> bytes:
@@ -317,7 +286,7 @@ async def test_every_bit_of_an_array_arrives(case: tuple[str, Array]) -> None:
     taken = await read_body_for(identity(datatype), body, headers)
     arrived = packing.unpack(taken.content)["x"]
     assert (arrived.shape, arrived.dtype) == (array.shape, array.dtype)
-    assert _content(arrived) == _content(array)
+    assert content_of(arrived) == content_of(array)
 
 
 async def test_numbers_in_json_arrive_as_the_datatype_has_them(

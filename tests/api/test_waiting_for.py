@@ -41,11 +41,6 @@ NDJSON = {"content-type": "application/x-ndjson"}
 LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
 
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
-
-
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
@@ -408,6 +403,29 @@ async def test_with_the_disk_full_the_jobs_that_wait_or_run_say_so(
         for job in (runs, waits):
             reason = await reason_of(client, job.job_id)
             assert (reason["code"], "DATA_DIR" in reason["message"]) == ("disk_full", True)
+
+
+async def test_with_too_few_replicas_the_jobs_that_wait_or_run_say_so(
+    config: ApiConfig,
+    store: Store,
+    hands: QueueDriver,
+    manual_worker: ManualWorker,
+    server: redis.Redis,
+) -> None:
+    await announce(store, "iris", default="iris")
+    runs, waits = new_job(), new_job()
+    await hands.submissions.submit_many(QUEUE, [runs])
+    await manual_worker.claim()
+    await hands.submissions.submit_many(QUEUE, [waits])
+    server.config_set("min-replicas-to-write", "1")
+    try:
+        async with running_client(config) as client:
+            reasons = [await reason_of(client, job.job_id) for job in (runs, waits)]
+    finally:
+        server.config_set("min-replicas-to-write", "0")
+    for reason in reasons:
+        assert reason["code"] == "redis_refuses_writes"
+        assert "fewer replicas than its min-replicas-to-write" in reason["message"]
 
 
 async def test_foreign_data_in_redis_breaks_no_reason(

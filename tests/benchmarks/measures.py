@@ -36,11 +36,11 @@ from tests.benchmarks.systems import (
     Service,
     System,
     answers,
-    free_port,
     running,
     until,
     usage,
 )
+from tests.ports import free_port
 
 _KEYS: Final = (keys.data, keys.status, keys.result, keys.error, keys.meta)
 MANY: Final = 300

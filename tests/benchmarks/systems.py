@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 import urllib.request
@@ -26,6 +25,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob, Submissions
 from asyncinfer.tensors import packing
+from tests.ports import free_port
 
 MAX_QUEUE: Final = 5_000_000
 MAX_QUEUE_BYTES: Final = 16 << 30
@@ -211,11 +211,6 @@ def reset_peak_mib(pid: int) -> float:
 def peak_mib(pid: int) -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def answers(port: int, path: str, *, body: bytes | None = None) -> bool:

@@ -1,8 +1,7 @@
 """A running service for all tests of commands, and an environment that names it."""
 
-import json
+import copy
 import re
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import pytest
 
 from asyncinfer import settings
 from asyncinfer.testing import Running, service
-from tests.faults.harness import eventually_sync
 
-IRIS = [[5.1, 3.5, 1.4, 0.2]]
+from .hostile_server import HostileServer, answers_of, hostile_server
 
 
 @pytest.fixture(scope="session")
@@ -52,23 +50,17 @@ def flowers(tmp_path: Path) -> Path:
     return path
 
 
-def submit(url: str, model: str = "iris", data: Any = None) -> str:
-    """Submits a job and returns its id."""
-    body = json.dumps({"data": data or (IRIS if model == "iris" else [[0.0] * 64])}).encode()
-    request = urllib.request.Request(
-        f"{url}/predict/{model}", body, {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=5) as answer:
-        job_id: str = json.load(answer)["job_id"]
-    return job_id
+@pytest.fixture(scope="session")
+def real_answers(running: Running) -> dict[str, Any]:
+    """The answers of a real service, by method and path."""
+    return answers_of(running.url)
 
 
-def wait_until_ended(url: str, job_id: str) -> str:
-    """Waits until a job has ended, and returns its id."""
-
-    def has_ended() -> bool:
-        with urllib.request.urlopen(f"{url}/job/{job_id}?wait=5", timeout=10) as answer:
-            return json.load(answer)["status"] not in ("pending", "processing")
-
-    eventually_sync(has_ended, "the job has ended")
-    return job_id
+@pytest.fixture
+def hostile(
+    real_answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[HostileServer]:
+    """A server that ASYNCINFER_URL names; its answers are good until a test changes them."""
+    with hostile_server(copy.deepcopy(real_answers)) as server:
+        monkeypatch.setenv("ASYNCINFER_URL", server.url)
+        yield server

@@ -103,6 +103,7 @@ def test_without_a_worker_here_it_says_how_to_start_one() -> None:
         ("redis://user:hunter2@host:6379/1?password=x", "redis://host:6379/1"),
         ("sentinel://:p@a:26379,b:26379/main", "sentinel://a:26379,b:26379/main"),
         ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+        ("sentinel://u:p@a,b,[::1]:3/main?ssl=true", "sentinel://a,b,[::1]:3/main"),
     ],
 )
 def test_no_password_is_shown(url: str, shown: str) -> None:

@@ -16,7 +16,7 @@ from asyncinfer.testing import service
 from tests.cli.command_line import CommandResult, error_line, run_command, run_in_shell
 from tests.faults.proxy import proxied
 
-from .conftest import submit, wait_until_ended
+from .submitted_jobs import submit, wait_until_ended
 
 NO_SERVER = "http://127.0.0.1:1"
 
@@ -140,7 +140,9 @@ def test_the_example_that_a_model_shows_works(url: str) -> None:
     )
     row = line.partition("'")[2].rpartition("'")[0]
 
-    assert run_command("predict", "--model", "iris", row).code == 0
+    ran = run_command("predict", "--model", "iris", row)
+    assert ran.code == 0, ran
+    assert any(label in ran.out for label in ("setosa", "versicolor", "virginica")), ran.out
 
 
 def test_a_model_is_paused_and_resumed(url: str) -> None:

@@ -15,10 +15,8 @@ from asyncinfer.testing import Running, service
 from tests.cli.command_line import run_in_shell
 from tests.sampling import soak_except
 
-from .test_hostile_server import Hostile, hostile, real_answers
-from .test_terminal import at_a_terminal
-
-__all__ = ["hostile", "real_answers"]  # fixtures
+from .hostile_server import HostileServer
+from .pseudo_terminal import at_a_terminal
 
 EVIL: Final = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
 SHOWN: Final = r"\x1b]0;title\x07\x1b[31mred\x9b2J\u202eevil\u2066\u2028\x7f[bold]x[/]"
@@ -69,6 +67,7 @@ def shown_on_a_terminal(*argv: str, typed: str = "", until: str = "") -> str:
     return text
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["table", "csv"])
 def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
     evil_url: None, rows: Path, form: str
@@ -76,6 +75,7 @@ def test_an_answer_on_a_terminal_shows_control_characters_as_escapes(
     assert SHOWN in shown_on_a_terminal("predict", str(rows), "--model", "same", "--to", form)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["json", "ndjson"])
 def test_json_on_a_terminal_has_escapes_and_means_the_same(
     evil_url: None, rows: Path, form: str
@@ -85,6 +85,7 @@ def test_json_on_a_terminal_has_escapes_and_means_the_same(
     assert EVIL in str(json.loads(line)["y"][0])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("form", ["csv", "json", "ndjson"])
 def test_data_in_a_pipe_has_each_character_as_it_is(
     evil_url: None, rows: Path, tmp_path: Path, form: str
@@ -95,11 +96,13 @@ def test_data_in_a_pipe_has_each_character_as_it_is(
     assert inner in ran.out
 
 
+@pytest.mark.soak
 def test_a_description_of_a_model_commands_nothing(evil_url: None, tmp_path: Path) -> None:
     assert SHOWN in shown_on_a_terminal("models", "same")
     assert EVIL in run_in_shell("asyncinfer models same --json", tmp_path).json["description"]
 
 
+@pytest.mark.soak
 def test_status_and_error_of_an_external_job_command_nothing(
     evil_url: None, redis_client: Any
 ) -> None:
@@ -148,7 +151,7 @@ EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason":
     ),
     ids=" ".join,
 )
-def test_a_hostile_server_commands_nothing(hostile: Hostile, argv: tuple[str, ...]) -> None:
+def test_a_hostile_server_commands_nothing(hostile: HostileServer, argv: tuple[str, ...]) -> None:
     error = {"code": EVIL, "message": EVIL}
     job: dict[str, Any] = {"job_id": EVIL, "status": EVIL, "model": EVIL, "error": error}
     job |= {"tenant": EVIL, "result": {EVIL: EVIL}, EVIL: EVIL}
@@ -180,7 +183,7 @@ def test_a_hostile_server_commands_nothing(hostile: Hostile, argv: tuple[str, ..
     assert "\nasyncinfer: x" not in text.replace("\r", "")
 
 
-def test_an_error_of_a_server_is_one_line_and_commands_nothing(hostile: Hostile) -> None:
+def test_an_error_of_a_server_is_one_line_and_commands_nothing(hostile: HostileServer) -> None:
     hostile.status = 422
     hostile.answers = {"GET /jobs": {"code": "x", "detail": f"{EVIL}\nasyncinfer: forged"}}
     text = shown_on_a_terminal("jobs")

@@ -11,13 +11,15 @@ import redis
 
 from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
+from asyncinfer.cli.doctor.machine import examine_machine
 from asyncinfer.cli.doctor.redis import findings_of
 from asyncinfer.repository.inspect.server_info import ServerInfo
+from asyncinfer.settings import Settings
 from tests import zoo
 from tests.cli.command_line import run_command
 from tests.faults.harness import eventually_sync
 
-from .conftest import submit
+from .submitted_jobs import submit
 
 HEALTHY = ServerInfo(
     server="Valkey 9.1.0",
@@ -210,6 +212,12 @@ def test_each_broken_line_of_the_keys_is_a_problem_of_its_own(tmp_path: Path) ->
 
 def test_a_host_that_is_open_without_keys_is_a_problem() -> None:
     assert "HOST 0.0.0.0 lets everyone in" in run_command("doctor", "--host", "0.0.0.0").out
+
+
+def test_a_host_that_only_this_machine_reaches_needs_no_keys() -> None:
+    found = examine_machine(Settings(host="127.0.0.2"), None)
+
+    assert "API keys" not in [finding.about for finding in found]
 
 
 def test_more_threads_than_cores_are_a_warning() -> None:

@@ -1,11 +1,7 @@
 """A server whose JSON has wrong types: every command prints one line, and no traceback."""
 
 import copy
-import json
-import threading
-import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
 import pytest
@@ -13,7 +9,7 @@ import pytest
 from tests.cli.command_line import CommandResult, run_command
 from tests.sampling import soak_except
 
-from .conftest import submit, wait_until_ended
+from .hostile_server import HostileServer
 
 Place = tuple[str | int, ...]
 
@@ -42,94 +38,6 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "POST /jobs/retry": (("retry", "a"), ("retry", "--dead"), ("retry", "--dead", "--json")),
     "POST /models/iris/pause": (("pause", "iris"), ("pause", "iris", "--json")),
 }
-
-
-class Hostile(ThreadingHTTPServer):
-    """A server that answers with `answers`, by method and path, and with `status`."""
-
-    daemon_threads = True
-    answers: dict[str, Any]
-    status = 200
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def answer(self, method: str, path: str) -> Any:
-        request = f"{method} {path.partition('?')[0]}"
-        matches = (key for key in self.answers if request == key or request.startswith(f"{key}/"))
-        return self.answers.get(max(matches, key=len, default=""), {})
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet per answer: a second packet would wait for the acknowledgement
-    server: Hostile
-
-    def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        content = json.dumps(self.server.answer(self.command, self.path)).encode()
-        if self.headers.get("content-type") == "application/x-ndjson":
-            content = b"\n".join([content] * len(body.splitlines()))
-        self.send_response(self.server.status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = do_DELETE = _answer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def real_answers(running: Any) -> dict[str, Any]:
-    """The answers of a real service."""
-
-    def send(method: str, path: str, body: Any = None) -> Any:
-        content = None if body is None else json.dumps(body).encode()
-        headers = {"content-type": "application/json", "prefer": "wait=10"}
-        request = urllib.request.Request(f"{running.url}{path}", content, headers, method=method)
-        with urllib.request.urlopen(request, timeout=20) as reply:
-            return json.load(reply)
-
-    job_id = wait_until_ended(running.url, submit(running.url))
-    job = send("GET", f"/job/{job_id}")
-    failed = {"error": {"code": "model_failed", "message": "It did."}, "status": "failed"}
-    job["waiting_for"] = failed["waiting_for"] = {"code": "no_worker", "message": "None has it."}
-    jobs = {**send("GET", "/jobs?limit=1"), "cursor": None}
-    jobs["jobs"].append({**jobs["jobs"][0], **failed})
-    refused = {"job_id": "b", "code": "job_not_found", "detail": "There is none."}
-    models = {**send("GET", "/models"), "loading": []}
-    problem = {"model": "iris", "version": "2", "worker": "w-1", "reason": "It is broken."}
-    models["problems"] = models["models"][0]["problems"] = [problem]
-    return {
-        "GET /jobs": jobs,
-        "GET /job": job,
-        "GET /models": models,
-        "GET /models/iris": {**send("GET", "/models/iris"), "problems": [problem]},
-        "GET /queues": send("GET", "/queues"),
-        "GET /workers": send("GET", "/workers"),
-        "GET /group": {"group": "x", "jobs": 0},
-        "POST /predict": send("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),
-        "DELETE /jobs": {"cancelled": 1, "stopping": 0, "purged": 2, "more": False},
-        "DELETE /job": {**job, "status": "cancelled"},
-        "POST /jobs/retry": {"retried": [job_id], "refused": [refused], "more": False},
-        "POST /models/iris/pause": {"model": "iris", "paused": True},
-    }
-
-
-@pytest.fixture
-def hostile(real_answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
-    with Hostile(("127.0.0.1", 0), _Handler) as server:
-        server.answers = copy.deepcopy(real_answers)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        monkeypatch.setenv("ASYNCINFER_URL", server.url)
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:
@@ -174,7 +82,7 @@ def refuses_or_shows(argv: tuple[str, ...]) -> CommandResult:
 
 @pytest.mark.parametrize("request_line", COMMANDS)
 def test_the_answers_that_the_hostile_server_changes_are_good_ones(
-    hostile: Hostile, request_line: str
+    hostile: HostileServer, request_line: str
 ) -> None:
     for argv in COMMANDS[request_line]:
         assert run_command(*argv).code in (0, 1)
@@ -182,7 +90,7 @@ def test_the_answers_that_the_hostile_server_changes_are_good_ones(
 
 @pytest.mark.parametrize("request_line", soak_except(COMMANDS, 4))
 def test_no_wrong_type_in_an_answer_ends_in_a_traceback(
-    hostile: Hostile, request_line: str
+    hostile: HostileServer, request_line: str
 ) -> None:
     good = hostile.answers[request_line]
     for number, place in enumerate(wrong_places(good)):
@@ -191,7 +99,7 @@ def test_no_wrong_type_in_an_answer_ends_in_a_traceback(
             refuses_or_shows(argv)
 
 
-def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
+def test_an_axis_that_a_model_has_not_is_refused(hostile: HostileServer) -> None:
     model = hostile.answers["GET /models/iris"]
     for axis in (-1, 7):
         hostile.answers["GET /models/iris"] = {**model, "input_axes": [axis]}
@@ -199,7 +107,7 @@ def test_an_axis_that_a_model_has_not_is_refused(hostile: Hostile) -> None:
 
 
 def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
-    hostile: Hostile,
+    hostile: HostileServer,
 ) -> None:
     """Workers of an earlier release announce a model so if its converter declared it wrongly."""
     model = hostile.answers["GET /models/iris"]
@@ -208,15 +116,17 @@ def test_an_output_that_declares_fewer_dimensions_than_it_has_hides_no_model(
     hostile.answers["GET /models/iris"] = misdeclared
     hostile.answers["GET /models"] = {**hostile.answers["GET /models"], "models": [misdeclared]}
 
-    assert run_command("models").code == 0
+    shown = run_command("models")
+    assert shown.code == 0
+    assert "iris" in shown.out
     assert run_command("predict", "-m", "iris", "1", "2", "3", "4").code in (0, 1)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("wrong", WRONG[::2], ids=repr)
 @pytest.mark.parametrize("request_line", COMMANDS)
 def test_no_wrong_type_anywhere_ends_in_a_traceback(
-    hostile: Hostile, request_line: str, wrong: Any
+    hostile: HostileServer, request_line: str, wrong: Any
 ) -> None:
     good = hostile.answers[request_line]
     for place in wrong_places(good):
@@ -238,9 +148,11 @@ PROBLEM: Final = {
 
 
 @pytest.mark.parametrize("wrong", soak_except(WRONG, 3), ids=repr)
-@pytest.mark.parametrize("code", ["invalid_input", "job_failed", "model_not_found", "x"])
+@pytest.mark.parametrize(
+    "code", soak_except(["invalid_input", "job_failed", "model_not_found", "x"], 2)
+)
 def test_no_wrong_type_in_an_error_ends_in_a_traceback(
-    hostile: Hostile, code: str, wrong: Any
+    hostile: HostileServer, code: str, wrong: Any
 ) -> None:
     hostile.status = 422
     good = {**PROBLEM, "code": code}

@@ -1,90 +1,17 @@
 """Colour and progress appear on terminals, and only there."""
 
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.cli.command_line import run_command, run_in_shell
 
-from .conftest import submit, wait_until_ended
+from .pseudo_terminal import at_a_terminal
+from .submitted_jobs import submit, wait_until_ended
 
 ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
-SECONDS = 20.0
-
-
-class Screen(NamedTuple):
-    code: int
-    text: str
-
-
-def at_a_terminal(
-    argv: Sequence[str], columns: int, typed: str = "", until: str = "", cwd: Path | None = None
-) -> Screen:
-    """Runs a command on a terminal of `columns`; `typed` is typed once `until` is shown."""
-    terminal, child_terminal = pty.openpty()
-    _resize(child_terminal, columns)
-    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "asyncinfer", *argv],
-        stdin=child_terminal,
-        stdout=child_terminal,
-        stderr=child_terminal,
-        env=environ,
-        cwd=cwd,
-        start_new_session=True,
-        preexec_fn=_take_terminal,
-    ) as process:
-        os.close(child_terminal)
-        text = ""
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            chunk = _read(terminal)
-            if chunk is None:
-                break
-            text += chunk
-            if typed and until in text:
-                os.write(terminal, typed.encode())
-                typed = ""
-        else:
-            process.kill()
-        os.close(terminal)
-        return Screen(process.wait(SECONDS), text)
-
-
-def _read(terminal: int) -> str | None:
-    """What was written within 0.2 s; None once no process has the terminal open."""
-    if not select.select([terminal], [], [], 0.2)[0]:
-        return ""
-    try:
-        return os.read(terminal, 65536).decode(errors="replace")
-    except OSError:
-        return None
-
-
-def _take_terminal() -> None:
-    """Makes it the controlling terminal, so that Ctrl-C reaches the program."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def _resize(terminal: int, columns: int) -> None:
-    import fcntl
-    import struct
-    import termios
-
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 def test_a_terminal_has_colour_and_a_pipe_has_none(url: str, tmp_path: Path) -> None:
@@ -114,6 +41,22 @@ def test_progress_is_shown_on_a_terminal_and_never_in_a_pipe(url: str, tmp_path:
     assert (ran.out, ran.err) == ("", "")
 
 
+def test_an_error_of_a_row_is_shown_above_the_bar_which_fits_a_narrow_terminal(
+    url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "many.csv").write_text("5.1,3.5,1.4,0.2\n" * 300 + "5.1,x,1.4,0.2\n")
+
+    shown = at_a_terminal(["predict", "many.csv", "-o", "answers.csv"], 40, cwd=tmp_path)
+
+    lines = shown.text.replace("\r", "\n").split("\n")
+    bars = [line for line in lines if " rows " in line]
+    assert shown.code == 1
+    assert any(line.startswith("row 301: line 301: column '2': 'x' is no number") for line in lines)
+    assert "301 rows" in bars[-1]
+    assert "errors=1" in bars[-1]
+    assert max(map(len, bars)) <= 40
+
+
 def test_a_terminal_gets_a_table_of_answers(url: str) -> None:
     shown = at_a_terminal(["predict", "5.1", "3.5", "1.4", "0.2"], 100)
 
@@ -133,7 +76,7 @@ def test_a_reason_to_wait_is_shown_above_the_bar(url: str, tmp_path: Path) -> No
         run_command("resume", "digits")
 
     assert shown.code == 4
-    assert f"{ESCAPE}2Kasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
+    assert "\rasyncinfer: 3 rows of digits wait: digits is paused" in shown.text
 
 
 @pytest.mark.parametrize(

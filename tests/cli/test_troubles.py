@@ -11,7 +11,8 @@ from asyncinfer import api_keys
 from asyncinfer.testing import Running, service
 from tests.cli.command_line import CommandResult, error_line, run_command
 from tests.faults.harness import eventually_sync
-from tests.serving import free_port, running_serve, wait_for_result
+from tests.ports import free_port
+from tests.serving import running_serve, wait_for_result
 
 ROW = "5.1,3.5,1.4,0.2\n"
 
@@ -93,6 +94,7 @@ def test_a_full_queue_is_waited_for_and_no_row_is_lost(full_access: None, tmp_pa
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_a_server_that_restarts_in_the_middle_loses_no_row(tmp_path: Path) -> None:
     port, data_dir = str(free_port()), str(tmp_path / "data")
     (tmp_path / "rows.csv").write_text(ROW * 100_000)

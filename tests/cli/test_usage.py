@@ -1,10 +1,9 @@
 """Wrong usage is one line on stderr, and --help is fast."""
 
 import os
-import shutil
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -60,9 +59,9 @@ def test_an_option_is_met_with_the_nearest_one(capsys: pytest.CaptureFixture[str
     assert "--job-ttl" in error_line(capsys, ("serve", "--job-tt", "9"))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_listed_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"Usage: asyncinfer {name} " in help_of(capsys, name)
+def test_every_listed_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {name: help_of(capsys, name) for name in COMMANDS}
+    assert [name for name in shown if f"Usage: asyncinfer {name} " not in shown[name]] == []
 
 
 def test_help_lists_each_command_that_can_be_used_and_each_exit_code(
@@ -98,18 +97,16 @@ def test_help_loads_nothing_heavy() -> None:
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_takes_less_than_300_ms() -> None:
-    """The fastest of several runs counts, since the machine may be busy."""
-    best_seconds = HELP_SECONDS
-    for _ in range(10):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "asyncinfer", "--help"], check=True, capture_output=True
-        )
-        best_seconds = min(best_seconds, time.perf_counter() - started)
-        if best_seconds < HELP_SECONDS:
-            return
-    pytest.fail(f"--help takes more than {HELP_SECONDS} s")
+def test_help_takes_less_than_300_ms_of_a_core() -> None:
+    """The cheapest of a few runs counts: the caches of a busy machine are cold."""
+    assert min(_cpu_seconds_of_help() for _ in range(5)) < HELP_SECONDS
+
+
+def _cpu_seconds_of_help() -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "asyncinfer", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("argv", [("--help",), ("keygen",)])
@@ -158,8 +155,6 @@ def test_completion_offers_commands_and_flags() -> None:
 
 
 def test_bash_accepts_the_completion_script(capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which("bash") is None:
-        pytest.skip("no bash here")
     assert main(("completion", "bash")) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, capture_output=True)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,14 +16,12 @@ import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.doctor.checks import with_embedded_fixes, without_consequences
 from asyncinfer.cli.doctor.findings import problem, warning
 from asyncinfer.cli.doctor.machine import free_space_finding
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.predict import run
-from asyncinfer.client import ModelLoading, WaitTimeout
-from asyncinfer.client._wait_reasons import Cadence
+from asyncinfer.client import Cadence, Client, ModelLoading, WaitTimeout
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -33,7 +30,7 @@ from tests.api.harness import QUEUE, ManualWorker, announce, running
 from tests.cli.command_line import error_line, run_command
 from tests.faults.harness import eventually_sync
 
-from .conftest import submit
+from .submitted_jobs import submit
 
 ROW = "[5.1, 3.5, 1.4, 0.2]"
 NO_WORKER = "No worker has had iris since"
@@ -142,19 +139,11 @@ def test_predict_says_that_no_worker_has_the_model_and_that_it_goes_on(starved: 
 
 def test_a_model_is_waited_for_as_long_as_it_is_being_loaded(starved: Starved) -> None:
     starved.announce_worker(state="ready", models=[], loading=["wine"])
-    patient = ApiClient(
-        ServerOptions(starved.url, None),
-        retries=0,
-        deadline=time.monotonic() + 0.3,
-        waits_for_models=True,
-    )
-    with patient as service, pytest.raises(WaitTimeout, match="A worker is loading wine"):
-        service.client.model("wine")
-    with (
-        ApiClient(ServerOptions(starved.url, None), retries=0) as service,
-        pytest.raises(ModelLoading),
-    ):
-        service.client.model("wine")
+    patient = Client(starved.url, retries=0, total_timeout=0.3, wait_for_models=True)
+    with patient, pytest.raises(WaitTimeout, match="A worker is loading wine"):
+        patient.model("wine")
+    with Client(starved.url, retries=0) as client, pytest.raises(ModelLoading):
+        client.model("wine")
 
 
 def test_a_long_run_of_a_file_says_how_to_continue_it(starved: Starved, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from asyncinfer.client._errors import problem_error
 from asyncinfer.errors import RedisRefused, RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.proxy import Proxy, proxied
-from tests.serving import free_port
+from tests.ports import free_port
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
 

@@ -17,8 +17,8 @@ import pytest
 from asyncinfer.client import Client
 from asyncinfer.testing import Running
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, PythonProcess, is_gone, python_process, running_processes
-from tests.serving import free_port
 
 _MAPPER: Final = """
 import sys

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from asyncinfer.client import AsyncClient, AsyncinferError, Client
 from asyncinfer.testing import Running
-from tests.serving import free_port
+from tests.ports import free_port
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
 AWAY: Final = "http://127.0.0.1:{port}"

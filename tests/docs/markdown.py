@@ -112,6 +112,8 @@ def as_shown(output: str, ids: Mapping[str, str], digits: int = 4) -> str:
     output = re.sub(r'"run_times":\{(?:[^{}]|\{[^{}]*\})*\}', '"run_times":{}', output)
     output = re.sub(r'"queues":\{[^}]*\}', '"queues":{}', output)
     output = re.sub(r'"cursor":"[^"]+"', '"cursor":"CURSOR"', output)
+    # The phrase of a status is that of the Python.
+    output = output.replace("422 Unprocessable Content", "422 Unprocessable Entity")
     output = re.sub(r"^id: \S+$", "id: POSITION", output, flags=re.MULTILINE)
     output = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+Z|(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\dZ", "TIME", output)
     return re.sub(r"\d\.\d{5,}(e-\d+)?", lambda number: f"{float(number[0]):.{digits}f}", output)

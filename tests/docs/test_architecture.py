@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 from tests.process import REPOSITORY
-from tests.test_layers import DOORS, ROOMS
+from tests.rooms import DOORS, ROOMS
 
 PAGE: Final = (REPOSITORY / "asyncinfer" / "docs" / "architecture.md").read_text()
 _ROOM: Final = re.compile(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \| (.+?) \| (.*?) ?\|$", re.MULTILINE)

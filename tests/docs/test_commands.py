@@ -10,8 +10,9 @@ import pytest
 
 from tests.docs.markdown import has_started, page, running_command
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY
-from tests.serving import free_port, running_serve
+from tests.serving import running_serve
 
 
 def commands() -> list[str]:

@@ -20,9 +20,8 @@ DIGITS: Final = 2
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_every_example_prints_the_output_that_is_shown(folder: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     models = make_example_models(folder)
     with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
         eventually_sync(lambda: len(serve.get("/models")["models"]) == models, "all are listed")

@@ -5,14 +5,13 @@ It has the shipped models. What needs a model of its own is in `test_examples.py
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
 
-from tests.docs.conftest import clear_environment
+from tests.docs.environment import clear_environment
 from tests.docs.markdown import (
     URL,
     Page,
@@ -26,6 +25,8 @@ from tests.docs.markdown import (
 )
 from tests.serving import running_serve, wait_for_result
 
+pytestmark = pytest.mark.system("curl")
+
 _VARYING: Final = re.compile(rf"{URL}/(queues|workers|scale/iris|health)$")
 """Requests whose answers have figures of the moment: only their members are compared."""
 
@@ -37,9 +38,7 @@ class RunningService(NamedTuple):
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """A service that has run a job, and the folder in which commands are run."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    """A service that has run a job (which needs curl), and the folder in which commands are run."""
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as monkeypatch:
         clear_environment(monkeypatch)

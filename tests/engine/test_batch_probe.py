@@ -733,7 +733,7 @@ def test_each_input_is_probed_with_numbers_like_its_own_example(tmp_path: Path) 
 def test_a_table_of_numbers_and_categories_is_batched_by_the_rows_of_its_example(
     tmp_path: Path,
 ) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
     from skl2onnx import to_onnx
     from sklearn.compose import ColumnTransformer
     from sklearn.linear_model import LogisticRegression

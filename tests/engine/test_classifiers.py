@@ -22,6 +22,7 @@ from onnx import helper
 from asyncinfer.testing import Running, service
 from tests import zoo
 from tests.cli.command_line import run_command
+from tests.tools import missing
 
 FOLDER: Final = Path(__file__).parents[1] / "data" / "classifiers"
 MAX_BYTES: Final = 50_000
@@ -230,7 +231,7 @@ def test_the_script_makes_the_same_classifiers(tmp_path: Path) -> None:
     install = [str(python), "-m", "pip", "install", "-q", "-r", str(FOLDER / "requirements.txt")]
     installed = subprocess.run(install, capture_output=True, text=True, check=False)
     if installed.returncode:
-        pytest.skip(f"the package index did not give the libraries: {installed.stderr[-300:]}")
+        missing(f"needs its libraries from a package index: {installed.stderr[-300:]}")
     made = tmp_path / "made"
     made.mkdir()
 

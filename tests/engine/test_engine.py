@@ -77,6 +77,7 @@ def test_threads_share_a_model_without_mixing_their_answers(tmp_path: Path) -> N
         assert list(pool.map(answer, range(200))) == list(range(200))
 
 
+@pytest.mark.soak
 def test_a_loop_of_hours_stops_within_a_second(tmp_path: Path) -> None:
     engine = load_model(tmp_path, zoo.loop_for_hours())
     for _ in range(3):

@@ -1,7 +1,6 @@
 """Text models that need a locale: served where it is installed, else refused with what to do."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +71,8 @@ def test_the_export_option_that_the_refusal_names_makes_a_text_model_load(tmp_pa
 
 
 @pytest.mark.soak
+@pytest.mark.system("localedef")
 def test_the_command_that_the_refusal_names_makes_a_text_model_load(tmp_path: Path) -> None:
-    if not shutil.which("localedef") or not Path("/usr/share/i18n/locales/en_US").exists():
-        pytest.skip("needs localedef and the package locales: apt-get install -y locales")
     zoo.place(tmp_path / "models", "m", lowercase_model())
     (tmp_path / "usr" / "lib" / "locale").mkdir(parents=True)
     command = ["localedef", "--no-archive", f"--prefix={tmp_path}", "-i", "en_US", "-f", "UTF-8"]

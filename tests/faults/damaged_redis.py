@@ -369,7 +369,7 @@ _QUERIES: Final[dict[str, Sequence[str]]] = {
     "/jobs": (
         *("limit=1", "status=failed", "model=slow", "model=picky", "group=g", "dead=true"),
         *("group=g&limit=1", "dead=true&limit=1"),
-        f"cursor={encode_cursor(['18446744073709551615-0', N, 5])}",
+        f"cursor={encode_cursor([((1 << 64) - 1, 0), N, 5])}",
         f"dead=true&cursor={encode_cursor([1e300, N, 'x'])}",
         f"group=g&cursor={encode_cursor([1, 'x'])}",
     ),

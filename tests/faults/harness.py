@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import redis
 
@@ -79,3 +80,14 @@ def eventually_sync(condition: Callable[[], bool], description: str, seconds: fl
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s: {description}"
         time.sleep(0.005)
+
+
+def is_renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
+    """A condition: the lease of the queue's only claim has been renewed since this call."""
+
+    def lease_end() -> float:
+        leases: Any = client.zrange(keys.leases(queue), 0, -1, withscores=True)
+        return float(leases[0][1])
+
+    before = lease_end()
+    return lambda: lease_end() > before

@@ -14,7 +14,6 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
     Announcements,
     WorkerAnnouncement,
-    decode_worker_announcement,
 )
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -107,10 +106,7 @@ class ModelClient:
 
     async def announcements(self) -> list[WorkerAnnouncement]:
         """What each worker announces of itself."""
-        return [
-            decode_worker_announcement(body)
-            for body in (await self._announcements.read_workers()).values()
-        ]
+        return list((await self._announcements.read_workers()).values())
 
     async def problems(self, name: str = "m") -> dict[str, str]:
         """The reason by version, of the versions of a model that a worker refuses."""

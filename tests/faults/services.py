@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx2
 
+from tests.ports import free_port
 from tests.process import REPOSITORY
-from tests.serving import free_port
 
 from .harness import eventually_sync
 

@@ -233,6 +233,7 @@ async def test_a_hostile_input_fails_alone_and_the_jobs_beside_it_run(
     server.flushall()
 
 
+@pytest.mark.soak
 async def test_a_worker_starts_and_works_beside_unreadable_announcements(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -16,7 +16,6 @@ from tests.faults.load_client import LoadClient, assert_one_end_each, transition
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenWorkers
 from .proxy import proxied
-from .test_redis_outage import open_store
 
 
 async def test_an_idle_worker_stops_at_once(
@@ -158,7 +157,9 @@ async def test_the_jobs_of_a_worker_that_stops_while_redis_is_frozen_are_run_aga
     open_workers: OpenWorkers, durable: DurableServer
 ) -> None:
     policy = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
-    async with open_store(durable.url, policy) as store:
+    async with Store.open(
+        durable.url, queue_name="predict_queue", policy=policy, name="test", call_seconds=1.0
+    ) as store:
         load_client = LoadClient(store)
         client = redis.Redis.from_url(durable.url)
         with open_workers(redis_url=durable.url, worker=SHORT_DRAIN) as workers:

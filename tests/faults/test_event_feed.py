@@ -8,8 +8,10 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer.api.live.feed import Feed, Follower, Topic
+from asyncinfer.api.live.feed import Feed
+from asyncinfer.api.live.follower import Follower
 from asyncinfer.api.live.position import Position
+from asyncinfer.api.live.shared_reads import Topic
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import Log, LogTrimmed
@@ -53,7 +55,7 @@ async def read_changes(follower: Follower, count: int) -> list[tuple[str, str]]:
 async def test_a_slow_follower_gets_every_change_once(store: Store, server: redis.Redis) -> None:
     driver = QueueDriver(store, server)
     async with running_feed(store) as feed:
-        start = Position(await feed.store.time_ms())
+        start = Position(await store.time_ms())
         with feed.follow(GROUP, start, never) as follower:
             ids = await driver.submit_many(1, group="g")
             changes = await read_changes(follower, 1)
@@ -71,7 +73,7 @@ async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServe
         with redis.Redis.from_url(durable.url) as client:
             driver = QueueDriver(store, client)
             async with running_feed(store) as feed:
-                start = Position(await feed.store.time_ms())
+                start = Position(await store.time_ms())
                 with feed.follow(GROUP, start, never) as follower:
                     (job_id,) = await driver.submit_many(1, group="g")
                     claim = await driver.claim_jobs()
@@ -88,7 +90,7 @@ async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_b
 ) -> None:
     driver = QueueDriver(store, server)
     async with running_feed(store) as feed:
-        now_ms = await feed.store.time_ms()
+        now_ms = await store.time_ms()
         with feed.follow(GROUP, Position(now_ms), never) as follower:
             (before,) = await driver.submit_many(1, group="g")
             ahead = f"{now_ms + 3_600_000}-0"
@@ -98,7 +100,7 @@ async def test_a_follower_is_told_of_a_gap_if_the_clock_of_an_emptied_redis_is_b
             await driver.submit_many(1, group="g")
             with pytest.raises(LogTrimmed):
                 await read_changes(follower, 1)
-            follower.begin_at(Position(await feed.store.time_ms()))
+            follower.begin_at(Position(await store.time_ms()))
             (after,) = await driver.submit_many(1, group="g")
             assert await read_changes(follower, 1) == [(after, "pending")]
 

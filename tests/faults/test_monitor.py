@@ -14,11 +14,10 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import EXIT_HUNG, WorkerConfig
 from tests import zoo
 from tests.faults.load_client import LoadClient
-from tests.serving import free_port
+from tests.ports import free_port
 
 from .harness import assert_at_rest, eventually
 from .processes import DurableServer, OpenWorkers
-from .test_time_outs import TOO_BIG
 
 
 class Probe:
@@ -188,7 +187,7 @@ async def test_a_worker_with_a_hung_slot_is_not_ready_while_its_other_slots_fini
         worker = workers.start()
         await probe.wait_until_ready(30)
         await slow.submit([2000.0])
-        await huge.submit([TOO_BIG])
+        await huge.submit([zoo.TOO_BIG])
         await probe.wait_until_not_ready("would not stop")
         assert await worker.wait_for_exit(60) == EXIT_HUNG
         await slow.assert_all_completed()

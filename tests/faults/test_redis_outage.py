@@ -6,7 +6,6 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 import pytest
 import redis
@@ -20,7 +19,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
-from .harness import assert_at_rest, eventually
+from .harness import assert_at_rest, eventually, is_renewed
 from .processes import DurableServer, OpenWorkers, WorkerChild
 from .proxy import proxied
 
@@ -136,17 +135,6 @@ async def _assert_delivered_once(
             assert transitions(client, load_client.queue)[job_id]["processing"] == 1
         assert_at_rest(client, load_client.queue)
         client.close()
-
-
-def is_renewed(client: redis.Redis, queue: str) -> Callable[[], bool]:
-    """A condition: the lease of the queue's only claim has been renewed since this call."""
-
-    def lease_end() -> float:
-        leases: Any = client.zrange(keys.leases(queue), 0, -1, withscores=True)
-        return float(leases[0][1])
-
-    before = lease_end()
-    return lambda: lease_end() > before
 
 
 def _running(client: redis.Redis, queue: str, count: int) -> Callable[[], bool]:

@@ -22,8 +22,6 @@ from .processes import OpenWorkers, Workers
 SHORT_TIME_OUTS = WorkerConfig(
     concurrency=2, prediction_timeout_seconds=0.5, hang_grace_seconds=0.2, max_batch=8
 )
-TOO_BIG = 20_000.0
-"""The size of a matrix that one kernel multiplies for minutes."""
 
 
 def _error_code(stored: StoredJob) -> str:
@@ -91,6 +89,7 @@ async def _restart_until_all_ended(workers: Workers, load_client: LoadClient) ->
     return exits
 
 
+@pytest.mark.soak
 async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_process(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:
@@ -99,7 +98,7 @@ async def test_a_kernel_that_cannot_be_stopped_costs_only_its_job_and_its_proces
         models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
     ) as workers:
         await other.submit([10.0])
-        await hung.submit([TOO_BIG])
+        await hung.submit([zoo.TOO_BIG])
         worker = workers.start()
         (ended,) = await hung.wait_until_all_ended()
         assert (ended.status, _error_code(ended)) == ("failed", "timeout")
@@ -117,11 +116,11 @@ async def test_a_job_whose_kernel_cannot_be_stopped_fails_alone_among_those_of_i
     with open_workers(
         models=("slow", "huge"), worker=SHORT_TIME_OUTS, default_model="slow"
     ) as workers:
-        await load_client.submit([1.0, TOO_BIG, 2.0])
+        await load_client.submit([1.0, zoo.TOO_BIG, 2.0])
         assert EXIT_HUNG in (exits := await _restart_until_all_ended(workers, load_client))
         assert exits <= {EXIT_HUNG, 0}
         ended = await _by_value(load_client)
-        assert _error_code(ended.pop(TOO_BIG)) == "timeout"
+        assert _error_code(ended.pop(zoo.TOO_BIG)) == "timeout"
         assert {value: result_value(job) for value, job in ended.items()} == {1.0: 1.0, 2.0: 2.0}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
@@ -133,7 +132,7 @@ async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     load_client = LoadClient(store, "huge", "huge")
     config = replace(SHORT_TIME_OUTS, concurrency=1, max_batch=1, drain_timeout_seconds=20)
     with open_workers(models=("huge",), worker=config) as workers:
-        hung, *others = await load_client.submit([TOO_BIG, 1.0, 2.0, 3.0])
+        hung, *others = await load_client.submit([zoo.TOO_BIG, 1.0, 2.0, 3.0])
         assert await workers.start().wait_for_exit(15) == EXIT_HUNG
     assert server.get(keys.status(hung)) == b"failed"
     assert {server.get(keys.status(job_id)) for job_id in others} == {b"pending"}
@@ -141,6 +140,7 @@ async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     assert not any(logged[job_id]["processing"] for job_id in others)
 
 
+@pytest.mark.soak
 async def test_a_job_with_too_large_a_result_fails_alone_among_those_of_its_run(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

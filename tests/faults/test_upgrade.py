@@ -45,8 +45,6 @@ _DELAY_SECONDS = 0.2
 def _git(*arguments: str) -> bytes:
     try:
         done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("the release before is taken from git, which is not installed")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the release before is taken from git: {error.stderr.decode().strip()}")
     return done.stdout
@@ -109,6 +107,7 @@ def services(
         yield services
 
 
+@pytest.mark.system("git")
 async def test_each_release_runs_jobs_that_the_other_accepted(
     before: Path, services: Services, server: redis.Redis
 ) -> None:
@@ -126,6 +125,7 @@ async def test_each_release_runs_jobs_that_the_other_accepted(
     assert_at_rest(server, QUEUE)
 
 
+@pytest.mark.system("git")
 async def test_releases_side_by_side_end_each_job_once_though_a_worker_is_killed(
     before: Path, services: Services, server: redis.Redis
 ) -> None:

@@ -19,9 +19,8 @@ from tests import zoo
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 from tests.sampling import soak_except
 
-from .harness import assert_at_rest, eventually
+from .harness import assert_at_rest, eventually, is_renewed
 from .processes import OpenWorkers, WorkerChild, Workers
-from .test_redis_outage import is_renewed
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
 MANY_DELIVERIES = Policy(
@@ -62,7 +61,7 @@ async def _wait_until_ready_or_dead(worker: WorkerChild, client: redis.Redis) ->
     )
 
 
-@pytest.mark.parametrize("step", soak_except(STEPS, 3))
+@pytest.mark.parametrize("step", soak_except(STEPS, 2))
 async def test_a_job_survives_its_worker(
     step: Step, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -83,6 +82,7 @@ async def test_a_job_survives_six_workers_each_killed_at_one_step(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_that_was_frozen_cannot_overwrite_the_result_of_the_next_worker(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
@@ -165,7 +165,7 @@ async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
     ) as workers:
         harmless = await poisoned.submit([0.0] * 7)
         (culprit,) = await poisoned.submit([5.0])
-        await unaffected.submit([float(20 + number % 5) for number in range(64)])
+        await unaffected.submit([float(20 + number % 5) for number in range(24)])
         for _ in range(3):
             poison.disarm()
             await store.command("SET", keys.paused(poisoned.queue), "1")

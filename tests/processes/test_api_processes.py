@@ -27,8 +27,9 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.api.harness import QUEUE, ROW, ManualWorker, announce
 from tests.faults.harness import eventually, eventually_sync
+from tests.ports import free_port
 from tests.process import is_gone, python_process
-from tests.serving import EXIT_REFUSED, ServeProcess, free_port, running_serve
+from tests.serving import EXIT_REFUSED, ServeProcess, running_serve
 
 TWO: Final = ("--api-processes", "2")
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import JobError, Outcome, encode_record, record_seq
@@ -18,11 +17,6 @@ from tests.faults.harness import assert_at_rest, eventually
 from tests.queue_driver import DATA, ERROR, RESULT, Q, QueueDriver, ids_of, new_job, outcome_of
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 async def redelivered(hands: QueueDriver, job_id: str) -> None:
@@ -741,6 +735,19 @@ async def test_a_finish_of_an_external_job_sent_again_is_recognised(
     await hands.finish(claim, outcome)
     assert await hands.finish_for_verdicts(claim, outcome) == ["already"]
     assert await hands.finish_for_verdicts(claim, outcome, body=b'"another"') == ["stale"]
+
+
+@pytest.mark.parametrize("outcome", ["retry", "released", "suspect"])
+async def test_a_job_that_was_given_back_is_recognised_when_that_is_sent_again(
+    hands: QueueDriver, outcome: Outcome
+) -> None:
+    await hands.submit_one()
+    hands.add_external_job("theirs")
+    claim = await hands.claim_jobs()
+    await hands.finish(claim, outcome)
+    before = hands.waiting_ids()
+    assert await hands.finish_for_verdicts(claim, outcome) == ["already", "already"]
+    assert hands.waiting_ids() == before
 
 
 async def test_a_finish_of_many_sent_again_is_recognised_for_each_job(hands: QueueDriver) -> None:

@@ -14,7 +14,7 @@ MODELS = ["default", "queues", "odd", "models", "high", "low", "model:x", "iris"
 _FUNCTIONS = {
     name: function
     for name, function in inspect.getmembers(keys, inspect.isfunction)
-    if function.__module__ == keys.__name__
+    if function.__module__ == keys.__name__ and not name.startswith("__")
 }
 
 

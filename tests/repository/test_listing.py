@@ -10,16 +10,11 @@ import redis
 from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
-from asyncinfer.repository.store import Store, check_info
+from asyncinfer.repository.store import check_info
 from tests.faults.harness import eventually
 from tests.queue_driver import Q, QueueDriver, ids_of, new_job
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 async def listed(hands: QueueDriver, *, tenant: str = "default", **filters: str) -> list[str]:
@@ -231,10 +226,9 @@ def forged(*place: object) -> str:
 @pytest.mark.parametrize(
     "cursor",
     [
-        *("", "x", "????", "é", "AAAA", "a" * 5000, forged("5-1", Q), forged("5-1", Q, -1)),
-        *(forged("x-1", Q, 0), forged("5", Q, 0), forged("-5-1", Q, 0), forged("\u0665-1", Q, 0)),
-        *(forged("9" * 30 + "-1", Q, 0), forged("+", Q, 0), forged("5-1 ", Q, 0)),
-        forged("5-1", ["list"], 0),
+        *("", "x", "????", "é", "AAAA", "a" * 5000, forged((5, 1), Q), forged((5, 1), Q, -1)),
+        *(forged("5-1", Q, 0), forged((5,), Q, 0), forged((-5, 1), Q, 0), forged(5, Q, 0)),
+        *(forged((1e30, 1), Q, 0), forged((5, 1, 1), Q, 0), forged((5, 1), ["list"], 0)),
     ],
 )
 async def test_a_forged_cursor_is_refused_not_an_error(hands: QueueDriver, cursor: str) -> None:
@@ -247,7 +241,7 @@ async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(
     hands: QueueDriver,
 ) -> None:
     jobs = await hands.submit_many(2)
-    cursor = forged("9999999999999-1", f"{Q}:gone", 3)
+    cursor = forged((9999999999999, 1), f"{Q}:gone", 3)
     page = await hands.inspection.jobs(tenant="default", cursor=cursor)
     assert ids_of(page.jobs) == jobs[::-1]
 

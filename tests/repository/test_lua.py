@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
-import pytest
 import redis
 
 from asyncinfer.jobs import SCHEMA, Facts, Options, Record
@@ -106,50 +106,71 @@ def test_no_two_parts_define_the_same_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PARTS])
-def test_a_script_and_a_part_include_each_part_they_use_and_no_other(name: str) -> None:
+def test_a_script_and_a_part_include_each_part_they_use_and_no_other() -> None:
     part_of = definitions()
-    used = {part_of[word] for word in names_in(code_of(source(name))) if word in part_of}
-    assert Counter(included_by(name)) == Counter(used - {name})
+    offenders = {}
+    for name in (*NAMES, *PARTS):
+        used = {part_of[word] for word in names_in(code_of(source(name))) if word in part_of}
+        if sorted(included_by(name)) != sorted(used - {name}):
+            offenders[name] = f"uses {sorted(used - {name})}, includes {included_by(name)}"
+    assert offenders == {}
 
 
 def test_every_part_is_used() -> None:
     assert {part for name in (*NAMES, *PARTS) for part in included_by(name)} == set(PARTS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_included_part_comes_once_and_behind_the_parts_that_it_includes(name: str) -> None:
-    text = script(name).text
-    wanted, order = set(included_by(name)), []
-    while new := {part for one in wanted for part in included_by(one)} - wanted:
-        wanted |= new
-    for part in wanted:
-        # A part may begin with lines that include others.
-        code = re.sub(r"^-- include: .*\n", "", source(part), flags=re.MULTILINE)
-        assert text.count(code) == 1, part
-        order.append((text.index(code), part))
-    places = {part: place for place, part in order}
-    for part in wanted:
-        assert all(places[other] < places[part] for other in included_by(part))
-    assert "-- include:" not in text
+def test_each_included_part_comes_once_and_behind_the_parts_that_it_includes() -> None:
+    offenders = []
+    for name in NAMES:
+        text = script(name).text
+        if "-- include:" in text:
+            offenders.append(f"{name} has a line that includes a part")
+        places = {}
+        for part in all_included_by(name):
+            # A part may begin with lines that include others.
+            code = re.sub(r"^-- include: .*\n", "", source(part), flags=re.MULTILINE)
+            places[part] = text.find(code)
+            if text.count(code) != 1:
+                offenders.append(f"{name} has {part} {text.count(code)} times")
+        offenders += [
+            f"{name} has {part} before {other}"
+            for part, place in places.items()
+            for other in included_by(part)
+            if places[other] >= place
+        ]
+    assert offenders == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_script_defines_nearly_nothing_that_it_does_not_use(name: str) -> None:
-    code = code_of(script(name).text)
-    counts = Counter(names_in(code))
-    unused = {defined: function for defined, function in defined_in(code).items()}
-    unused = {defined: function for defined, function in unused.items() if counts[defined] == 1}
-    most = MAX_UNUSED_FUNCTIONS_IF_HOT if name in HOT else MAX_UNUSED_FUNCTIONS
-    assert sum(unused.values()) <= most, [word for word, is_one in unused.items() if is_one]
-    # The names of facts come all together: a constant that no function uses costs nothing.
-    constants = {word for word, is_function in unused.items() if not is_function}
-    assert constants <= set(fact_names())
+def all_included_by(name: str) -> set[str]:
+    """The parts that a script includes, and those that they include."""
+    found = set(included_by(name))
+    while new := {part for one in found for part in included_by(one)} - found:
+        found |= new
+    return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_script_uses_no_name_that_is_defined_nowhere(name: str) -> None:
-    code = code_of(script(name).text)
+def test_a_script_defines_nearly_nothing_that_it_does_not_use() -> None:
+    offenders = {}
+    for name in NAMES:
+        code = code_of(script(name).text)
+        counts = Counter(names_in(code))
+        unused = {word: is_one for word, is_one in defined_in(code).items() if counts[word] == 1}
+        functions = [word for word, is_function in unused.items() if is_function]
+        # The names of facts come all together: a constant that no function uses costs nothing.
+        constants = unused.keys() - {*functions, *fact_names()}
+        most = MAX_UNUSED_FUNCTIONS_IF_HOT if name in HOT else MAX_UNUSED_FUNCTIONS
+        if len(functions) > most or constants:
+            offenders[name] = [*functions, *constants]
+    assert offenders == {}
+
+
+def test_a_script_uses_no_name_that_is_defined_nowhere() -> None:
+    undefined = {name: undefined_in(code_of(script(name).text)) for name in NAMES}
+    assert {name: words for name, words in undefined.items() if words} == {}
+
+
+def undefined_in(code: str) -> set[str]:
     declared = set(KEYWORDS | BUILTINS)
     for names in re.findall(r"\blocal ([\w, ]+)", code):
         declared.update(re.findall(r"\w+", names))
@@ -159,42 +180,55 @@ def test_a_script_uses_no_name_that_is_defined_nowhere(name: str) -> None:
         declared.update(re.findall(r"\w+", names))
     # A field of a table: `{ id = id, status = outcome }`.
     fields = set(re.findall(r"[{,]\s*(\w+) = ", code))
-    assert set(names_in(code)) <= declared | fields
+    return set(names_in(code)) - declared - fields
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PARTS])
-def test_a_comment_says_what_each_function_does(name: str) -> None:
-    lines = source(name).split("\n")
-    places = [at for at, line in enumerate(lines) if line.startswith("local function ")]
-    assert [lines[at] for at in places if not lines[at - 1].startswith("-- ")] == []
+def test_a_comment_says_what_each_function_does() -> None:
+    offenders = []
+    for name in (*NAMES, *PARTS):
+        for before, line in itertools.pairwise(source(name).split("\n")):
+            if line.startswith("local function ") and not before.startswith("-- "):
+                offenders.append(f"{name}: {line}")
+    assert offenders == []
 
 
 # --- the header ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_header_names_the_verb_its_keys_arguments_and_answer(name: str) -> None:
-    header, _ = parted(name)
-    assert header.startswith(f"-- {name}: ")
-    assert section(name, "KEYS")
-    assert section(name, "ARGV").startswith("1 {")
-    assert section(name, "Returns")
+def test_a_header_names_the_verb_its_keys_arguments_and_answer() -> None:
+    assert [
+        name
+        for name in NAMES
+        if not (
+            parted(name)[0].startswith(f"-- {name}: ")
+            and section(name, "KEYS")
+            and section(name, "ARGV").startswith("1 {")
+            and section(name, "Returns")
+        )
+    ] == []
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_a_part_says_what_it_is_about(name: str) -> None:
-    lines = re.sub(r"^-- include: .*\n", "", source(name), flags=re.MULTILINE).split("\n")
-    assert re.match(r"-- [A-Z].", lines[0])
+def test_a_part_says_what_it_is_about() -> None:
+    texts = {
+        name: re.sub(r"^-- include: .*\n", "", source(name), flags=re.MULTILINE) for name in PARTS
+    }
+    assert [name for name, text in texts.items() if not re.match(r"-- [A-Z].", text)] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_key_used_by_number_is_documented_and_the_reverse(name: str) -> None:
-    _, body = parted(name)
-    used = {int(number) for number in re.findall(r"KEYS\[(\d+)\]", body)}
-    documented = {int(number) for number in re.findall(r"(?:^|, )(\d+)", section(name, "KEYS"))}
-    # A header without numbers speaks of a list of queues, which the body then goes through.
-    assert used <= documented if documented else (not used and "KEYS" in body)
-    assert not documented or max(documented) <= max(used) + 1
+def test_every_key_used_by_number_is_documented_and_the_reverse() -> None:
+    offenders = {}
+    for name in NAMES:
+        _, body = parted(name)
+        used = {int(number) for number in re.findall(r"KEYS\[(\d+)\]", body)}
+        documented = {int(number) for number in re.findall(r"(?:^|, )(\d+)", section(name, "KEYS"))}
+        if documented:
+            agree = used <= documented and max(documented) <= max(used) + 1
+        else:
+            # A header without numbers speaks of a list of queues, which the body then goes through.
+            agree = not used and "KEYS" in body
+        if not agree:
+            offenders[name] = f"uses {used}, documents {documented}"
+    assert offenders == {}
 
 
 def argument_words(name: str) -> set[str]:
@@ -202,29 +236,40 @@ def argument_words(name: str) -> set[str]:
     return set(re.findall(r"\w+", section(name, "ARGV").partition("}")[0].removeprefix("1 {")))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_argument_read_from_the_packed_ones_is_documented(name: str) -> None:
-    read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
-    documented = argument_words(name)
-    if "next" in documented:
-        documented |= argument_words("claim")
-    assert read <= documented
-    assert ("{}" in section(name, "ARGV")[:4]) != ("cmsgpack.unpack(ARGV[1])" in source(name))
+def test_every_argument_read_from_the_packed_ones_is_documented() -> None:
+    offenders = {}
+    for name in NAMES:
+        read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
+        documented = argument_words(name)
+        if "next" in documented:
+            documented |= argument_words("claim")
+        if read - documented:
+            offenders[name] = f"reads {read - documented}"
+        has_some = "{}" not in section(name, "ARGV")[:4]
+        if has_some != ("cmsgpack.unpack(ARGV[1])" in source(name)):
+            offenders[name] = "documents arguments and unpacks none, or the reverse"
+    assert offenders == {}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_documented_argument_is_read_but_those_of_a_policy(name: str) -> None:
+def test_every_documented_argument_is_read_but_those_of_a_policy() -> None:
     """Python sends the whole of a policy's arguments to every script that ends jobs."""
-    read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
-    documented = re.findall(r"^1 \{([\w, ]*)", section(name, "ARGV"))[0]
-    assert set(re.findall(r"\w+", documented)) - read <= set(Policy().end_arguments())
+    offenders = {}
+    for name in NAMES:
+        read = set(re.findall(r"\bargs\.(\w+)", code_of(script(name).text)))
+        documented = re.findall(r"^1 \{([\w, ]*)", section(name, "ARGV"))[0]
+        unread = set(re.findall(r"\w+", documented)) - read - set(Policy().end_arguments())
+        if unread:
+            offenders[name] = unread
+    assert offenders == {}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_word_a_script_answers_with_is_documented(name: str) -> None:
-    header, body = parted(name)
-    for word in re.findall(r"return '(\w+)'", code_of(body)):
-        assert word in header, f"{name} returns {word!r}"
+def test_every_word_a_script_answers_with_is_documented() -> None:
+    assert [
+        f"{name} returns {word!r}"
+        for name in NAMES
+        for word in re.findall(r"return '(\w+)'", code_of(parted(name)[1]))
+        if word not in parted(name)[0]
+    ] == []
 
 
 def test_the_options_that_python_packs_are_those_that_submit_documents_and_reads() -> None:
@@ -309,10 +354,10 @@ def test_facts_are_named_by_nothing_but_their_names() -> None:
 # --- the rules of all ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_all_but_submit_go_on_with_memory_full(name: str) -> None:
-    shebang = source(name).split("\n", 1)[0]
-    assert shebang == ("#!lua" if name == "submit" else "#!lua flags=allow-oom")
+def test_all_but_submit_go_on_with_memory_full() -> None:
+    shebangs = {name: source(name).split("\n", 1)[0] for name in NAMES}
+    assert shebangs.pop("submit") == "#!lua"
+    assert {*shebangs.values()} == {"#!lua flags=allow-oom"}, shebangs
 
 
 def functions_that_call() -> Counter[str]:
@@ -337,29 +382,37 @@ def test_every_script_is_called_by_exactly_one_function() -> None:
     assert functions_that_call() == Counter(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_script_is_called_from_outside_the_repository(name: str) -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if not path.is_relative_to(PACKAGE / "repository"):
-            assert f'script("{name}")' not in path.read_text(), path
+def test_no_script_is_called_from_outside_the_repository() -> None:
+    assert [
+        f"{path} calls {name}"
+        for path in PACKAGE.rglob("*.py")
+        if not path.is_relative_to(PACKAGE / "repository")
+        for name in re.findall(r'script\("(\w+)"\)', path.read_text())
+        if name in NAMES
+    ] == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PARTS])
-def test_lua_moves_and_python_builds(name: str) -> None:
-    text = code_of(source(name))
-    assert "cjson" not in text
-    assert "KEYS *" not in text
+def test_lua_moves_and_python_builds() -> None:
+    assert [
+        f"{name}: {word}"
+        for name in (*NAMES, *PARTS)
+        for word in ("cjson", "KEYS *")
+        if word in code_of(source(name))
+    ] == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, *PARTS])
-def test_lines_fit_the_page(name: str) -> None:
-    assert all(len(line) <= 110 for line in source(name).split("\n"))
+def test_lines_fit_the_page() -> None:
+    assert [
+        f"{name}: {line}"
+        for name in (*NAMES, *PARTS)
+        for line in source(name).split("\n")
+        if len(line) > 110
+    ] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_script_loads_and_its_digest_is_the_servers(server: redis.Redis, name: str) -> None:
-    loaded = script(name)
-    assert server.script_load(loaded.text) == loaded.sha
+def test_a_script_loads_and_its_digest_is_the_servers(server: redis.Redis) -> None:
+    digests = {name: server.script_load(script(name).text) for name in NAMES}
+    assert digests == {name: script(name).sha for name in NAMES}
 
 
 # --- printed ---------------------------------------------------------------------------------

@@ -4,24 +4,19 @@ import asyncio
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import WorkerAnnouncement
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.store import encode_args
 from tests.faults.harness import assert_at_rest, eventually
 from tests.queue_driver import DATA, RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
 PAUSE = 0.02
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 # --- one sweep a tick ----------------------------------------------------------------------
@@ -763,7 +758,7 @@ async def test_a_worker_is_announced_until_it_is_silent_or_retracts(hands: Queue
     assert set(await hands.announcements.read_workers()) == {"w1", "w2"}
     assert 0 < hands.redis.ttl(keys.worker(Q, "w1")) <= 60
     hands.redis.delete(keys.worker(Q, "w1"))
-    assert (await hands.announcements.read_workers()) == {"w2": b'{"pid":2}'}
+    assert (await hands.announcements.read_workers()) == {"w2": WorkerAnnouncement(pid=2)}
     await hands.announcements.retract_worker("w2")
     assert await hands.announcements.read_workers() == {}
 

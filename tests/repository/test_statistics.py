@@ -4,22 +4,16 @@ from typing import Any
 
 import msgspec
 import pytest
-import redis
 
 from asyncinfer.jobs import encode_record, record_seq
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
-from asyncinfer.repository.inspect.statistics import Statistics, percentiles
+from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs
+from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs, percentiles
 from tests.queue_driver import RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from asyncinfer.repository.store import Store, check_info
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.load_client import LoadClient
 from tests.faults.replicated import SERVICE, Node, sentinel_of, url_of
-from tests.serving import free_port
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(

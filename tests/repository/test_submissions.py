@@ -14,17 +14,11 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.claims import JobOutcome
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.maintenance import SweepCounts
-from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_inbox_entry
 from tests.faults.harness import assert_at_rest
 from tests.queue_driver import DATA, ERROR, RESULT, Q, QueueDriver, ids_of, new_job
 
 INBOX = keys.inbox(Q, "api")
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 @pytest.fixture

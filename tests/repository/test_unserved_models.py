@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import redis
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
@@ -17,11 +16,6 @@ from asyncinfer.repository.unserved_models import UnservedModels
 from tests.queue_driver import Q, QueueDriver
 
 OTHER = f"{Q}:digits"
-
-
-@pytest.fixture
-def hands(store: Store, server: redis.Redis) -> QueueDriver:
-    return QueueDriver(store, server)
 
 
 @pytest.fixture

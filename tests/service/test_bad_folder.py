@@ -15,8 +15,8 @@ from asyncinfer.errors import ModelDirUnreadable
 from asyncinfer.worker.models.source import ModelSource
 from tests import unprivileged, zoo
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, PythonProcess
-from tests.serving import free_port
 
 ONNX = zoo.adds(1).SerializeToString()
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"

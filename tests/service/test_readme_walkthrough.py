@@ -152,6 +152,7 @@ def wait_for_states(user: User, states: dict[str, str]) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.system("curl")
 def test_the_steps_of_the_readme_in_one_data_dir_all_work_and_never_hang(
     tmp_path: Path,
 ) -> None:

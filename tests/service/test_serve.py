@@ -15,8 +15,9 @@ from asyncinfer.api_keys import Caller, Keyring
 from asyncinfer.cli import main
 from tests import zoo
 from tests.faults.harness import eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, is_gone, python_process
-from tests.serving import EXIT_REFUSED, ServeProcess, free_port, running_serve, wait_for_result
+from tests.serving import EXIT_REFUSED, ServeProcess, running_serve, wait_for_result
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +200,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
             yield serve
 
 
+@pytest.mark.system("curl")
 def test_one_command_starts_it_and_the_curl_line_of_its_banner_gets_a_result(
     served: ServeProcess,
 ) -> None:
@@ -210,6 +212,7 @@ def test_it_works_from_any_folder_with_the_shipped_models(served: ServeProcess) 
     assert "iris (default)" in served.banner["Models"]
 
 
+@pytest.mark.soak
 def test_a_single_model_file_is_served_as_the_default_model(tmp_path: Path) -> None:
     file = tmp_path / "churn.onnx"
     file.write_bytes(zoo.mlp([3, 2]).SerializeToString())
@@ -241,6 +244,7 @@ def test_the_banner_does_not_list_models_whose_files_are_visibly_broken(tmp_path
     }
 
 
+@pytest.mark.system("curl")
 def test_sigterm_ends_all_processes_and_the_next_start_has_the_jobs() -> None:
     with running_serve() as serve:
         job_id = wait_for_result(serve)["job_id"]
@@ -254,6 +258,7 @@ def test_sigterm_ends_all_processes_and_the_next_start_has_the_jobs() -> None:
         assert serve.get(f"/job/{job_id}")["result"]["class_name"] == "setosa"
 
 
+@pytest.mark.system("curl")
 def test_a_killed_serve_leaves_neither_valkey_nor_worker_after_5_s() -> None:
     with running_serve() as serve:
         job_id = wait_for_result(serve)["job_id"]

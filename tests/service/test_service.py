@@ -17,8 +17,8 @@ import redis
 
 from asyncinfer.jobs import decode_record
 from tests.faults.harness import assert_at_rest, eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, python_process
-from tests.serving import free_port
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -72,7 +72,9 @@ async def _all_results(
     return list(await asyncio.gather(*(predict(row) for row in rows)))
 
 
-@pytest.mark.parametrize(("model", "count"), [("iris", 150), ("digits", 360)])
+@pytest.mark.parametrize(
+    ("model", "count"), [("iris", 150), pytest.param("digits", 360, marks=pytest.mark.soak)]
+)
 async def test_every_row_through_the_service_agrees_with_scikit_learn(
     model: str, count: int, urls: list[str], client: httpx2.AsyncClient
 ) -> None:

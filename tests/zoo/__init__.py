@@ -10,6 +10,7 @@
 from tests.zoo.behaviour import (
     ENDLESS_MIB,
     FOREVER,
+    TOO_BIG,
     Poison,
     added,
     adds,
@@ -46,6 +47,7 @@ __all__ = [
     "FOREVER",
     "IR_VERSION",
     "OPSET",
+    "TOO_BIG",
     "Dims",
     "Poison",
     "Weights",

@@ -26,6 +26,9 @@ from tests.zoo.model_builder import Dims, Weights, model, place, tensor
 FOREVER = 1e15
 """A value with which `slow` runs for years."""
 
+TOO_BIG = 20_000.0
+"""A value with which `huge_matmul` runs for minutes, in one kernel."""
+
 ENDLESS_MIB = 1e12
 """A value with which `hungry` asks for more than any address space has."""
 

@@ -8,8 +8,8 @@ import httpx2
 import redis
 
 from tests.faults.harness import assert_at_rest, eventually_sync
+from tests.ports import free_port
 from tests.process import REPOSITORY, python_process
-from tests.serving import free_port
 
 
 @contextmanager

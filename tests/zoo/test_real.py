@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from asyncinfer.tensors.datatypes import Feeds
+from tests.tools import missing
 from tests.zoo.client import Form, infer
 from tests.zoo.reference import Outputs, ReferenceSession, assert_equal
 from tests.zoo.service import running_service
@@ -38,7 +39,7 @@ class Wheels:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder)]
         done = subprocess.run([*command, package], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"no package index gave {package}: {done.stderr.strip()[-200:]}")
+            missing(f"needs {package} from a package index: {done.stderr.strip()[-200:]}")
         (wheel,) = folder.glob("*.whl")
         return zipfile.ZipFile(wheel)
 

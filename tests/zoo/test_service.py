@@ -10,14 +10,15 @@ import httpx2
 import numpy as np
 import pytest
 
-from tests.sampling import soak_except
-from tests.zoo.catalogue import ENTRIES, soak_except_kinds
+from tests.zoo.catalogue import ENTRIES
 from tests.zoo.client import Form, infer
 from tests.zoo.reference import ReferenceSession, assert_equal
 from tests.zoo.service import running_service
 
 BINARY_ONLY: Final = frozenset({"fp16", "bf16", "half"})
 """The Open Inference Protocol has no JSON form for the 16-bit floats of these models."""
+
+pytestmark = pytest.mark.soak
 
 NAMES: Final = [name for name in ENTRIES if not name.startswith(("int", "uint"))] + ["int64"]
 """One integer datatype is enough here; the conversions have tests of their own."""
@@ -42,17 +43,11 @@ class Zoo:
 
 
 @pytest.fixture(scope="module")
-def zoo(
-    request: pytest.FixtureRequest, redis_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Zoo]:
-    """Serves only the models of the tests that are run: the start of all takes 4 s."""
-    in_soak = any(item.get_closest_marker("soak") for item in request.session.items)
-    names = [name for name in soak_except_kinds(NAMES) if isinstance(name, str)]
-    names = NAMES if in_soak else sorted({*names, "running_sum"})
+def zoo(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     folder = tmp_path_factory.mktemp("zoo")
-    for name in names:
+    for name in NAMES:
         ENTRIES[name].place(folder)
-    with running_service(redis_url, folder, names) as url:
+    with running_service(redis_url, folder, NAMES) as url:
         yield Zoo(url, folder)
 
 
@@ -63,7 +58,7 @@ async def http() -> AsyncIterator[httpx2.AsyncClient]:
 
 
 @pytest.mark.parametrize("form", ["binary", "json"])
-@pytest.mark.parametrize("name", soak_except_kinds(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 async def test_a_job_of_each_model_has_the_result_of_onnx_runtime(
     zoo: Zoo, http: httpx2.AsyncClient, name: str, form: Form
 ) -> None:
@@ -71,7 +66,6 @@ async def test_a_job_of_each_model_has_the_result_of_onnx_runtime(
         await zoo.assert_equals_reference(http, name, form, seed=1, rows=2)
 
 
-@pytest.mark.soak
 async def test_jobs_of_all_models_at_once_have_the_results_of_onnx_runtime(
     zoo: Zoo, http: httpx2.AsyncClient
 ) -> None:
@@ -90,9 +84,7 @@ async def test_jobs_of_all_models_at_once_have_the_results_of_onnx_runtime(
             group.create_task(submit(number))
 
 
-@pytest.mark.parametrize(
-    "name", soak_except(["lstm_step", "embedding", "several", "running_sum"], 2)
-)
+@pytest.mark.parametrize("name", ["lstm_step", "embedding", "several", "running_sum"])
 async def test_many_jobs_of_a_model_have_the_results_of_onnx_runtime(
     zoo: Zoo, http: httpx2.AsyncClient, name: str
 ) -> None:

@@ -6,38 +6,28 @@ from typing import Final, TypeVar
 
 import anyio
 import anyio.lowlevel
-import msgspec
 from starlette.types import Message
 
-from asyncinfer.api.bulk.circuit_breaker import CircuitBreaker
 from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
-from asyncinfer.api.bulk.writer import ResponseWriter, accepted_line, problem_line, with_job_id
+from asyncinfer.api.bulk.submitter import BatchSubmitter, NumberedJob
+from asyncinfer.api.bulk.writer import ResponseWriter, problem_line
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
-from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
+from asyncinfer.api.inputs.new_job import new_job
 from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
-from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
     InvalidHeader,
-    RedisUnavailable,
     RequestError,
     RequestTimeout,
     ServerStopping,
     TooManyRefusedLines,
-    WritesRefused,
 )
-from asyncinfer.jobs import Status, created_ms
-from asyncinfer.repository.submissions import (
-    MAX_BYTES_PER_CALL,
-    MAX_JOBS_PER_CALL,
-    NewJob,
-    SubmitReply,
-)
+from asyncinfer.repository.submissions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, NewJob
 from asyncinfer.schemas.requests import RequestOptions
 
 T = TypeVar("T")
@@ -50,8 +40,6 @@ _MAX_REFUSED_PER_ACCEPTED: Final = 10
 """A refused line may be two bytes long, and costs as much as an accepted one: half a million of
 them kept a server busy for 15 s, with 116 MB of answers. So a request ends once more than
 `_MAX_REFUSED` lines were refused, and more than ten for each accepted line."""
-
-NumberedJob = tuple[int, NewJob | RequestError]
 
 
 class _KeyRevoked(Exception):
@@ -105,7 +93,7 @@ class BulkReader:
         self._received_at = time.monotonic()
         self._last_line = 0
         self._accepted_lines = self._refused_lines = 0
-        self._breaker = CircuitBreaker()
+        self._submitter = BatchSubmitter(services, wait_seconds)
         self._interruptible = anyio.CancelScope()
         """The cancel scope of waits that end when the API stops; never around a submit."""
         self._key_is_revoked = False
@@ -233,7 +221,7 @@ class BulkReader:
             if not (batch := await self._read_batch(lines, served)):
                 return
             queue = served.queue if isinstance(served, Served) else ""
-            self._add(await self._submit_batch(batch), queue)
+            self._add(await self._submitter.submit(batch), queue)
             self._check_refused()
             await anyio.lowlevel.checkpoint()
 
@@ -299,93 +287,6 @@ class BulkReader:
             parsed, key = read_line(line.text, query, served)
         return new_job(self._request.tenant, served.queue, parsed, key)
 
-    async def _submit_batch(self, batch: Sequence[NumberedJob]) -> list[bytes | Due]:
-        """Submits the jobs of a batch. Returns the responses of its lines, in their order: text, or
-        the job to wait for."""
-        jobs = [job for _, job in batch if isinstance(job, NewJob)]
-        outcomes = await self._submit(jobs)
-        statuses = await self._statuses_of_existing(outcomes)
-        remaining_outcomes = iter(outcomes)
-        answers: list[bytes | Due] = []
-        for number, job in batch:
-            if isinstance(job, RequestError):
-                answers.append(problem_line(job, number))
-                continue
-            submitted = self._submitted_job(job, next(remaining_outcomes), statuses)
-            if isinstance(submitted, RequestError):
-                answers.append(problem_line(submitted, number))
-            elif self._wait_seconds is None:
-                answers.append(self._accepted(job, *submitted))
-            else:
-                answers.append(Due(number, submitted[0]))
-        return answers
-
-    def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
-        """The 202 line of a job, which may have been submitted before under another id than
-        `job`'s."""
-        record = job.record
-        if job_id != job.job_id and (made_ms := created_ms(job_id)) is not None:
-            # An earlier job with the same options, whose delay began when that job was created.
-            record = msgspec.structs.replace(record, created_ms=made_ms)
-        return accepted_line(job_id, status, self._services.wait_reasons.of_record(record, status))
-
-    async def _submit(self, jobs: Sequence[NewJob]) -> Sequence[SubmitReply | RequestError]:
-        """For each job, in order, the verdict of its submit or the error, which is not raised.
-        Submits nothing for a second after Redis did not answer."""
-        if self._breaker.is_open:
-            error = RedisUnavailable(
-                "Redis did not answer a moment ago, so this line was not sent to it. Send it "
-                "again in a moment.",
-                retry_after_seconds=1,
-            )
-            return [error] * len(jobs)
-        outcomes = await self._services.submissions.submit_all(jobs)
-        if any(
-            isinstance(outcome, RedisUnavailable) and not isinstance(outcome, WritesRefused)
-            for outcome in outcomes
-        ):
-            self._breaker.open()
-        return outcomes
-
-    async def _statuses_of_existing(
-        self, outcomes: Sequence[SubmitReply | RequestError]
-    ) -> dict[str, Status | RequestError]:
-        """The statuses, by id, of jobs that existed before, or the error if one is gone or Redis
-        does not answer. Empty if the client waits for jobs, which reads them anyway."""
-        ids = [
-            outcome.job_id
-            for outcome in outcomes
-            if isinstance(outcome, SubmitReply) and _is_duplicate(outcome)
-        ]
-        if not ids or self._wait_seconds is not None:
-            return {}
-        try:
-            statuses = await self._services.submissions.statuses(ids)
-        except RedisUnavailable as error:
-            return {job_id: with_job_id(error, job_id) for job_id in ids}
-        return {
-            job_id: status or with_job_id(job_absent_error(self._services, job_id), job_id)
-            for job_id, status in zip(ids, statuses, strict=True)
-        }
-
-    def _submitted_job(
-        self,
-        job: NewJob,
-        outcome: SubmitReply | RequestError,
-        statuses: dict[str, Status | RequestError],
-    ) -> tuple[str, Status] | RequestError:
-        """Returns the id and status of the job that a line submitted or repeated, or the line's
-        error. `statuses` are those of the jobs that existed before."""
-        services = self._services
-        if isinstance(outcome, RequestError):
-            return explain_submit_error(outcome, job)
-        if refusal := refused_submit_error(
-            outcome, job, services.config.policy, services.wait_reasons
-        ):
-            return refusal
-        status = statuses.get(outcome.job_id, "pending")
-        return status if isinstance(status, RequestError) else (outcome.job_id, status)
-
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
         """Adds the responses of a batch as one block. `queue` is that of its jobs, empty if the
         model is not served."""
@@ -393,8 +294,3 @@ class BulkReader:
             answers = [b"".join(answer for answer in answers if isinstance(answer, bytes))]
         until = time.monotonic() + (self._wait_seconds or 0)
         self._responses.add(ResponseBlock(answers, queue, until))
-
-
-def _is_duplicate(outcome: SubmitReply) -> bool:
-    """Whether the line repeated an earlier job's idempotency key."""
-    return outcome.verdict == "dup"

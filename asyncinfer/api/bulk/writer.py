@@ -12,10 +12,11 @@ from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
 from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import WaitingForField, accepted_view, has_ended, job_view
+from asyncinfer.api.views import WaitingForField, accepted_view, job_view
 from asyncinfer.errors import RedisUnavailable, RequestError
 from asyncinfer.jobs import Status
 from asyncinfer.repository.stored_jobs import StoredJob
+from asyncinfer.repository.submissions import with_job_id
 from asyncinfer.schemas.problems import line_problem_of
 from asyncinfer.schemas.responses import AcceptedJob, Job
 from asyncinfer.timeouts import done_within
@@ -34,16 +35,6 @@ def accepted_line(job_id: str, status: Status, waiting_for: WaitingForField) -> 
 def problem_line(error: RequestError, line: int) -> bytes:
     """An error as a response line; `line` is the line's number in the request."""
     return _encode(line_problem_of(error, line)) + b"\n"
-
-
-def with_job_id(error: RequestError, job_id: str) -> RequestError:
-    """A copy of the error with the job's id, without its faults."""
-    return type(error)(
-        error.detail,
-        retry_after_seconds=error.retry_after_seconds,
-        job_id=job_id,
-        headers=error.headers,
-    )
 
 
 class ResponseWriter:
@@ -117,7 +108,7 @@ class ResponseWriter:
             return _accepted(jobs)
         answers: JobAnswers = {}
         for job_id, stored in zip(jobs, states, strict=True):
-            if stored is None or has_ended(stored):
+            if stored is None or stored.has_ended:
                 answers[job_id] = self._view(job_id, stored)
             else:
                 tickets[job_id].was_stored = True

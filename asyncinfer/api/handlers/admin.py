@@ -1,6 +1,5 @@
 """The routes for operators: queues, workers, and retries or cancels of many jobs at once."""
 
-import time
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
@@ -16,9 +15,9 @@ from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import reject_input
 from asyncinfer.api.job_lookup import RETRYABLE, is_in_reach, job_absent_error, not_retried_error
 from asyncinfer.api.services import Services
-from asyncinfer.errors import InvalidJSON, InvalidQuery
+from asyncinfer.errors import InvalidJSON, InvalidQuery, RequestError
 from asyncinfer.repository.inspect.selection import Filter, SelectedJobs
-from asyncinfer.repository.stored_jobs import StoredJob, read_jobs_in
+from asyncinfer.repository.stored_jobs import read_jobs_in
 from asyncinfer.schemas.operations import QueueList, WorkerList, public_worker_name
 from asyncinfer.schemas.requests import (
     MAX_JOBS_PER_CALL,
@@ -66,11 +65,11 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
             selected, refused = await _jobs_by_id(services, request, job_ids)
         else:
             selected = await services.selection.jobs(job_filter, MAX_JOBS_PER_CALL)
-        verdicts = await services.operations.retry_all(selected.jobs, time.time_ns() // 1_000_000)
+        verdicts = await services.operations.retry_all(selected.jobs, jobs.now_ms())
         retried = [job_id for job_id, verdict in verdicts.items() if verdict == "ok"]
         audit.count = len(retried)
     refused += [
-        _refused_job(services, job, verdicts[job.job_id])
+        _refusal(job.job_id, not_retried_error(services, job, verdicts[job.job_id]))
         for job in selected.jobs
         if verdicts[job.job_id] != "ok"
     ]
@@ -197,17 +196,13 @@ async def _jobs_by_id(
     known = [job_id for job_id in job_ids if jobs.is_id(job_id)]
     states = await read_jobs_in(services.store, known, jobs.STATUSES)
     found = {job.job_id: job for job in states if is_in_reach(request, job)}
-    refused = [_absent_job(services, job_id) for job_id in job_ids if job_id not in found]
+    refused = [
+        _refusal(job_id, job_absent_error(services, job_id))
+        for job_id in job_ids
+        if job_id not in found
+    ]
     return SelectedJobs(tuple(found.values()), has_more=False), refused
 
 
-def _absent_job(services: Services, job_id: str) -> RetryRefusal:
-    """The refusal of an id that names no job, or none of the caller's."""
-    error = job_absent_error(services, job_id)
+def _refusal(job_id: str, error: RequestError) -> RetryRefusal:
     return RetryRefusal(job_id, error.code, error.detail)
-
-
-def _refused_job(services: Services, job: StoredJob, verdict: str) -> RetryRefusal:
-    """The refusal of a job that was not retried; `verdict` is the script's reason."""
-    error = not_retried_error(services, job, verdict)
-    return RetryRefusal(job.job_id, error.code, error.detail)

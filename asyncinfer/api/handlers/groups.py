@@ -1,13 +1,12 @@
 """The routes about groups of jobs: progress and cancelling."""
 
 import re
-import time
 from typing import Any, Final
 
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.errors import GroupNotFound
-from asyncinfer.jobs import GROUP_PATTERN
+from asyncinfer.jobs import GROUP_PATTERN, now_ms
 from asyncinfer.repository.inspect.groups import GroupTally
 from asyncinfer.schemas.requests import NoQuery
 from asyncinfer.schemas.responses import Group, GroupCancelResult, GroupCounts, to_datetime
@@ -53,7 +52,7 @@ def group_view(group: str, counted: GroupTally | None) -> Group:
         jobs=counted.jobs,
         counts=GroupCounts(**by_status),
         progress=done / counted.jobs if counted.jobs else 0.0,
-        eta_seconds=eta_seconds(counted, time.time() * 1000),
+        eta_seconds=eta_seconds(counted, now_ms()),
         created_at=to_datetime(counted.created_ms) or None,
         first_failed=counted.first_failed,
     )

@@ -1,6 +1,5 @@
 """The routes to read, list, cancel and retry jobs."""
 
-import time
 from typing import Any, Final
 
 import msgspec
@@ -14,16 +13,12 @@ from asyncinfer.api.services import Services
 from asyncinfer.api.views import (
     WaitingForField,
     accepted_view,
-    has_ended,
     job_view,
     operator_view,
     summary_view,
     url_of,
 )
-from asyncinfer.errors import (
-    JobFinished,
-    JobNotFinished,
-)
+from asyncinfer.errors import JobFinished, JobNotFinished
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.stored_jobs import StoredJob, next_round
@@ -51,7 +46,7 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     """
     with audited(request, "read", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
-        if request.query.wait and not has_ended(stored):
+        if request.query.wait and not stored.has_ended:
             stored = await _wait(services, request, stored, request.query.wait)
         audit.count = 1
     return _job_reply(services, request, 200, stored)
@@ -114,7 +109,7 @@ async def cancel_job(services: Services, request: Request[CancelJobQuery]) -> Re
         else:
             stored = await _cancel(services, request, stored)
         audit.count = 1
-    return _job_reply(services, request, 200 if purge or has_ended(stored) else 202, stored)
+    return _job_reply(services, request, 200 if purge or stored.has_ended else 202, stored)
 
 
 async def _cancel(
@@ -123,7 +118,7 @@ async def _cancel(
     """Cancels the job and waits a second at most for a running one to stop. Returns the job as it
     is then, which may still be running. Raises JobFinished if it has ended otherwise, JobExpired or
     JobNotFound if it is gone."""
-    if has_ended(stored):
+    if stored.has_ended:
         raise _already_finished_error(stored)
     verdict = await services.operations.cancel(stored)
     if verdict == "absent":
@@ -137,7 +132,7 @@ async def _cancel(
         stored = msgspec.structs.replace(stored, status="cancelled")
     else:
         raise job_absent_error(services, stored.job_id)
-    if verdict == "finished" or (has_ended(stored) and stored.status != "cancelled"):
+    if verdict == "finished" or (stored.has_ended and stored.status != "cancelled"):
         raise _already_finished_error(stored)
     return stored
 
@@ -147,7 +142,7 @@ async def _delete(services: Services, stored: StoredJob) -> None:
     JobNotFinished unless it has ended."""
     # The answer shows the job as it was read, so it must have ended by then. A job that is absent
     # now may have been deleted by this very call, if the first reply was lost.
-    if not has_ended(stored) or await services.operations.forget(stored) == "unfinished":
+    if not stored.has_ended or await services.operations.forget(stored) == "unfinished":
         raise JobNotFinished(
             "Only a job that has ended can be deleted; cancel it first, without `purge`.",
             job_id=stored.job_id,
@@ -162,7 +157,7 @@ async def retry_job(services: Services, request: Request[JobQuery]) -> Reply:
     """
     with audited(request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = jobs.now_ms()
         verdicts = await services.operations.retry_all([stored], now_ms)
         verdict = verdicts[stored.job_id]
         if verdict != "ok":
@@ -197,7 +192,7 @@ def _job_reply(services: Services, request: Request[Any], status: int, stored: S
     Retry-After while it has not ended."""
     view_of = operator_view if request.reach.across else job_view
     view = view_of(stored, services.catalog.default_model, services.wait_reasons.of(stored))
-    return json_reply(status, view) if has_ended(stored) else json_reply(status, view, _RETRY_AFTER)
+    return json_reply(status, view) if stored.has_ended else json_reply(status, view, _RETRY_AFTER)
 
 
 def _already_finished_error(stored: StoredJob) -> JobFinished:

@@ -15,7 +15,7 @@ from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerAnnouncement, decode_worker_announcement
+from asyncinfer.repository.announcements import WorkerAnnouncement
 from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.schemas.requests import NoQuery, RequestOptions
 from asyncinfer.schemas.responses import (
@@ -144,11 +144,8 @@ async def validate(services: Services, request: Request[RequestOptions]) -> Repl
 
 async def _workers(services: Services) -> Workers:
     """Announcements of the living workers, by the names that everyone may see."""
-    bodies = await services.announcements.read_workers()
-    return {
-        public_worker_name(worker_id): decode_worker_announcement(body)
-        for worker_id, body in bodies.items()
-    }
+    workers = await services.announcements.read_workers()
+    return {public_worker_name(worker_id): worker for worker_id, worker in workers.items()}
 
 
 def _problems(workers: Workers) -> list[ModelProblem]:

@@ -6,7 +6,6 @@ import msgspec
 
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
-from asyncinfer.api.bulk.writer import with_job_id
 from asyncinfer.api.handlers.results import ResultForm, requested_form, result_reply
 from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
@@ -16,7 +15,7 @@ from asyncinfer.api.inputs.request_input import read_input
 from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import accepted_view, has_ended, job_view, url_of
+from asyncinfer.api.views import accepted_view, job_view, url_of
 from asyncinfer.errors import (
     Forbidden,
     InvalidHeader,
@@ -26,7 +25,7 @@ from asyncinfer.errors import (
     Unauthorized,
 )
 from asyncinfer.repository.stored_jobs import StoredJob
-from asyncinfer.repository.submissions import NewJob, SubmitReply
+from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
 
 
@@ -53,7 +52,7 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     form = _requested_form(request, job)
     stored, job_id = await _submit_and_wait(services, request, job, wait_seconds)
     applied = (b"preference-applied", b"wait=%d" % wait_seconds)
-    if stored and has_ended(stored):
+    if stored and stored.has_ended:
         return _ended_reply(services, stored, form, applied)
     status = stored.status if stored else "pending"
     record = (stored and stored.record) or job.record
@@ -153,11 +152,7 @@ def _ended_reply(services: Services, stored: StoredJob, form: ResultForm, applie
 
 
 def _accepted_reply(
-    services: Services,
-    job_id: str,
-    status: jobs.Status,
-    record: jobs.Record,
-    *headers: Header,
+    services: Services, job_id: str, status: jobs.Status, record: jobs.Record, *headers: Header
 ) -> Reply:
     """The 202 of a job; `record` says why it waits."""
     location = (b"location", url_of(job_id).encode())

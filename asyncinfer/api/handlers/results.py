@@ -11,7 +11,7 @@ from asyncinfer.api.http.body import JSON_LENGTH_HEADER, NPY
 from asyncinfer.api.http.messages import OWS, Header, Reply, Request, encode_json
 from asyncinfer.api.job_lookup import find_job
 from asyncinfer.api.services import Services
-from asyncinfer.api.views import error_of, has_ended, result_text, version_of
+from asyncinfer.api.views import error_of, result_text, version_of
 from asyncinfer.errors import (
     InvalidQuery,
     JobCancelled,
@@ -99,8 +99,7 @@ def result_reply(
         text = result_text(msgspec.structs.replace(stored, result=selected))
     except packing.DamagedPayload as error:
         raise ResultDamaged(
-            f"The stored result is damaged: {error}. Submit the input again.",
-            job_id=stored.job_id,
+            f"The stored result is damaged: {error}. Submit the input again.", job_id=stored.job_id
         ) from error
     return Reply(200, bytes(text or b"null"), tuple(headers))
 
@@ -108,7 +107,7 @@ def result_reply(
 def _check_completed(stored: StoredJob) -> None:
     """Raises JobNotFinished, JobFailed or JobCancelled if the job has no result."""
     job_id = stored.job_id
-    if not has_ended(stored):
+    if not stored.has_ended:
         raise JobNotFinished(
             f"The job is {stored.status}; retry later, or wait with GET /job/{{id}}?wait=10.",
             job_id=job_id,
@@ -150,14 +149,8 @@ def _binary_reply(stored: StoredJob, packed: bytes, headers: Sequence[Header]) -
         _Output(tensor.name, tensor.datatype, tensor.shape, _Parameters(tensor.size))
         for tensor in tensors
     ]
-    record = stored.record
     head = encode_json(
-        _Head(
-            record.model if record else UNSET,
-            version_of(record),
-            stored.job_id,
-            outputs,
-        )
+        _Head(stored.model or UNSET, version_of(stored.record), stored.job_id, outputs)
     )
     body = b"".join([head, *_contents(packed, tensors, starts)])
     length = (JSON_LENGTH_HEADER, str(len(head)).encode())

@@ -27,9 +27,6 @@ KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 ABORT_CONNECTION: Final = "asyncinfer.abort_connection"
 """Scope-state key: callable() that aborts the connection of a client that reads no answer."""
 
-SEND_WHOLE_REPLY: Final = "asyncinfer.send_whole_reply"
-"""Scope-state key: callable(scope, reply) -> bool that writes a complete reply in one call."""
-
 _MAX_PARAMETERS: Final = 32
 _NO_CONTENT: Final = 204
 
@@ -147,9 +144,6 @@ def header_block(reply: Reply) -> list[Header]:
 async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = False) -> None:
     """Sends the whole reply, without its body for HEAD. With `more` the answer stays open until
     `end_reply`."""
-    send_whole = scope.get("state", {}).get(SEND_WHOLE_REPLY)
-    if send_whole and not more and send_whole(scope, reply):
-        return
     await send(
         {"type": "http.response.start", "status": reply.status, "headers": header_block(reply)}
     )

@@ -1,7 +1,6 @@
 """The job of a checked input, and the errors if it cannot be submitted."""
 
 import hashlib
-import time
 from typing import Final
 
 import msgspec
@@ -28,7 +27,7 @@ _FULL_RETRY_SECONDS: Final = 5
 def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
     """Makes a job with a new id, created now; stores nothing. `key` is the client's
     Idempotency-Key, which is kept as a digest with the tenant."""
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = jobs.now_ms()
     record = jobs.Record(
         schema=jobs.SCHEMA,
         queue=queue,

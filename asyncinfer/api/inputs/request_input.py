@@ -61,10 +61,7 @@ class Input(Struct, frozen=True):
 
 
 async def read_input(
-    request: Request[RequestOptions],
-    config: ApiConfig,
-    served: Served,
-    long_reads: CapacityLimiter,
+    request: Request[RequestOptions], config: ApiConfig, served: Served, long_reads: CapacityLimiter
 ) -> Input:
     """The input in the request's body. Raises a RequestError if the body cannot be read or does not
     fit the model.

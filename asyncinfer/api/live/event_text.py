@@ -8,8 +8,9 @@ from msgspec import Struct
 
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.http.messages import encode_json
-from asyncinfer.api.live.feed import Follower, JobChange
+from asyncinfer.api.live.follower import Follower
 from asyncinfer.api.live.position import Position, encode_position, split_position
+from asyncinfer.api.live.shared_reads import JobChange
 from asyncinfer.api.views import change_view
 from asyncinfer.api.wait_reasons import WaitReasons
 

@@ -16,8 +16,7 @@ from asyncinfer.repository.inspect.log import entry_order
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_inbox_entry, queue_of
 from asyncinfer.repository.submissions import Submissions
-from asyncinfer.timeouts import done_within
-from asyncinfer.untrusted import decoding
+from asyncinfer.timeouts import done_within, pause_before_retry, set_within
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -127,7 +126,7 @@ class Inbox:
         """The ended job, or after `seconds` or when the API stops the job as it is; None if it does
         not exist. `stored` is the job as it was just read, and returned as it is if no wait is
         needed. Raises RedisUnavailable."""
-        if stored.status in TERMINAL or seconds <= 0:
+        if stored.has_ended or seconds <= 0:
             return stored
         with self.expect(stored.job_id) as ticket:
             ticket.was_stored = True
@@ -138,7 +137,7 @@ class Inbox:
                 # With a damaged key no notice will come; the periodic check still finds the end.
                 _log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
                 now = await self._submissions.read(stored.job_id)
-            if now is None or now.status in TERMINAL:
+            if now is None or now.has_ended:
                 return now
             return await ticket.wait(seconds)
 
@@ -160,11 +159,11 @@ class Inbox:
                     self._use_new_name()
                 if not self.closing.is_set():
                     _log.warning(f"Inbox: {error.detail}")
-                    await self._pause(random.uniform(0.1, 0.5))
+                    await pause_before_retry(self.closing)
             except Exception as error:
                 # The periodic check finds the ends that these notices reported.
                 _log.unexpected("Notices of ended jobs could not be read.", error)
-                await self._pause(random.uniform(0.1, 0.5))
+                await pause_before_retry(self.closing)
 
     async def _maintain(self) -> None:
         """Keeps the stream alive, and reads again every job that has a waiter, every 4 to 6 s until
@@ -178,12 +177,12 @@ class Inbox:
             except RedisUnavailable as error:
                 if isinstance(error, WrongKeyType):
                     self._use_new_name()
-                await self._pause(random.uniform(0.1, 0.5))
+                await pause_before_retry(self.closing)
             except Exception as error:
                 _log.unexpected("Jobs with waiting clients could not be checked.", error)
-                await self._pause(_CHECK_SECONDS)
+                await set_within(self.closing, _CHECK_SECONDS)
             else:
-                await self._pause(_CHECK_SECONDS * random.uniform(0.8, 1.2))
+                await set_within(self.closing, _CHECK_SECONDS * random.uniform(0.8, 1.2))
 
     async def _ensure_stream(self) -> None:
         """Renews the stream's expiry, and creates a missing stream unless Redis is full. Sets the
@@ -203,12 +202,6 @@ class Inbox:
                 # The stream came from an older dump, or the server's clock is behind: its next
                 # entries have ids before the one that was read last.
                 self._read_to = b"0"
-
-    async def _pause(self, seconds: float) -> None:
-        """Returns after `seconds`, or once the API stops."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.closing.wait()
 
     async def _handle_notices(self, notices: list[tuple[str, StoredJob | None]]) -> None:
         """Resolves the waiters of these jobs; a job that its notice does not include (None) is
@@ -240,7 +233,7 @@ class Inbox:
             for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
                 if stored is None:
                     absent.add(job_id)
-                elif stored.status in TERMINAL:
+                elif stored.has_ended:
                     self._resolve_waiters(job_id, stored)
         for ticket in were_stored:
             if ticket.job_id in absent:
@@ -248,11 +241,11 @@ class Inbox:
 
     async def _ended_or_absent(self, job_ids: list[str]) -> list[str]:
         """Those of the jobs that have ended or do not exist, by their status alone."""
-        statuses = await self._store.command("MGET", *map(keys.status, job_ids))
+        statuses = await self._submissions.statuses(job_ids)
         return [
             job_id
             for job_id, status in zip(job_ids, statuses, strict=True)
-            if status is None or decoding.text(status) in TERMINAL
+            if status is None or status in TERMINAL
         ]
 
 

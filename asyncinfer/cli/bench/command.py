@@ -4,6 +4,7 @@ import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
+from asyncinfer.cli.output import say_json
 
 
 @options.command(
@@ -43,7 +44,6 @@ def bench(
     """
     from asyncinfer.cli.bench.load import measure
     from asyncinfer.cli.bench.report import show_bench
-    from asyncinfer.cli.output import say_json
 
     found = measure(server, model, seconds, connections)
     if as_json:

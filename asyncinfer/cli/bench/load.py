@@ -4,22 +4,20 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Final
+from urllib.parse import quote, urlsplit
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import ApiClient, path_part, seconds_by_rows
+from asyncinfer.cli.addresses import is_loopback
+from asyncinfer.cli.api_client import connect, seconds_by_rows
 from asyncinfer.cli.bench.http_load import LoadConnection
 from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides, latency, verdict
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.client import CannotSend, ConnectionFailed, Forbidden, Model
-from asyncinfer.schemas.operations import Queue, QueueList, WorkerList
-from asyncinfer.schemas.responses import ClearResult
+from asyncinfer.client import CannotSend, Client, ConnectionFailed, Forbidden, Model, Queue
 
 _STATUS_QUEUE_FULL: Final = 429
 _PAUSE_SECONDS: Final = 0.25
@@ -51,13 +49,13 @@ def measure(server: ServerOptions, name: str | None, seconds: float, connections
     `name` None is the default model. Raises CannotSend if the model has no example, ModelNotFound,
     and ConnectionFailed if nothing answers or a connection is lost under load.
     """
-    with ApiClient(server) as api:
-        model = api.client.model(name)
+    with connect(server) as client:
+        model = client.model(name)
         group = f"bench-{uuid.uuid4().hex[:12]}"
-        path = f"/predict/{path_part(model.model)}"
+        path = f"/predict/{quote(model.model, safe='')}"
         body = _body(model, group)
         try:
-            runner = _LoadRunner(server, api, path, body, connections)
+            runner = _LoadRunner(server, client, path, body, connections)
             return asyncio.run(runner.run(model, seconds))
         except ExceptionGroup as errors:
             lost, others = errors.split((OSError, EOFError))
@@ -67,7 +65,8 @@ def measure(server: ServerOptions, name: str | None, seconds: float, connections
                 f"A connection to {server.url} was cut while it was under load."
             ) from errors
         finally:
-            _clean_up(api, group)
+            client.cancel_all(group=group)
+            client.purge(group=group)
 
 
 def _body(model: Model, group: str) -> bytes:
@@ -80,24 +79,14 @@ def _body(model: Model, group: str) -> bytes:
     return msgspec.json.encode({**example, "options": {"group": group}})
 
 
-def _clean_up(api: ApiClient, group: str) -> None:
-    """Cancels all jobs of a group, then deletes them."""
-    queries: tuple[dict[str, Any], ...] = ({}, {"purge": True, "status": "ended"})
-    for query in queries:
-        more = True
-        while more:
-            done = api.request_as(ClearResult, "DELETE", "/jobs", group=group, **query)
-            more = done.more and done.cancelled + done.stopping + done.purged > 0
-
-
 class _LoadRunner:
     """Runs both loads on one model, and samples the service during the first."""
 
     def __init__(
-        self, server: ServerOptions, api: ApiClient, path: str, body: bytes, connections: int
+        self, server: ServerOptions, client: Client, path: str, body: bytes, connections: int
     ) -> None:
         self._server = server
-        self._api = api
+        self._client = client
         self._path = path
         self._body = body
         self._connections = connections
@@ -175,8 +164,8 @@ class _LoadRunner:
             live = connection.encode_request("GET", "/health/live")
             ready = connection.encode_request("GET", "/health/ready")
             for turn in itertools.count():
-                samples.live.append(await _time_exchange(connection.exchange, live))
-                samples.ready.append(await _time_exchange(connection.exchange, ready))
+                samples.live.append(await _time_exchange(connection, live))
+                samples.ready.append(await _time_exchange(connection, ready))
                 if turn % 4 == 3:
                     await asyncio.to_thread(self._sample_workers, model, samples)
                 await asyncio.sleep(_PAUSE_SECONDS)
@@ -184,7 +173,7 @@ class _LoadRunner:
     def _sample_workers(self, model: str, samples: _SideSamples) -> None:
         """Adds the share of busy slots; nothing if the key lacks the scope `admin`."""
         try:
-            workers = self._api.request_as(WorkerList, "GET", "/workers").workers
+            workers = self._client.workers()
         except Forbidden:
             return
         serving = [
@@ -195,8 +184,7 @@ class _LoadRunner:
 
     def _queue(self, model: str) -> Queue | None:
         """The state of the model's queue; None if the server lists none for it."""
-        queues = self._api.request_as(QueueList, "GET", "/queues").queues
-        return next((queue for queue in queues if queue.model == model), None)
+        return next((queue for queue in self._client.queues() if queue.model == model), None)
 
     def _sides(
         self, samples: _SideSamples, cpu: float, machine_cpu: float | None, queue: Queue | None
@@ -205,7 +193,7 @@ class _LoadRunner:
 
         `cpu` is the share of one core that this process used, and `machine_cpu` that of all cores.
         """
-        now = self._api.client.model(queue.model if queue else None)
+        now = self._client.model(queue.model if queue else None)
         live = median(samples.live or [0.0])
         wait_times = queue.wait_seconds if queue else None
         run_times = queue.run_seconds if queue else None
@@ -228,7 +216,7 @@ class _CpuMeter:
     """Measures how busy all cores are, from its creation on, if the service is on this machine."""
 
     def __init__(self, url: str) -> None:
-        self._is_local = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._is_local = is_loopback(urlsplit(url).hostname or "")
         self._before = _jiffies()
 
     def busy_share(self) -> float | None:
@@ -262,8 +250,8 @@ def _run_times(model: Model) -> dict[str, float]:
     return {str(rows): round(1000 * median(times), 3) for rows, times in sorted(by_rows.items())}
 
 
-async def _time_exchange(exchange: Callable[[bytes], Awaitable[int]], request: bytes) -> float:
-    """Makes an exchange, and returns how many seconds it took."""
+async def _time_exchange(connection: LoadConnection, request: bytes) -> float:
+    """Sends a request, and returns after how many seconds its response was there."""
     started = time.perf_counter()
-    await exchange(request)
+    await connection.exchange(request)
     return time.perf_counter() - started

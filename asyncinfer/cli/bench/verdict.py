@@ -1,10 +1,11 @@
 """Measurements of a load, and the bottleneck they show."""
 
-import math
 from collections.abc import Sequence
 from typing import Final, Literal
 
 from msgspec import Struct
+
+from asyncinfer.schemas.operations import Percentiles, percentiles
 
 _SATURATED_SHARE: Final = 0.85
 """The busy share of a core or of the slots above which it counts as saturated."""
@@ -77,14 +78,9 @@ class Bench(Struct, frozen=True, kw_only=True):
 
 
 def latency(seconds: Sequence[float]) -> Latency:
-    """Percentiles in milliseconds, by nearest rank, of times in seconds; zeros for no times."""
-    ordered = sorted(seconds) or [0.0]
-    return Latency(
-        *(
-            round(1000 * ordered[math.ceil(share * len(ordered)) - 1], 3)
-            for share in (0.5, 0.95, 0.99)
-        )
-    )
+    """Percentiles in milliseconds of times in seconds; zeros for no times."""
+    found = percentiles(seconds) or Percentiles(0.0, 0.0, 0.0)
+    return Latency(*(round(1000 * value, 3) for value in (found.p50, found.p95, found.p99)))
 
 
 def verdict(waits: LoadResult, sides: Sides, connections: int) -> Verdict:

@@ -4,10 +4,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from msgspec import UnsetType
-
 from asyncinfer.cli.addresses import api_url
-from asyncinfer.cli.api_client import ApiClient, ModelList
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.options import ServerOptions
@@ -20,9 +18,8 @@ from asyncinfer.cli.starved_queues import (
     waiting_jobs,
     waiting_text,
 )
+from asyncinfer.client import Client, Queue
 from asyncinfer.errors import AsyncinferError, StartError
-from asyncinfer.schemas.operations import Queue, QueueList
-from asyncinfer.schemas.responses import Health
 from asyncinfer.settings import Settings
 
 
@@ -38,8 +35,8 @@ def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Ite
     if not port_is_taken(parts.hostname or "127.0.0.1", port):
         yield _nothing_listens(address, required=url is not None)
     else:
-        with ApiClient(ServerOptions(address, api_key)) as api:
-            yield from _examine_answers(api, address, settings)
+        with connect(ServerOptions(address, api_key)) as client:
+            yield from _examine_answers(client, address, settings)
     if settings.monitor_port and port_is_taken(settings.monitor_host, settings.monitor_port):
         found = f"port {settings.monitor_port} is in use: by a worker of yours or another program"
         yield ok("monitor port", found)
@@ -53,13 +50,13 @@ def _nothing_listens(address: str, *, required: bool) -> Finding:
     return ok("port", f"{address} is free for `asyncinfer serve`")
 
 
-def _examine_answers(api: ApiClient, address: str, settings: Settings) -> Iterator[Finding]:
+def _examine_answers(client: Client, address: str, settings: Settings) -> Iterator[Finding]:
     """Checks a server that listens at `address`: whether it is asyncinfer, its queues and models.
 
     Of the settings only the next port and the model folder are used, for the advice.
     """
     try:
-        health = api.request_as(Health, "GET", "/health")
+        health = client.health()
     except AsyncinferError as error:
         if error.code == "not_asyncinfer":
             mend = f"stop it, or choose another port: asyncinfer serve --port {settings.port + 1}"
@@ -67,13 +64,13 @@ def _examine_answers(api: ApiClient, address: str, settings: Settings) -> Iterat
         else:
             yield problem("API", f"{address}: {error.detail}", "read the log of `asyncinfer serve`")
         return
-    if isinstance(health.queues, UnsetType):
+    if health.queues is None:
         # Only a key with the scope `read` is sent the queues; a missing key is found below.
         yield ok("API", f"answers at {address}")
-        yield from _examine_served_models(api, ())
+        yield from _examine_served_models(client, ())
         return
     waiting = sum(health.queues.values())
-    queues = _queues(api)
+    queues = _queues(client)
     starved = [queue for queue in queues if queue.starved]
     waits = f"{counted(waiting, 'job')} {'waits' if waiting == 1 else 'wait'}"
     found = f"answers at {address}; {waits}, {counted(health.workers or 0, 'worker')}"
@@ -85,13 +82,13 @@ def _examine_answers(api: ApiClient, address: str, settings: Settings) -> Iterat
         mend = starved_remedy(queue, _folder_with(queue_name(queue), settings))
         yield problem(f"queue {queue_name(queue)}", starved_text(queue), mend)
     held_up = [queue for queue in queues if queue.paused and waiting_jobs(queue)]
-    yield from _examine_served_models(api, held_up)
+    yield from _examine_served_models(client, held_up)
 
 
-def _queues(api: ApiClient) -> list[Queue]:
+def _queues(client: Client) -> list[Queue]:
     """The queues that the API reports; an empty list if it refuses or fails."""
     try:
-        return api.request_as(QueueList, "GET", "/queues").queues
+        return client.queues()
     except AsyncinferError:
         # /health answered a moment ago; a server that fails now is reported by the next check.
         return []
@@ -107,13 +104,13 @@ def _folder_with(model: str, settings: Settings) -> str:
     return shlex.quote(str(source.watched_folder)) if model in names else ""
 
 
-def _examine_served_models(api: ApiClient, held_up: Sequence[Queue]) -> Iterator[Finding]:
+def _examine_served_models(client: Client, held_up: Sequence[Queue]) -> Iterator[Finding]:
     """Checks what the API says of its models: versions that workers refuse, and pauses.
 
     `held_up` are the queues of paused models that have jobs.
     """
     try:
-        listed = api.request_as(ModelList, "GET", "/models")
+        listed = client.catalog()
     except AsyncinferError as error:
         if error.code in ("unauthorized", "forbidden"):
             mend = "set ASYNCINFER_API_KEY to a key with the scope read"

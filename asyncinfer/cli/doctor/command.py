@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.output import counted
+from asyncinfer.cli.output import console, counted, say_json, styled
 from asyncinfer.settings import Settings
 from asyncinfer.untrusted.printable import printable_line
 
@@ -27,12 +27,7 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     envvar="ASYNCINFER_URL",
     help="Address of the API. Default: http://HOST:PORT of the settings. [ASYNCINFER_URL]",
 )
-@click.option(
-    "--api-key",
-    envvar="ASYNCINFER_API_KEY",
-    metavar="KEY",
-    help="Your API key. Prefer the variable: `ps` shows what is given here. [ASYNCINFER_API_KEY]",
-)
+@options.api_key
 @options.as_json
 @options.all_settings(hidden=True)
 def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settings) -> int:
@@ -47,8 +42,6 @@ def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settin
 
     findings = examine(settings, url, api_key)
     if as_json:
-        from asyncinfer.cli.output import say_json
-
         say_json({"findings": findings})
     else:
         _show(findings)
@@ -57,8 +50,6 @@ def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settin
 
 def _show(findings: Sequence["Finding"]) -> None:
     """Prints each finding, with its fix in a second line, and the totals, on stdout."""
-    from asyncinfer.cli.output import console, styled
-
     target = console()
     for finding in findings:
         line = styled(f"{finding.verdict:<8} ", _STYLES[finding.verdict])

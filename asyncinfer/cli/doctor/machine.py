@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from asyncinfer.cli.addresses import is_loopback
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import KeyFileRefused
@@ -38,7 +39,7 @@ def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Findi
         yield _disk(data_dir)
     if settings.api_keys:
         yield from _keys(settings.api_keys)
-    elif settings.host not in ("127.0.0.1", "localhost", "::1"):
+    elif not is_loopback(settings.host):
         mend = "asyncinfer keygen >> keys; export API_KEYS=keys"
         yield problem("API keys", f"none, and HOST {settings.host} lets everyone in", mend)
 

@@ -1,26 +1,54 @@
 """The commands `cancel`, `retry` and `purge`."""
 
+import functools
 import sys
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-import msgspec
 
 from asyncinfer.cli import options
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.errors import RequestError
-from asyncinfer.schemas.responses import ClearResult, RetryResult
+from asyncinfer.cli.output import say, say_json
 
-_MAX_JOBS_PER_CALL: Final = 1000
-_ABORTING_STATUSES: Final = frozenset({401, 403, 503})
-"""These concern the key or the server, not one job."""
+if TYPE_CHECKING:
+    from asyncinfer.client import ClearedJobs
 
 _OUTCOME_TEXTS: Final = {"stopping": "running and told to stop"}
 
-_of_model = click.option("--model", metavar="NAME", help="All jobs of this model.")
-_of_group = click.option("--group", metavar="NAME", help="All jobs of this group.")
+
+def _selection(
+    verb: str, statuses: Sequence[str], status_help: str
+) -> Callable[[Callable[..., int]], Any]:
+    """A decorator that adds [ID], --model, --group and --status, to say which jobs to `verb`.
+
+    The command receives what it passes to a method of the client: `job_ids`, which may be None, and
+    the filters, `dead` too if it has such a flag. Both ids and filters, or neither, raise
+    click.UsageError.
+    """
+
+    def add(function: Callable[..., int]) -> Any:
+        @click.argument("job_ids", nargs=-1, metavar="[ID]...")
+        @click.option("--model", metavar="NAME", help="All jobs of this model.")
+        @click.option("--group", metavar="NAME", help="All jobs of this group.")
+        @click.option("--status", type=click.Choice(statuses), help=status_help)
+        @functools.wraps(function)
+        def run(*args: Any, job_ids: tuple[str, ...], **values: Any) -> int:
+            if "dead" in values:
+                values["dead"] = values["dead"] or None
+            filters = (values.get(name) for name in ("model", "group", "status", "dead"))
+            if bool(job_ids) == any(value is not None for value in filters):
+                raise click.UsageError(
+                    f"Say which jobs to {verb}: by ID, or by --status, --model or --group, "
+                    "not both."
+                )
+            return function(*args, job_ids=job_ids or None, **values)
+
+        return run
+
+    return add
 
 
 @options.command(
@@ -30,35 +58,18 @@ _of_group = click.option("--group", metavar="NAME", help="All jobs of this group
     "asyncinfer cancel --group flowers-1",
     "asyncinfer cancel --tenant acme --model digits",
 )
-@click.argument("job_ids", nargs=-1, metavar="[ID]...")
-@_of_model
-@_of_group
-@click.option(
-    "--status", type=click.Choice(("pending", "processing")), help="Only those in this state."
-)
+@_selection("cancel", ("pending", "processing"), "Only those in this state.")
 @options.tenant
 @options.server
 @options.as_json
-def cancel(
-    job_ids: Sequence[str],
-    model: str | None,
-    group: str | None,
-    status: str | None,
-    tenant: str | None,
-    server: ServerOptions,
-    as_json: bool,
-) -> int:
+def cancel(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Cancel jobs, by id or by filter.
 
     Running jobs are told to stop. Nothing is deleted: `retry` runs cancelled jobs again.
     """
-    query = {"model": model, "group": group, "status": status}
-    _reject_unclear_choice("cancel", job_ids, query)
-    if job_ids:
-        return _delete_each(server, job_ids, as_json, "cancelled", tenant=tenant)
-    return _run_for_all_matching(
-        server, ClearResult, "DELETE", "/jobs", {**query, "tenant": tenant}, as_json
-    )
+    with connect(server) as client:
+        done = client.cancel_all(**selection)
+    return _report(_cleared("cancelled", selection["job_ids"], done), as_json)
 
 
 @options.command(
@@ -67,47 +78,19 @@ def cancel(
     "asyncinfer retry --status failed --model iris",
     "asyncinfer retry --dead",
 )
-@click.argument("job_ids", nargs=-1, metavar="[ID]...")
-@_of_model
-@_of_group
-@click.option(
-    "--status", type=click.Choice(("failed", "cancelled")), help="All jobs in this state."
-)
+@_selection("retry", ("failed", "cancelled"), "All jobs in this state.")
 @click.option("--dead", is_flag=True, help="All dead letters; `asyncinfer dead` lists them.")
 @options.tenant
 @options.server
 @options.as_json
-def retry(
-    job_ids: Sequence[str],
-    model: str | None,
-    group: str | None,
-    status: str | None,
-    dead: bool,
-    tenant: str | None,
-    server: ServerOptions,
-    as_json: bool,
-) -> int:
+def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Run failed or cancelled jobs again.
 
     Each keeps its id and its input, and begins a new round.
     """
-    query: dict[str, Any] = {
-        **{"model": model, "group": group, "status": status},
-        "dead": dead or None,
-    }
-    _reject_unclear_choice("retry", job_ids, query)
-    if not job_ids:
-        query["tenant"] = tenant
-        return _run_for_all_matching(server, RetryResult, "POST", "/jobs/retry", query, as_json)
-    from asyncinfer.cli.api_client import ApiClient
-
-    totals: dict[str, Any] = {"retried": [], "refused": []}
-    with ApiClient(server) as api:
-        for start in range(0, len(job_ids), _MAX_JOBS_PER_CALL):
-            body = {"job_ids": list(job_ids[start : start + _MAX_JOBS_PER_CALL])}
-            done = api.request_as(RetryResult, "POST", "/jobs/retry", body=body, tenant=tenant)
-            _add(totals, done)
-    return _report(totals, as_json)
+    with connect(server) as client:
+        done = client.retry_all(**selection)
+    return _report({"retried": done.retried, "refused": done.refused}, as_json)
 
 
 @options.command(
@@ -116,60 +99,26 @@ def retry(
     "asyncinfer purge --status completed --model iris",
     "asyncinfer purge --status ended --yes",
 )
-@click.argument("job_ids", nargs=-1, metavar="[ID]...")
-@_of_model
-@_of_group
-@click.option(
-    "--status",
-    type=click.Choice(("completed", "failed", "cancelled", "ended")),
-    help="All jobs in this state; `ended` is any of them.",
+@_selection(
+    "purge",
+    ("completed", "failed", "cancelled", "ended"),
+    "All jobs in this state; `ended` is any of them.",
 )
 @click.option("--dead", is_flag=True, help="All dead letters.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @options.tenant
 @options.server
 @options.as_json
-def purge(
-    job_ids: Sequence[str],
-    model: str | None,
-    group: str | None,
-    status: str | None,
-    dead: bool,
-    yes: bool,
-    tenant: str | None,
-    server: ServerOptions,
-    as_json: bool,
-) -> int:
+def purge(yes: bool, server: ServerOptions, as_json: bool, **selection: Any) -> int:
     """Delete ended jobs with their data.
 
     Jobs that wait or run are not deleted: cancel them first.
     """
-    query: dict[str, Any] = {
-        **{"model": model, "group": group, "status": status},
-        "dead": dead or None,
-    }
-    _reject_unclear_choice("purge", job_ids, query)
-    if job_ids:
-        return _delete_each(server, job_ids, as_json, "purged", purge=True, tenant=tenant)
-    if not (yes or _is_confirmed()):
+    if not (selection["job_ids"] or yes or _is_confirmed()):
         return 0
-    query |= {"purge": True, "tenant": tenant}
-    return _run_for_all_matching(server, ClearResult, "DELETE", "/jobs", query, as_json)
-
-
-# --- requests ------------------------------------------------------------------------------
-
-
-def _reject_unclear_choice(verb: str, job_ids: Sequence[str], query: dict[str, Any]) -> None:
-    """Raises click.UsageError if there are both ids and filters, or neither.
-
-    A filter of `query` that is None is not given.
-    """
-    has_filters = any(value is not None for value in query.values())
-    if bool(job_ids) == has_filters:
-        raise click.UsageError(
-            f"Say which jobs to {verb}: by ID, or by --status, --model or --group, not both."
-        )
+    with connect(server) as client:
+        done = client.purge(**selection)
+    return _report(_cleared("purged", selection["job_ids"], done), as_json)
 
 
 def _is_confirmed() -> bool:
@@ -177,69 +126,20 @@ def _is_confirmed() -> bool:
     return not sys.stdin.isatty() or click.confirm("Delete these jobs and their results?", err=True)
 
 
-def _delete_each(
-    server: ServerOptions, job_ids: Sequence[str], as_json: bool, outcome: str, **query: Any
-) -> int:
-    """Sends DELETE for each job, also after one that is refused, and returns the exit code.
-
-    `outcome` is the key of the ids that succeeded, and the word for it. `query` are parameters of
-    each request. Prints the totals. Raises an error that concerns the key or the server: then the
-    totals are not printed.
-    """
-    from asyncinfer.cli.api_client import ApiClient, path_part
-
-    totals: dict[str, Any] = {outcome: [], "refused": []}
-    with ApiClient(server) as api:
-        for job_id in job_ids:
-            try:
-                api.request_json("DELETE", f"/job/{path_part(job_id)}", **query)
-            except RequestError as error:
-                if error.status in _ABORTING_STATUSES:
-                    raise
-                refused = {"job_id": job_id, "code": error.code, "detail": error.detail}
-                totals["refused"].append(refused)
-            else:
-                totals[outcome].append(job_id)
-    return _report(totals, as_json)
+# --- output --------------------------------------------------------------------------------
 
 
-def _run_for_all_matching(
-    server: ServerOptions,
-    kind: type[ClearResult | RetryResult],
-    method: str,
-    path: str,
-    query: dict[str, Any],
-    as_json: bool,
-) -> int:
-    """Repeats the request, which handles a bounded number of jobs, until it changes nothing.
-
-    `query` are its parameters, `kind` its response. Prints the totals and returns the exit code: 1
-    if a job was refused.
-    """
-    from asyncinfer.cli.api_client import ApiClient
-
-    totals: dict[str, Any] = {}
-    with ApiClient(server) as api:
-        while True:
-            done = api.request_as(kind, method, path, **query)
-            has_changed = _add(totals, done)
-            if not (done.more and has_changed):
-                return _report(totals, as_json)
-
-
-def _add(totals: dict[str, Any], done: ClearResult | RetryResult) -> bool:
-    """Adds a response to the totals, in place; returns whether it handled any job."""
-    added = {name: value for name, value in msgspec.to_builtins(done).items() if name != "more"}
-    for name, value in added.items():
-        totals[name] = totals[name] + value if name in totals else value
-    return any(added.values())
+def _cleared(outcome: str, ids: Sequence[str] | None, done: "ClearedJobs") -> dict[str, Any]:
+    """The totals of a cancel or purge by name; for jobs of `ids`, which of them have `outcome`."""
+    if ids is None:
+        return {"cancelled": done.cancelled, "stopping": done.stopping, "purged": done.purged}
+    refused = {job.job_id for job in done.refused}
+    return {outcome: [job_id for job_id in ids if job_id not in refused], "refused": done.refused}
 
 
 def _report(totals: dict[str, Any], as_json: bool) -> int:
     """Prints the totals on stdout and each refusal on stderr; returns 1 if there is a refusal."""
-    from asyncinfer.cli.output import say, say_json
-
-    refused = totals.get("refused", [])
+    refused = totals.get("refused", ())
     if as_json:
         say_json(totals)
     else:
@@ -249,7 +149,7 @@ def _report(totals: dict[str, Any], as_json: bool) -> int:
         ]
         say(f"{', '.join(texts) or 'No jobs'}.\n")
     for refusal in refused:
-        say_error(f"{refusal['job_id']}: {refusal['detail']}")
+        say_error(f"{refusal.job_id}: {refusal.detail}")
     return EXIT_FAILED if refused else 0
 
 

@@ -1,16 +1,13 @@
 """`asyncinfer predict`: predictions for rows of a file, of stdin or of the command line."""
 
 import math
-from typing import Final
+from typing import Any
 
 import click
 
 from asyncinfer.cli import options
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.jobs import Priority
-
-_INPUT_FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_OUTPUT_FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
+from asyncinfer.cli.predict.formats import INPUT_FORMATS, OUTPUT_FORMATS
 
 
 class _Predict(click.Command):
@@ -37,13 +34,13 @@ class _Predict(click.Command):
 @click.option(
     "--from",
     "read_as",
-    type=click.Choice(_INPUT_FORMATS),
+    type=click.Choice(INPUT_FORMATS),
     help="Format of the input. Default: by the file's name.",
 )
 @click.option(
     "--to",
     "write_as",
-    type=click.Choice(_OUTPUT_FORMATS),
+    type=click.Choice(OUTPUT_FORMATS),
     help="Format of the output. Default: by the name of --output, else a table on a terminal and "
     "NDJSON in a pipe.",
 )
@@ -63,6 +60,7 @@ class _Predict(click.Command):
 )
 @click.option(
     "--resume",
+    "group",
     metavar="GROUP",
     help="Continue a group of jobs of an earlier run. Default: a name made from the file and the "
     "model's version.",
@@ -88,22 +86,16 @@ class _Predict(click.Command):
 @click.pass_obj
 def predict(
     arguments: tuple[str, ...],
+    /,
     *,
     rows: tuple[str, ...],
-    model: str | None,
-    read_as: str | None,
     write_as: str | None,
-    output: str | None,
     columns: str | None,
-    header: bool | None,
-    resume: str | None,
-    fresh: bool,
     batch: int | None,
-    in_flight: int,
-    priority: Priority | None,
     timeout: float | None,
     as_json: bool,
     server: ServerOptions,
+    **more: Any,
 ) -> int:
     """Predict rows of a file, of stdin or of the command line.
 
@@ -120,19 +112,12 @@ def predict(
     _reject_options(rows)
     predict_options = run.PredictOptions(
         rows=rows,
-        model=model,
-        read_as=read_as,
         write_as="json" if as_json else write_as,
-        output=output,
         columns=tuple(column.strip() for column in columns.split(",")) if columns else (),
-        header=header,
-        group=resume,
-        fresh=fresh,
         batch=batch or "auto",
-        in_flight=in_flight,
-        priority=priority,
         timeout_seconds=math.inf if timeout is None else timeout,
         arguments=arguments or (),
+        **more,
     )
     return run.run(server, predict_options)
 

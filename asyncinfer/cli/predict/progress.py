@@ -1,66 +1,55 @@
 """The progress bar of `predict`, on stderr if that is a terminal."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, Final
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
+from asyncinfer.client import ProgressBar
 
-
-class ProgressDisplay:
-    """The progress of a run; this base class shows nothing."""
-
-    def advance(self, *, failed: bool) -> None:
-        """Counts one row that is done; `failed` if it has an error."""
-        pass
+_LOOK: Final[dict[str, Any]] = {
+    "bar_format": "{n:,} rows {elapsed}<{remaining}{postfix} |{bar:30}|",
+    "dynamic_ncols": True,
+    "leave": False,
+}
 
 
-class _BarProgress(ProgressDisplay):
-    """A bar that also shows the number of failed rows."""
+class _AboveBar:
+    """A stream to a terminal; the lines that are written to it appear above the bar."""
 
-    def __init__(self, bar: "Bar", task: "TaskID") -> None:
+    def __init__(self, stream: IO[str], bar: ProgressBar) -> None:
+        self._stream = stream
         self._bar = bar
-        self._task = task
-        self._failed = 0
 
-    def advance(self, *, failed: bool) -> None:
-        """Moves the bar by one row, and counts it as failed if it has an error."""
-        self._failed += failed
-        text = f"{self._failed:,} failed" if self._failed else ""
-        self._bar.update(self._task, advance=1, failed=text)
+    def write(self, lines: str) -> int:
+        """Writes whole lines; the bar would cover the start of one that goes on."""
+        with self._bar.hidden():
+            return self._stream.write(lines)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
-@contextmanager
-def progress(total: int | None, file_format: str, output: str | None) -> Iterator[ProgressDisplay]:
-    """Shows a bar for `total` rows on stderr until the end of the block; yields its counter.
+@contextlib.contextmanager
+def progress(
+    total: int | None, file_format: str, output: str | None
+) -> Iterator[ProgressBar | None]:
+    """Shows a bar for `total` rows on stderr until the end of the block; yields it.
 
     `total` None is an unknown number. There is no bar in a pipe, or if the results scroll by on the
-    terminal. `file_format` is the format of the output, and `output` its file, None for stdout.
+    terminal: then it yields None. `file_format` is the format of the output, and `output` its file,
+    None for stdout.
     """
     to_terminal = output is None and sys.stdout.isatty()
     if not sys.stderr.isatty() or (to_terminal and file_format != "table"):
-        yield ProgressDisplay()
+        yield None
         return
-    with _bar(redirect_stdout=to_terminal) as bar:
-        yield _BarProgress(bar, bar.add_task("rows", total=total, failed=""))
-
-
-def _bar(*, redirect_stdout: bool) -> Any:
-    """A bar of rich on stderr that disappears at its end, and is not shown yet."""
-    from rich import progress as rich_progress
-
-    from asyncinfer.cli.output import console
-
-    return rich_progress.Progress(
-        rich_progress.TextColumn("{task.completed:,.0f} rows"),
-        rich_progress.BarColumn(bar_width=30),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn("[red]{task.fields[failed]}"),
-        console=console(stderr=True),
-        redirect_stdout=redirect_stdout,
-        transient=True,
-    )
+    bar = ProgressBar(total, **_LOOK)
+    stdout: Any = _AboveBar(sys.stdout, bar) if to_terminal else sys.stdout
+    stderr: Any = _AboveBar(sys.stderr, bar)
+    with (
+        contextlib.closing(bar),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        yield bar

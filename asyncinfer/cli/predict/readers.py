@@ -11,29 +11,15 @@ import sys
 import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 from msgspec import Struct
 
+from asyncinfer.cli.predict.formats import import_arrow, input_format
 from asyncinfer.client import WaitTimeout
 from asyncinfer.errors import FileRefused
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-FORMATS: Final = ("csv", "json", "ndjson", "npy", "parquet")
-_FORMAT_BY_SUFFIX: Final = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".ndjson": "ndjson",
-    ".jsonl": "ndjson",
-    ".npy": "npy",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
 _SHOWN_CHARACTERS: Final = 40
 _MAX_CELL_CHARACTERS: Final = 10_000_000
 _MISSING: Final = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"})
@@ -80,7 +66,9 @@ def rows(options: ReadOptions) -> Iterator[Row]:
     Raises FileRefused if the source cannot be read as its format at all, also when that shows only
     later, and WaitTimeout if stdin stays silent until the deadline.
     """
-    file_format = options.file_format or _format_of(options.source)
+    file_format = options.file_format or (
+        "ndjson" if options.source == "-" else input_format(options.source)
+    )
     with _open(options.source, options.deadline) as content:
         try:
             yield from _READERS[file_format](content, options)
@@ -96,18 +84,6 @@ def with_first_read(rows: Iterator[Row]) -> Iterator[Row]:
     """The same rows, the first already read, so that an unreadable file is refused at once."""
     first = next(rows, None)
     return iter(()) if first is None else itertools.chain([first], rows)
-
-
-def _format_of(source: str) -> str:
-    """The format that a file's name shows, and NDJSON for stdin; raises FileRefused for others."""
-    if source == "-":
-        return "ndjson"
-    suffix = Path(source).suffix.lower()
-    if suffix in _FORMAT_BY_SUFFIX:
-        return _FORMAT_BY_SUFFIX[suffix]
-    raise FileRefused(
-        f"{source}: its name does not show its format. Set it with --from: {', '.join(FORMATS)}."
-    )
 
 
 @contextlib.contextmanager
@@ -177,7 +153,8 @@ def _csv(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
     delimiter = "\t" if options.source.lower().endswith(".tsv") else ","
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        first = next((line for line in lines if line), None)
+        filled = filter(None, lines)
+        first = next(filled, None)
         if first is None:
             return
         if any("\0" in cell for cell in first):
@@ -185,14 +162,9 @@ def _csv(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
         has_header = _is_header(first) if options.header is None else options.header
         names = first if has_header else [str(at) for at in range(1, len(first) + 1)]
         indexes = _column_indexes(names, options)
-        count = 0
-        if not has_header:
-            count = 1
-            yield _csv_row(1, lines.line_num, first, names, indexes, options)
-        for line in lines:
-            if line:
-                count += 1
-                yield _csv_row(count, lines.line_num, line, names, indexes, options)
+        rows = filled if has_header else itertools.chain([first], filled)
+        for number, cells in enumerate(rows, start=1):
+            yield _csv_row(number, lines.line_num, cells, names, indexes, options)
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error}") from error
     finally:
@@ -395,7 +367,7 @@ def _npy(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
 
 def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
     """Yields the rows of a Parquet file, row group by row group; raises FileRefused, ValueError."""
-    parquet = import_arrow("pyarrow.parquet", "Parquet")
+    parquet = import_arrow("pyarrow.parquet")
     source = content if content.seekable() else io.BytesIO(content.read())
     file = parquet.ParquetFile(source)
     names = file.schema_arrow.names
@@ -405,19 +377,6 @@ def _parquet(content: IO[bytes], options: ReadOptions) -> Iterator[Row]:
         for row in batch.to_pylist():
             number += 1
             yield Row(number, _row_value(columns, [row[name] for name in columns], options))
-
-
-def import_arrow(module: str, purpose: str) -> "ModuleType":
-    """Imports and returns a module of pyarrow; raises FileRefused if it is not installed.
-
-    `purpose`, such as Parquet, begins the message.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise FileRefused(f"{purpose} needs pyarrow: pip install 'asyncinfer[parquet]'.") from error
 
 
 _READERS: Final[dict[str, Callable[[IO[bytes], ReadOptions], Iterator[Row]]]] = {

@@ -12,28 +12,31 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.api_client import ApiClient
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
-from asyncinfer.cli.predict.progress import ProgressDisplay, progress
+from asyncinfer.cli.predict.progress import progress
 from asyncinfer.cli.predict.readers import Row
 from asyncinfer.cli.predict.writers import Record
-from asyncinfer.client import Cadence, WaitTimeout
+from asyncinfer.client import (
+    Cadence,
+    Client,
+    Model,
+    ProgressBar,
+    SlowMapWarning,
+    WaitTimeout,
+)
 from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
 from asyncinfer.jobs import Priority
 
-if TYPE_CHECKING:
-    from asyncinfer.client import Model
-
-_RETRIES: Final = 5
-"""Enough for a server that restarts, about a minute."""
+_STATUSES_OF_ALL_ROWS: Final = frozenset({401, 403, 404, 503})
+"""These concern the server, the key or the model."""
 
 _VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
 _ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
@@ -70,7 +73,7 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
 
 
 class _Source(Struct, frozen=True):
-    """The rows of a run, and the group that its jobs are in unless the user names another."""
+    """The rows of a run, and the group that its jobs are in."""
 
     rows: Iterator[Row]
     total: int | None
@@ -87,23 +90,24 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
     """
     file_format = writers.format_of(options.output, options.write_as)
     deadline = time.monotonic() + options.timeout_seconds
-    with ApiClient(
-        server,
-        retries=_RETRIES,
-        deadline=deadline,
-        waits_for_models=True,
+    with Client(
+        server.url,
+        server.api_key,
+        total_timeout=options.timeout_seconds,
+        wait_for_models=True,
         on_wait=say_error,
         cadence=options.cadence,
-    ) as api:
-        source = _open_source(options, api, deadline)
-        group = options.group or source.group
+    ) as client:
+        source = _open_source(options, client, deadline)
+        if options.group:
+            source = msgspec.structs.replace(source, group=options.group)
         with (
-            _hint_after_a_while(options, source, group),
+            _hint_after_a_while(options, source),
             writers.writer(options.output, file_format) as writer,
             progress(source.total, file_format, options.output) as bar,
             _printed_warnings(),
         ):
-            failed = _write_all(api, options, source, group, writer, bar)
+            failed = _write_all(client, options, source, writer, bar)
     if failed > _MAX_SHOWN_ERRORS:
         say_error(f"{failed:,} rows failed in all; the output has the error of each.")
     return EXIT_FAILED if failed else 0
@@ -112,16 +116,8 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
 @contextlib.contextmanager
 def _printed_warnings() -> Iterator[None]:
     """Prints SlowMapWarnings as lines on stderr, without a place in the code, in its block."""
-    from asyncinfer.client import SlowMapWarning
 
-    def print_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def print_warning(message: Warning | str, *_: Any, **more: Any) -> None:
         say_error(str(message))
 
     with warnings.catch_warnings():
@@ -131,12 +127,11 @@ def _printed_warnings() -> Iterator[None]:
 
 
 def _write_all(
-    api: ApiClient,
+    client: Client,
     options: PredictOptions,
     source: _Source,
-    group: str,
     writer: writers.Writer,
-    bar: ProgressDisplay,
+    bar: ProgressBar | None,
 ) -> int:
     """Writes a record for each row and returns the number of rows that failed.
 
@@ -145,33 +140,32 @@ def _write_all(
     """
     failed = done = 0
     try:
-        for record in _records(api, options, source.rows, group):
+        for record in _records(client, options, source):
             done += 1
             if error := record.get("error"):
                 failed += 1
                 if failed <= _MAX_SHOWN_ERRORS:
                     say_on_stderr(f"row {record['row']}: {error['detail']}")
             writer.write(record)
-            bar.advance(failed=bool(error))
+            if bar:
+                bar.advance(1, errors=bool(error))
     except KeyboardInterrupt:
-        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source, group)}")
+        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source)}")
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
             f"{error.detail} {done:,} rows are done. Jobs that were submitted go on. "
-            f"Continue with: {_resume_command(options.arguments, group)}",
+            f"Continue with: {_resume_command(options.arguments, source.group)}",
             waiting_for=error.waiting_for,
         ) from error
     except AsyncinferError as error:
         if done:
-            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source, group)}")
+            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source)}")
         raise error
     return failed
 
 
-def _records(
-    api: ApiClient, options: PredictOptions, rows: Iterator[Row], group: str
-) -> Iterator[Record]:
+def _records(client: Client, options: PredictOptions, source: _Source) -> Iterator[Record]:
     """Records in the order of the rows, with errors for those that cannot be sent.
 
     Raises an error that concerns the server, the key or the model (401, 403, 404, 503, or no
@@ -180,22 +174,21 @@ def _records(
     pending: deque[Row] = deque()
 
     def values() -> Iterator[Any]:
-        for row in rows:
+        for row in source.rows:
             pending.append(row)
             if not row.problem:
                 yield row.value
 
-    model = api.client.model(options.model)
-    names = [spec.name for spec in model.outputs]
-    with api.client.map(
+    names = [spec.name for spec in client.model(options.model).outputs]
+    with client.map(
         values(),
         options.model,
         batch=options.batch,
         in_flight=options.in_flight,
         progress=False,
         on_error="return",
+        group=source.group,
         priority=options.priority,
-        group=group,
     ) as results:
         for result in results:
             yield from _unreadable_records(pending)
@@ -218,22 +211,14 @@ def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
 
     `names` are the model's outputs; a result that is no dict gets the first of them.
     """
+    if isinstance(result, RequestError) and result.status in _STATUSES_OF_ALL_ROWS:
+        raise result
     if isinstance(result, AsyncinferError):
-        _raise_if_server_error(result)
         return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _to_json(value) for name, value in result.items()}}
     name = next(iter(names), "result")
     return {"row": row.number, name: _to_json(result)}
-
-
-def _raise_if_server_error(error: AsyncinferError) -> None:
-    """Raises an error that concerns the server, the key or the model, and not one row.
-
-    These are 401, 403, 404 and 503; for others it does nothing.
-    """
-    if isinstance(error, RequestError) and error.status in (401, 403, 404, 503):
-        raise error
 
 
 def _error_text(error: AsyncinferError) -> str:
@@ -261,7 +246,7 @@ def _to_json(value: Any) -> Any:
 # --- sources -------------------------------------------------------------------------------
 
 
-def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _Source:
+def _open_source(options: PredictOptions, client: Client, deadline: float) -> _Source:
     """The rows that the arguments name, the first already read, and the group of their jobs.
 
     Raises FileRefused if there are none or they cannot be read.
@@ -274,8 +259,8 @@ def _open_source(options: PredictOptions, api: ApiClient, deadline: float) -> _S
                 f"There is no file {first}. Give the path of a file, - for stdin, or a row as "
                 "numbers or JSON: asyncinfer predict 5.1 3.5 1.4 0.2."
             )
-        return _open_file(options, path, api.client.model(options.model), deadline)
-    rows = _inline_rows(options, api)
+        return _open_file(options, path, client.model(options.model), deadline)
+    rows = _inline_rows(options, client)
     return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
@@ -284,7 +269,7 @@ def _is_inline(text: str) -> bool:
     return text.lstrip().startswith(("[", "{")) or readers.parse_number(text) is not None
 
 
-def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
+def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
     """The rows of the command line: numbers are one row; JSON is one row or a list of rows.
 
     Raises FileRefused if they are neither.
@@ -299,22 +284,19 @@ def _inline_rows(options: PredictOptions, api: ApiClient) -> Iterator[Row]:
             f"{' '.join(words)[:60]!r} is no row ({error}). Give numbers, a row as JSON, or one "
             "file."
         ) from error
-    if len(values) == 1 and isinstance(values[0], list) and values[0] and _is_row(values[0][0]):
-        values = values[0]
+    if len(values) == 1 and isinstance(values[0], list):
+        (rows,) = values
+        if rows and isinstance(rows[0], list | dict):
+            values = rows
     numbered = list(enumerate(values, start=1))
     if not any(isinstance(value, dict) for value in values):
         return iter([Row(number, value) for number, value in numbered])
-    read_options = _read_options(options, api.client.model(options.model), math.inf)
+    read_options = _read_options(options, client.model(options.model), math.inf)
     return iter([readers.json_row(number, value, read_options) for number, value in numbered])
 
 
-def _is_row(value: Any) -> bool:
-    """Whether a value in a list is a row itself, so that the list is one of rows."""
-    return isinstance(value, list | dict)
-
-
 def _open_file(
-    options: PredictOptions, path: Path | None, model: "Model", deadline: float
+    options: PredictOptions, path: Path | None, model: Model, deadline: float
 ) -> _Source:
     """The rows of a file, or of stdin for None, which is read up to `deadline`.
 
@@ -332,7 +314,7 @@ def _open_file(
     )
 
 
-def _read_options(options: PredictOptions, model: "Model", deadline: float) -> readers.ReadOptions:
+def _read_options(options: PredictOptions, model: Model, deadline: float) -> readers.ReadOptions:
     """How to read rows for this model; `deadline` is on the monotonic clock."""
     required = [spec for spec in model.inputs if not spec.optional]
     are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
@@ -363,22 +345,19 @@ def _digest(path: Path, salt: str) -> tuple[str, int]:
 
 def _group_name(name: str) -> str:
     """A file's name as the start of a group's name: at most 40 letters, digits and hyphens."""
-    allowed = (
-        character if character.isascii() and character.isalnum() else "-" for character in name
-    )
-    return "".join(allowed).strip("-")[:40] or "rows"
+    return re.sub("[^A-Za-z0-9]", "-", name).strip("-")[:40] or "rows"
 
 
 # --- continuing ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) -> Iterator[None]:
+def _hint_after_a_while(options: PredictOptions, source: _Source) -> Iterator[None]:
     """Prints once how to continue, on stderr, if its block lasts `hint_seconds` and reads a file.
 
     A long run may not be able to say so at its end.
     """
-    line = f"To continue this run later: {_resume_command(options.arguments, group)}"
+    line = f"To continue this run later: {_resume_command(options.arguments, source.group)}"
     timer = threading.Timer(options.hint_seconds, say_error, (line,))
     timer.daemon = True
     if source.is_file:
@@ -389,11 +368,11 @@ def _hint_after_a_while(options: PredictOptions, source: _Source, group: str) ->
         timer.cancel()
 
 
-def _continue_advice(options: PredictOptions, source: _Source, group: str) -> str:
+def _continue_advice(options: PredictOptions, source: _Source) -> str:
     """A sentence on how to continue a run that ended early."""
     if not source.is_file:
         return "Run the command again."
-    command = _resume_command(options.arguments, group)
+    command = _resume_command(options.arguments, source.group)
     return f"Results are kept for a day. Continue with: {command}"
 
 

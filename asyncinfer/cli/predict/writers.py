@@ -2,28 +2,20 @@
 
 import contextlib
 import csv
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 import msgspec
 
-from asyncinfer.cli.predict.readers import import_arrow
+from asyncinfer.cli.output import show
+from asyncinfer.cli.predict.formats import import_arrow, output_format
 from asyncinfer.errors import FileRefused
 from asyncinfer.tensors.missing_values import as_nonfinite_words
 from asyncinfer.untrusted.printable import printable, printable_json
 
-FORMATS: Final = ("table", "csv", "json", "ndjson", "parquet")
-_FORMAT_BY_SUFFIX: Final = {
-    ".csv": "csv",
-    ".json": "json",
-    ".ndjson": "ndjson",
-    ".jsonl": "ndjson",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
 _MAX_COLUMNS: Final = 64
 """The elements of an output become columns up to this number; more become JSON in one cell."""
 
@@ -45,7 +37,7 @@ class Writer(Protocol):
 
 
 def format_of(path: str | None, requested: str | None) -> str:
-    """The requested format, else that of the file's name; one of FORMATS.
+    """The requested format, else that of the file's name; one of OUTPUT_FORMATS.
 
     Without either it is a table on a terminal and NDJSON in a pipe. Raises FileRefused for a name
     that shows no format.
@@ -54,12 +46,7 @@ def format_of(path: str | None, requested: str | None) -> str:
         return requested
     if path is None:
         return "table" if sys.stdout.isatty() else "ndjson"
-    suffix = Path(path).suffix.lower()
-    if suffix in _FORMAT_BY_SUFFIX:
-        return _FORMAT_BY_SUFFIX[suffix]
-    raise FileRefused(
-        f"{path}: its name does not show a format. Set it with --to: {', '.join(FORMATS[1:])}."
-    )
+    return output_format(path)
 
 
 @contextlib.contextmanager
@@ -68,7 +55,7 @@ def writer(path: str | None, file_format: str) -> Iterator[Writer]:
 
     The file appears once it is complete; until then, and after an exception, its content is in a
     file with the suffix .part. Raises FileRefused if the file cannot be written, pyarrow is missing
-    for Parquet, or Parquet would go to a terminal. `file_format` is one of FORMATS.
+    for Parquet, or Parquet would go to a terminal. `file_format` is one of OUTPUT_FORMATS.
     """
     if path is None:
         if file_format == "parquet" and sys.stdout.isatty():
@@ -128,7 +115,6 @@ class _NDJSON:
 
     def finish(self) -> None:
         """Does nothing."""
-        pass
 
 
 class _JSON:
@@ -231,19 +217,9 @@ class _CSV:
 
     def _write_line(self, cells: Sequence[Any]) -> None:
         """Writes cells as one line in UTF-8, quoted where CSV needs it."""
-        text = _LineBuffer()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        self._content.write(text.line.encode())
-
-
-class _LineBuffer:
-    """A file for csv.writer that keeps the last line."""
-
-    line = ""
-
-    def write(self, line: str) -> None:
-        """Keeps this line in place of the last one."""
-        self.line = line
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        self._content.write(line.getvalue().encode())
 
 
 class _Table:
@@ -267,8 +243,6 @@ class _Table:
 
     def _write_rows(self) -> None:
         """Prints the rows so far as a table; columns that are empty in all of them are left out."""
-        from asyncinfer.cli.output import show
-
         names = self._columns.names
         shown = [at for at, _ in enumerate(names) if any(row[at] is not None for row in self._rows)]
         rows = [[_short(row[at]) for at in shown] for row in self._rows]
@@ -321,8 +295,8 @@ class _Parquet:
 
     def __init__(self, content: IO[bytes]) -> None:
         self._content = content
-        self._arrow = import_arrow("pyarrow", "Parquet")
-        self._parquet = import_arrow("pyarrow.parquet", "Parquet")
+        self._arrow = import_arrow("pyarrow")
+        self._parquet = import_arrow("pyarrow.parquet")
         self._writer: Any = None
         self._records: list[Record] = []
 

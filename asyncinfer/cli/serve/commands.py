@@ -5,7 +5,7 @@ import sys
 import click
 
 from asyncinfer.cli import options
-from asyncinfer.cli.output import say
+from asyncinfer.cli.output import say, say_json
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.settings import Settings
 
@@ -81,8 +81,6 @@ def keygen(tenant: str, scopes: str, as_json: bool) -> None:
     except ValueError as error:
         raise InvalidSetting(f"No key made: {error}.") from error
     if as_json:
-        from asyncinfer.cli.output import say_json
-
         say_json({"key": key, "line": entry.line()})
         return
     sys.stderr.write(f"The key, shown only now: {key}\nIts line for the API_KEYS file:\n")

@@ -2,12 +2,12 @@
 
 import logging
 import socket
-import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final
 
 from asyncinfer.cli.serve import configuration
 from asyncinfer.errors import AsyncinferError, InvalidSetting, RedisUnavailable, StorageFull
+from asyncinfer.jobs import now_ms
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.settings import Settings
 
@@ -38,7 +38,7 @@ class LeftoverCleaner:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._is_embedded = configuration.redis_url(settings) is None
-        self.since_ms = time.time_ns() // 1_000_000
+        self.since_ms = now_ms()
         """The worker is started after this time."""
         self._missing_default: str | None = None
         """The stored default model, if the folder does not have it."""

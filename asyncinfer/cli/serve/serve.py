@@ -1,13 +1,12 @@
 """`asyncinfer serve`: the API, and the processes that it starts."""
 
 import contextlib
-import ipaddress
 import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncinfer.cli.addresses import shown_url
+from asyncinfer.cli.addresses import is_loopback, shown_url
 from asyncinfer.cli.output import say
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.banner import Banner
@@ -55,7 +54,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
 
 def _reject_open_host(settings: Settings, insecure: bool) -> None:
     """Raises StartError if others may reach HOST, there are no API keys, and not `insecure`."""
-    if not (insecure or settings.api_keys or _is_loopback(settings.host)):
+    if not (insecure or settings.api_keys or is_loopback(settings.host)):
         raise StartError(
             f"HOST {settings.host} lets in everyone who reaches it, and there are no API keys. "
             "Make one with `asyncinfer keygen >> keys` and set API_KEYS=keys, or add --insecure if "
@@ -72,14 +71,6 @@ def _reject_missing_models(settings: Settings, with_worker: bool) -> None:
     configuration.model_file(settings)
     if with_worker and settings.models:
         configuration.source(settings).files_at_start()
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether a host is a loopback address, or `localhost`; other names are not looked up."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _own_command(*words: str) -> tuple[str, ...]:

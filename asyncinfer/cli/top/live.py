@@ -1,6 +1,5 @@
 """The live view of `top`: snapshots read through the API or from Redis, again and again."""
 
-import asyncio
 import contextlib
 import select
 import sys
@@ -9,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from asyncinfer.cli.addresses import shown_url
+from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import console, say_json_line
 from asyncinfer.cli.top import tables
 from asyncinfer.cli.top.snapshot import Snapshot
 from asyncinfer.errors import AsyncinferError, Forbidden
-from asyncinfer.schemas.operations import QueueList, Worker, WorkerList
+from asyncinfer.schemas.operations import Worker
 
 if TYPE_CHECKING:
-    from asyncinfer.cli.api_client import ApiClient
+    from asyncinfer.client import Client
     from asyncinfer.repository.inspect.statistics import Statistics
 
 
@@ -30,21 +31,14 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
 
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
     """
-    from asyncinfer.cli.api_client import ApiClient
-
-    with ApiClient(server, retries=0) as api:
-
-        def read_snapshot() -> Snapshot:
-            queues = api.request_as(QueueList, "GET", "/queues").queues
-            return Snapshot(time.time(), api.client.url, queues, _workers(api))
-
-        yield read_snapshot
+    with connect(server, retries=0) as client:
+        yield lambda: Snapshot(time.time(), client.url, client.queues(), _workers(client))
 
 
-def _workers(api: "ApiClient") -> list[Worker] | None:
+def _workers(client: "Client") -> list[Worker] | None:
     """The workers; None if the API key lacks the scope `admin`."""
     try:
-        return api.request_as(WorkerList, "GET", "/workers").workers
+        return client.workers()
     except Forbidden:
         return None
 
@@ -56,25 +50,21 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
     `url` is a REDIS_URL, and `queue_name` the setting QUEUE_NAME. Raises an AsyncinferError if the
     server does not answer or cannot be used; the function that is yielded may do so too.
     """
-    from asyncinfer.cli.addresses import shown_url
+    from anyio.from_thread import start_blocking_portal
+
     from asyncinfer.repository.inspect.statistics import Statistics
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
 
     opened = Store.open(url, queue_name=queue_name, policy=Policy(), name="asyncinfer-top")
-    with asyncio.Runner() as runner:
-        store = runner.run(opened.__aenter__())
-        try:
-            runner.run(store.check_server())
-            observation = Statistics(store)
-            yield lambda: runner.run(_read_snapshot(observation, shown_url(url)))
-        finally:
-            runner.run(opened.__aexit__(None, None, None))
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened) as store:
+        portal.call(store.check_server)
+        yield lambda: portal.call(_read_snapshot, Statistics(store), shown_url(url))
 
 
-async def _read_snapshot(observation: "Statistics", source: str) -> Snapshot:
+async def _read_snapshot(statistics: "Statistics", source: str) -> Snapshot:
     """Reads the queues, then the workers; `source` is the server's name in the view."""
-    return Snapshot(time.time(), source, await observation.queues(), await observation.workers())
+    return Snapshot(time.time(), source, await statistics.queues(), await statistics.workers())
 
 
 def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from asyncinfer.cli.output import console, rate, seconds, show, status, styled, table
+from asyncinfer.cli.output import console, print_table, rate, seconds, status, styled, table
 from asyncinfer.cli.starved_queues import queue_name, starved_remedy, starved_text, waiting_jobs
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
     from asyncinfer.cli.safe_text import SafeText
     from asyncinfer.cli.top.snapshot import Snapshot
@@ -78,10 +79,10 @@ def say(snapshot: "Snapshot") -> None:
     """
     wide = not sys.stdout.isatty() or console().width >= _WIDE
     console().print(_title(snapshot, ""), soft_wrap=True)
-    _show(_queues(), _relevant(snapshot.queues), wide)
+    print_table(_table(_queues(), _relevant(snapshot.queues), wide))
     if snapshot.workers:
         console().print()
-        _show(_workers(), snapshot.workers, wide)
+        print_table(_table(_workers(), snapshot.workers, wide))
     if problems := _problems_of(snapshot.queues):
         console().print()
         console().print(problems, soft_wrap=True)
@@ -120,15 +121,8 @@ def _title(snapshot: "Snapshot", error_text: str) -> Any:
     return line
 
 
-def _show(columns: Sequence[_Column], items: Sequence[Any], wide: bool) -> None:
-    """Prints a table of `items` on stdout; without the wide columns unless `wide`."""
-    shown = [column for column in columns if wide or column.narrow]
-    rows = [[column.cell(item) for column in shown] for item in items]
-    show([column.title for column in shown], rows, numeric=_numeric(shown))
-
-
-def _table(columns: Sequence[_Column], items: Sequence[Any], wide: bool) -> "RenderableType":
-    """The same table as a renderable for the live view."""
+def _table(columns: Sequence[_Column], items: Sequence[Any], wide: bool) -> "Table":
+    """A table with a row for each of `items`; without the wide columns unless `wide`."""
     shown = [column for column in columns if wide or column.narrow]
     rows = [[column.cell(item) for column in shown] for item in items]
     return table([column.title for column in shown], rows, numeric=_numeric(shown))

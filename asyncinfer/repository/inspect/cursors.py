@@ -5,6 +5,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from asyncinfer.errors import InvalidQuery
 from asyncinfer.untrusted.decoding import DECODE_ERRORS
 
 T = TypeVar("T")
@@ -22,6 +23,20 @@ def encode_cursor(place: object) -> str:
 
 def cursor_bytes(place: object) -> bytes:
     return base64.urlsafe_b64encode(_encode(place)).rstrip(b"=")
+
+
+def parse_cursor(text: str | None, kind: type[T]) -> T | None:
+    """The place in a cursor of a listing, None without one. Raises InvalidQuery for any other
+    text."""
+    if text is None:
+        return None
+    try:
+        return decode_cursor(text, kind)
+    except ValueError as error:
+        raise InvalidQuery(
+            "`cursor` is not one that GET /jobs gave for this query; leave it out to start at the "
+            "newest job."
+        ) from error
 
 
 def decode_cursor(text: str, kind: type[T], max_characters: int = MAX_CURSOR_CHARACTERS) -> T:

@@ -1,16 +1,14 @@
 """Dead letters: the listing of jobs that failed for good though another try might have helped."""
 
-import heapq
-import math
+import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.listing import Page
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
+from asyncinfer.repository.inspect.listing import Page, merge_sorted
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_jobs
@@ -21,10 +19,10 @@ _MAX_LETTERS_AT_ONCE: Final = 100
 _MAX_LETTERS_READ: Final = 20_000
 
 
-class _Letter(Struct, frozen=True, array_like=True):
+class _Letter(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A dead letter: when it was added, to which queue, and its job."""
 
-    at_ms: float
+    at_ms: Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
     queue: str
     job_id: str
 
@@ -42,14 +40,11 @@ class DeadLetters:
         at most.
         """
         default = await self._store.default_model()
-        queues = (
-            [keys.queue(self._store.queue_name, wanted.model, default)] if wanted.model else None
-        )
         found: list[StoredJob] = []
         read_count = 0
         async for letters in self._letters(
-            queues or await self._store.queues(),
-            _parse_cursor(cursor),
+            await self._store.queues_of(wanted.model, default),
+            parse_cursor(cursor, _Letter),
             min(limit, _MAX_LETTERS_AT_ONCE),
         ):
             jobs = await read_jobs(self._store, [letter.job_id for letter in letters])
@@ -67,23 +62,14 @@ class DeadLetters:
         """Pages of the letters of all queues behind `after`: newest first, then by queue, then by
         id."""
         sources = [self._letters_of(queue, after) for queue in queues]
-        heads = [
-            (-first.at_ms, first.queue, first, source)
-            for source in sources
-            if (first := await anext(source, None))
-        ]
-        heapq.heapify(heads)
         batch: list[_Letter] = []
-        while heads:
-            _, queue, letter, source = heads[0]
+        async for letter in merge_sorted(sources, lambda letter: (-letter.at_ms, letter.queue)):
             batch.append(letter)
-            if following := await anext(source, None):
-                heapq.heapreplace(heads, (-following.at_ms, queue, following, source))
-            else:
-                heapq.heappop(heads)
-            if len(batch) == at_once or not heads:
+            if len(batch) == at_once:
                 yield batch
                 batch = []
+        if batch:
+            yield batch
 
     async def _letters_of(self, queue: str, after: _Letter | None) -> AsyncIterator[_Letter]:
         """The letters of a queue, newest first; those of one ms in the reverse order of their
@@ -121,18 +107,3 @@ def _is_listed(letter: _Letter, after: _Letter | None) -> bool:
         and (letter.at_ms, letter.queue) == (after.at_ms, after.queue)
         and letter.job_id >= after.job_id
     )
-
-
-def _parse_cursor(cursor: str | None) -> _Letter | None:
-    if cursor is None:
-        return None
-    try:
-        letter = decode_cursor(cursor, _Letter)
-        if not math.isfinite(letter.at_ms):
-            raise ValueError(letter)
-    except ValueError as error:
-        raise InvalidQuery(
-            "`cursor` is not one that GET /jobs?dead=true gave; leave it out to start at the "
-            "newest letter."
-        ) from error
-    return letter

@@ -3,14 +3,14 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from typing import Annotated, Final
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from asyncinfer.errors import InvalidQuery, RequestError
+from asyncinfer.errors import RequestError
 from asyncinfer.jobs import TERMINAL, created_ms
 from asyncinfer.repository import keys
-from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
 from asyncinfer.repository.inspect.listing import Page
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.operations import CancelCounts, Operations
@@ -46,10 +46,10 @@ class GroupTally(Struct, frozen=True, kw_only=True):
         return sum(n for status, n in self.by_status.items() if status not in TERMINAL)
 
 
-class _GroupCursor(Struct, frozen=True, array_like=True):
+class _GroupCursor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a listing stopped: a job and its index in the list."""
 
-    index: int
+    index: Annotated[int, Meta(ge=0, lt=1 << 32)]
     job_id: str
 
 
@@ -188,9 +188,9 @@ class Groups:
 
     async def _end(self, name: str, cursor: str | None) -> int:
         """The number of jobs from the start of the list that are still to be listed."""
-        if cursor is None:
+        place = parse_cursor(cursor, _GroupCursor)
+        if place is None:
             return int(await self._store.read("LLEN", name, otherwise=0))
-        place = _parse_cursor(cursor)
         if await self._range(name, place.index, place.index) == [place.job_id]:
             return place.index
         # The list has been trimmed since.
@@ -201,16 +201,3 @@ class Groups:
 
 def _with_status(ids: Sequence[str], statuses: Sequence[bytes | None], *wanted: bytes) -> list[str]:
     return [job_id for job_id, status in zip(ids, statuses, strict=True) if status in wanted]
-
-
-def _parse_cursor(cursor: str) -> _GroupCursor:
-    try:
-        place = decode_cursor(cursor, _GroupCursor)
-        if not 0 <= place.index < 1 << 32:
-            raise ValueError(place)
-    except ValueError as error:
-        raise InvalidQuery(
-            "`cursor` is not one that GET /jobs gave for a group; leave it out to start at the "
-            "newest job."
-        ) from error
-    return place

@@ -1,21 +1,21 @@
 """The listing of jobs by the log, live workers and the health of the queues."""
 
 import heapq
-import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any, Final, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from asyncinfer.errors import InvalidQuery
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.inspect.cursors import decode_cursor, encode_cursor
-from asyncinfer.repository.inspect.log import first_ids
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
+from asyncinfer.repository.inspect.log import entry_order, first_ids
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
 from asyncinfer.untrusted import decoding
+
+T = TypeVar("T")
 
 _ENTRIES_PER_PAGE: Final = 100
 _MAX_IDS_PER_CALL: Final = 1000
@@ -50,12 +50,22 @@ class LiveWorkers(Struct, frozen=True, kw_only=True):
     """All live workers were read."""
 
 
-class _ListingCursor(Struct, frozen=True, array_like=True):
+_Number = Annotated[int, Meta(ge=0)]
+_EntryId = tuple[_Number, _Number]
+"""The ms and the number of a log entry."""
+
+
+_Entry = tuple[_EntryId, str, list[str]]
+"""A log entry in which jobs first appear: its id, queue and the ids of these jobs, the newest
+first."""
+
+
+class _ListingCursor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a listing stopped: a log entry, and how many of its jobs are listed."""
 
-    entry: str
+    entry: _EntryId
     queue: str
-    listed: int
+    listed: _Number
 
 
 class Inspection:
@@ -82,11 +92,11 @@ class Inspection:
         most.
         """
         default = await self._store.default_model()
-        queues = await self._queues(model, default)
+        queues = await self._store.queues_of(model, default)
         wanted = Filter.of(tenant, status, model, group)
         found: list[StoredJob] = []
         read_count = 0
-        async for places, ids in self._batches(queues, _parse_cursor(cursor), limit):
+        async for places, ids in self._batches(queues, parse_cursor(cursor, _ListingCursor), limit):
             stored = await read_summaries(self._store, ids)
             for place, job in zip(places, stored, strict=True):
                 read_count += 1
@@ -105,59 +115,32 @@ class Inspection:
         places: list[_ListingCursor] = []
         ids: list[str] = []
         size = first_size
-        async for entry, queue, start, entry_ids in self._merged_entries(queues, place):
+        sources = [self._entries(queue, place) for queue in queues]
+        async for entry, queue, entry_ids in merge_sorted(sources, _newest_first):
+            listed = place.listed if place and (entry, queue) == (place.entry, place.queue) else 0
+            ids += entry_ids[listed:]
             places += [
-                _ListingCursor(entry, queue, start + n) for n in range(1, len(entry_ids) + 1)
+                _ListingCursor(entry, queue, n) for n in range(listed + 1, len(entry_ids) + 1)
             ]
-            ids += entry_ids
             if len(ids) >= size:
                 yield places, ids
                 places, ids, size = [], [], min(2 * size, _MAX_IDS_PER_CALL)
         if ids:
             yield places, ids
 
-    async def _queues(self, model: str | None, default: str | None) -> list[str]:
-        if model is not None:
-            return [keys.queue(self._store.queue_name, model, default)]
-        return await self._store.queues()
-
-    async def _merged_entries(
-        self, queues: Sequence[str], place: _ListingCursor | None
-    ) -> AsyncIterator[tuple[str, str, int, list[str]]]:
-        """Log entries of all queues, newest first: (entry id, queue, jobs that are listed already,
-        ids of the others)."""
-        heads = []
-        for queue in queues:
-            source = self._entries(queue, place)
-            if first := await anext(source, None):
-                heads.append((_newest_first(first[0], queue), first, queue, source))
-        heapq.heapify(heads)
-        while heads:
-            _, (entry, ids), queue, source = heads[0]
-            listed = place.listed if place and (entry, queue) == (place.entry, place.queue) else 0
-            yield entry, queue, listed, ids[listed:]
-            if following := await anext(source, None):
-                heapq.heapreplace(
-                    heads, (_newest_first(following[0], queue), following, queue, source)
-                )
-            else:
-                heapq.heappop(heads)
-
-    async def _entries(
-        self, queue: str, place: _ListingCursor | None
-    ) -> AsyncIterator[tuple[str, list[str]]]:
-        """The log entries of a queue in which jobs first appear, newest first, each with its ids,
-        the newest job first."""
+    async def _entries(self, queue: str, place: _ListingCursor | None) -> AsyncIterator[_Entry]:
+        """The log entries of a queue in which jobs first appear, newest first."""
         end = "+"
         if place:
-            end = place.entry if queue >= place.queue else f"({place.entry}"
+            ms, number = place.entry
+            end = f"{'' if queue >= place.queue else '('}{ms}-{number}"
         while True:
             page = await self._store.read(
                 *("XREVRANGE", keys.log(queue), end, "-", "COUNT", _ENTRIES_PER_PAGE), otherwise=()
             )
             for entry_id, fields in page:
                 if ids := first_ids(fields):
-                    yield entry_id.decode(), ids
+                    yield entry_order(entry_id), queue, ids
             if len(page) < _ENTRIES_PER_PAGE:
                 return
             end = f"({page[-1][0].decode()}"
@@ -185,37 +168,42 @@ class Inspection:
         return [flag is not None for flag in flags]
 
     async def health(self) -> Health:
-        """Raises ServerRefused as `Store.check_server` does, and RedisUnavailable."""
+        """Leaves out a queue without waiting jobs whose model is not announced any more.
+
+        Raises ServerRefused as `Store.check_server` does, and RedisUnavailable.
+        """
         server = await self._store.check_server()
+        announced = await self._announcements.read_queues(await self._store.default_model())
         queues = {}
         for queue in await self._store.queues():
             high, normal, low = [
                 await self._store.read("LLEN", name, otherwise=0) for name in keys.waiting(queue)
             ]
-            queues[queue] = high + normal + low
+            if (waiting := high + normal + low) or queue in announced:
+                queues[queue] = waiting
         return Health(server, queues, len(await self._announcements.read_workers()))
 
 
-def _newest_first(entry: str, queue: str) -> tuple[int, int, str]:
-    ms, _, seq = entry.partition("-")
-    return -int(ms), -int(seq), queue
+def _newest_first(entry: _Entry) -> tuple[int, int, str]:
+    (ms, number), queue, _ = entry
+    return -ms, -number, queue
 
 
-_ENTRY: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
-_MAX_ENTRY_NUMBER: Final = (1 << 64) - 1
-
-
-def _parse_cursor(cursor: str | None) -> _ListingCursor | None:
-    if cursor is None:
-        return None
-    try:
-        place = decode_cursor(cursor, _ListingCursor)
-        if not _ENTRY.fullmatch(place.entry) or place.listed < 0:
-            raise ValueError(place)
-        if any(int(part) > _MAX_ENTRY_NUMBER for part in place.entry.split("-")):
-            raise ValueError(place)
-    except ValueError as error:
-        raise InvalidQuery(
-            "`cursor` is not one that GET /jobs gave; leave it out to start at the newest job."
-        ) from error
-    return place
+async def merge_sorted(
+    sources: Sequence[AsyncIterator[T]], key: Callable[[T], Any]
+) -> AsyncIterator[T]:
+    """The items of all sources in the order of `key`, in which each source has its own. Reads only
+    one item of a source ahead."""
+    heads = [
+        (key(first), index, first)
+        for index, source in enumerate(sources)
+        if (first := await anext(source, None)) is not None
+    ]
+    heapq.heapify(heads)
+    while heads:
+        _, index, item = heads[0]
+        yield item
+        if (following := await anext(sources[index], None)) is None:
+            heapq.heappop(heads)
+        else:
+            heapq.heapreplace(heads, (key(following), index, following))

@@ -73,8 +73,7 @@ class Log:
         with the entry that brings it to `max_changes`, since an entry may hold hundreds."""
         name = keys.log(queue)
         entries = await self._store.read(
-            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", max_entries),
-            otherwise=(),
+            *("XRANGE", name, f"{start[0]}-{start[1]}", "+", "COUNT", max_entries), otherwise=()
         )
         if not entries:
             await self._check_clock(name, start)

@@ -31,6 +31,11 @@ class QueueDepth(Struct, frozen=True, kw_only=True):
     oldest_age_seconds: float | None
     """Of the job that waits longest; None if none waits, or if only external jobs do."""
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether the queue has no jobs, not even dead letters, and is not paused."""
+        return not (any(self.waiting) or self.delayed or self.running or self.dead or self.paused)
+
 
 class QueueDepths(Struct, frozen=True):
     """The depths of queues, and the ids of the workers that announced themselves lately."""

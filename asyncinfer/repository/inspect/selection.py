@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.jobs import DEFAULT_TENANT, STATUSES, TERMINAL
+from asyncinfer.jobs import STATUSES, TERMINAL
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import first_ids
 from asyncinfer.repository.store import Store
@@ -36,15 +36,11 @@ class Filter(Struct, frozen=True, kw_only=True):
         return cls(tenant=tenant, statuses=statuses, model=model, group=group)
 
     def matches(self, job: StoredJob, default_model: str | None) -> bool:
-        record = job.record
-        owner = record.tenant if record else DEFAULT_TENANT
-        model = record.model if record else default_model
-        group = record.options.group if record else None
         return (
             (self.statuses is None or job.status in self.statuses)
-            and self.tenant in (None, owner)
-            and self.model in (None, model)
-            and self.group in (None, group)
+            and self.tenant in (None, job.tenant)
+            and self.model in (None, job.model or default_model)
+            and self.group in (None, job.group)
         )
 
 
@@ -68,7 +64,10 @@ class Selection:
         default = await self._store.default_model()
         found: dict[str, StoredJob] = {}
         read_count = 0
-        for queue in await self._queues(wanted.model, default):
+        queues = await self._store.queues_of(wanted.model, default)
+        # A call that is repeated until no job is left must not always read the same queues first.
+        random.shuffle(queues)
+        for queue in queues:
             async for ids in _pages(_sources(self._store, queue, wanted)):
                 read_count += len(ids)
                 for job in await read_jobs_in(self._store, ids, _statuses(wanted)):
@@ -77,14 +76,6 @@ class Selection:
                 if len(found) > limit or read_count >= _MAX_JOBS_READ:
                     return SelectedJobs(tuple(found.values())[:limit], has_more=True)
         return SelectedJobs(tuple(found.values()), has_more=False)
-
-    async def _queues(self, model: str | None, default: str | None) -> list[str]:
-        if model is not None:
-            return [keys.queue(self._store.queue_name, model, default)]
-        queues = await self._store.queues()
-        # A call that is repeated until no job is left must not always read the same queues first.
-        random.shuffle(queues)
-        return queues
 
 
 def _statuses(wanted: Filter) -> frozenset[str]:
@@ -100,29 +91,23 @@ async def _pages(sources: Iterator[AsyncIterator[list[str]]]) -> AsyncIterator[l
 def _sources(store: Store, queue: str, wanted: Filter) -> Iterator[AsyncIterator[list[str]]]:
     """Iterators over pages of ids that together contain all matching jobs, and others."""
     if wanted.dead:
-        yield _sorted_set_pages(store, keys.dead(queue))
+        yield _pages_of(store, "ZRANGE", keys.dead(queue))
         return
     statuses = _statuses(wanted)
     if "pending" in statuses:
-        yield from (_list_pages(store, waiting) for waiting in keys.waiting(queue))
-        yield _sorted_set_pages(store, keys.delayed(queue))
+        yield from (_pages_of(store, "LRANGE", waiting) for waiting in keys.waiting(queue))
+        yield _pages_of(store, "ZRANGE", keys.delayed(queue))
     if "processing" in statuses:
         yield _running_pages(store, queue)
     if statuses & TERMINAL:
         yield _log_pages(store, queue)
 
 
-async def _list_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
-    """Reads a list from its head: jobs leave it at the other end, so that none is missed."""
+async def _pages_of(store: Store, command: str, name: str) -> AsyncIterator[list[str]]:
+    """Reads a list (LRANGE) or sorted set (ZRANGE) from its head. Jobs leave a list at the other
+    end, so that none is missed."""
     start = 0
-    while page := await store.read("LRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
-        yield _decode_ids(page)
-        start += len(page)
-
-
-async def _sorted_set_pages(store: Store, name: str) -> AsyncIterator[list[str]]:
-    start = 0
-    while page := await store.read("ZRANGE", name, start, start + _PAGE_SIZE - 1, otherwise=()):
+    while page := await store.read(command, name, start, start + _PAGE_SIZE - 1, otherwise=()):
         yield _decode_ids(page)
         start += len(page)
 

@@ -8,13 +8,9 @@ from typing import Any, Final
 from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
-from asyncinfer.repository.announcements import (
-    Announcements,
-    decode_worker_announcement,
-    serves_or_loads,
-)
+from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.redis_errors import translate_errors
-from asyncinfer.repository.store import Store
+from asyncinfer.repository.store import Store, server_name
 
 _CALLS: Final = 20
 
@@ -63,13 +59,10 @@ async def read_server_info(store: Store) -> ServerInfo:
         info: Mapping[str, Any] = await store.redis.info("everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
-    workers = [
-        decode_worker_announcement(body)
-        for body in (await Announcements(store).read_workers()).values()
-    ]
+    workers = (await Announcements(store).read_workers()).values()
     default = await store.default_model()
     return ServerInfo(
-        server=_name(info),
+        server=server_name(info),
         refusal=refusal,
         round_trip_seconds=round_trip,
         clock_ahead_seconds=ahead,
@@ -115,11 +108,6 @@ async def _times(store: Store) -> tuple[float, float]:
     server_seconds = await store.time_ms() / 1000
     trip = median(trips)
     return trip, time.time() - trip / 2 - server_seconds
-
-
-def _name(info: Mapping[str, Any]) -> str:
-    valkey = info.get("valkey_version")
-    return f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '?')}"
 
 
 def _write_error(info: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Statistics: the throughput of each queue, and what each worker does."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -8,7 +7,11 @@ from msgspec import Struct
 
 from asyncinfer.jobs import Record
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerAnnouncement, decode_worker_announcement
+from asyncinfer.repository.announcements import (
+    Announcements,
+    WorkerAnnouncement,
+    decode_worker_announcement,
+)
 from asyncinfer.repository.inspect.queue_load import (
     QueueLoad,
     combine_load,
@@ -19,7 +22,7 @@ from asyncinfer.repository.inspect.queue_load import (
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.schemas.operations import Percentiles, Queue, WaitingJobs, Worker
+from asyncinfer.schemas.operations import Queue, WaitingJobs, Worker, percentiles
 from asyncinfer.untrusted import decoding
 
 _WINDOW_MS: Final = 60_000
@@ -55,11 +58,12 @@ class Statistics:
         self._store = store
 
     async def queues(self) -> list[Queue]:
-        """The statistics of all queues, by name; leaves out a queue with a key of the wrong
-        type."""
+        """The statistics of all queues, by name; leaves out a queue with a key of the wrong type,
+        and one without jobs whose model is not announced any more."""
         store = self._store
-        queues = await self._store.queues()
+        queues = await store.queues()
         default = await store.default_model()
+        announced = await Announcements(store).read_queues(default)
         models = [keys.model_of(store.queue_name, queue, default) for queue in queues]
         read = await read_depths(store, queues)
         workers, paces = await workers_and_paces(
@@ -71,7 +75,7 @@ class Statistics:
             for queue, model, depth, pace, tally in zip(
                 queues, models, read.depths, paces, tallies, strict=True
             )
-            if depth is not None
+            if depth is not None and (queue in announced or not depth.is_at_rest)
         ]
 
     async def workers(self) -> list[Worker]:
@@ -108,16 +112,6 @@ class Statistics:
             reply = await self._store.call(script("tally"), queues[start : start + at_once], [args])
             tallies += [_parse_tally(*parts) if parts else _EMPTY_TALLY for parts in reply]
         return tallies
-
-
-def percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    """Percentiles by nearest rank, so that each is one of the values; None without values."""
-    if not seconds:
-        return None
-    ordered = sorted(seconds)
-    return Percentiles(
-        *(ordered[math.ceil(share * len(ordered)) - 1] for share in (0.50, 0.95, 0.99))
-    )
 
 
 def _parse_tally(

@@ -3,9 +3,8 @@
 import asyncio
 import contextlib
 import logging
-import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import anyio
@@ -18,6 +17,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.claims import QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.store import Store
+from asyncinfer.timeouts import pause_before_retry, set_within
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -107,7 +107,7 @@ class BatchWindows:
                 except RedisUnavailable as error:
                     if not self._is_closed:
                         _log.warning(f"Waiting for jobs to batch: {error.detail}")
-                        await asyncio.sleep(random.uniform(0.1, 0.5))
+                        await pause_before_retry()
 
     async def close(self) -> None:
         """Ends all windows and `listen`, and makes no queue due. Rings the doorbell of each queue
@@ -138,6 +138,7 @@ class BatchWindows:
                 self.must_wait(queue)
                 and (count := await self._count_waiting(queue))
                 and self.must_wait(queue)
+                and not self._is_closed
             ):
                 if queue not in self._open:
                     self._open[queue] = asyncio.Event()
@@ -148,9 +149,7 @@ class BatchWindows:
     async def _run_window(self, queue: str, wait_seconds: float) -> None:
         """Waits until the window was ended early or `wait_seconds` are over, then makes the queue
         due; not if the windows are closed or its jobs no longer wait for others."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_seconds):
-                await self._open[queue].wait()
+        await set_within(self._open[queue], wait_seconds)
         del self._open[queue]
         if queue in self.queues and not self._is_closed:
             self.due.add(queue)
@@ -164,23 +163,15 @@ class BatchWindows:
         """
         if not self._is_idle() or not self.queues:
             self._wake_event.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._check_seconds if self.queues else None):
-                    await self._wake_event.wait()
+            await set_within(self._wake_event, self._check_seconds if self.queues else None)
             return None
-        rang = await self._doorbell.wait(self._rotated_queues(), self._check_seconds)
+        self._waits_begun += 1
+        queues = rotated(list(self.queues), self._waits_begun)
+        rang = await self._doorbell.wait(queues, self._check_seconds)
         if rang and not self._is_idle():
             await self._doorbell.ring(rang)
             return None
         return rang
-
-    def _rotated_queues(self) -> list[str]:
-        """The queues, another one first each time: BRPOP serves the first that has a token. Needs
-        at least one queue."""
-        self._waits_begun += 1
-        names = list(self.queues)
-        first = self._waits_begun % len(names)
-        return names[first:] + names[:first]
 
     async def _queues_with_work(self) -> list[str]:
         """All queues if any of them has jobs, else none; notes that they were checked now. Raises
@@ -197,3 +188,10 @@ class BatchWindows:
         except RedisRefused:
             # A key is damaged. The claim that follows reports it.
             return 1
+
+
+def rotated(queues: Sequence[str], start: int) -> list[str]:
+    """The queues, beginning with another one for each `start`, since BRPOP and claim serve the
+    first that has something."""
+    start %= len(queues) or 1
+    return [*queues[start:], *queues[:start]]

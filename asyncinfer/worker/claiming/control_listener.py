@@ -1,8 +1,6 @@
 """The reader of control streams: jobs that run and are to be cancelled or have expired."""
 
-import asyncio
 import logging
-import random
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -11,6 +9,7 @@ from asyncinfer.jobs import id_text
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
+from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.untrusted import decoding
 
 _log = LimitedLog(logging.getLogger(__name__))
@@ -24,13 +23,11 @@ meanwhile."""
 class ControlListener:
     """Reads the control streams of this worker's queues; one instance per worker."""
 
-    def __init__(
-        self, store: Store, queues: Iterable[str], on_message: Callable[[str, str], None]
-    ) -> None:
+    def __init__(self, store: Store, on_message: Callable[[str, str], None]) -> None:
         """`on_message` is called with the kind of message ("cancel", "expire", ...) and the job's
         id, also for jobs of other workers."""
         self._store = store
-        self.serve(queues)
+        self.serve(())
         self._on_message = on_message
         self._blocking = store.blocking_connection()
         self._last_ids: dict[str, bytes] = {}
@@ -52,7 +49,7 @@ class ControlListener:
             except RedisUnavailable as error:
                 if not self._blocking.closed:
                     _log.warning(f"Control: {error.detail}")
-                    await asyncio.sleep(random.uniform(0.1, 0.5))
+                    await pause_before_retry()
 
     async def close(self) -> None:
         """Ends `listen`, also during a read."""

@@ -1,16 +1,14 @@
 """Announcements: a worker writes its status and models to Redis, and reads those of others."""
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, RequestError, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
@@ -21,10 +19,10 @@ from asyncinfer.repository.announcements import (
     ANNOUNCE_INTERVAL_SECONDS,
     Announcements,
     WorkerAnnouncement,
-    decode_worker_announcement,
     serves_or_loads,
 )
 from asyncinfer.repository.store import Store
+from asyncinfer.timeouts import set_within
 from asyncinfer.worker.models.engine_cache import Label
 from asyncinfer.worker.models.folder_differences import (
     Differences,
@@ -38,6 +36,7 @@ from asyncinfer.worker.models.queues import Queues
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
 
+WorkerStatus = Mapping[str, Any]
 
 _EXPIRY_SECONDS: Final = 5 * ANNOUNCE_INTERVAL_SECONDS
 """A worker that did not announce itself for so long counts as dead."""
@@ -62,15 +61,6 @@ _MORE_PROBLEMS: Final = "…"
 """The key, in place of a model's name, of a note on how many problems are not listed."""
 
 
-class WorkerStatus(Struct, frozen=True):
-    """The part of an announcement that changes all the time."""
-
-    about: Mapping[str, Any]
-    """Fields of `WorkerAnnouncement`, such as the state and the number of claims."""
-    seconds_per_job: Mapping[str, float]
-    """As measured, by model."""
-
-
 class Announcer:
     """Announces a worker and its models, reads what other workers announce, and tells the library
     which versions are served, contested or may be dropped. There is one instance per worker."""
@@ -84,11 +74,13 @@ class Announcer:
         read_status: Callable[[], WorkerStatus],
         on_queues_changed: Callable[[], None],
     ) -> None:
-        """`read_status` gives the status at the moment; `on_queues_changed` is called when a round
-        has changed which queues are served."""
+        """`read_status` gives the fields of `WorkerAnnouncement` that do not tell of models;
+        `on_queues_changed` is called when a round has changed which queues are served."""
         self._store = store
         self._worker_id = worker_id
         self._library = library
+        self._table = library.table
+        self._folder = str(library.source.path)
         self._queues = queues
         self._on_queues_changed = on_queues_changed
         self._read_status = read_status
@@ -110,7 +102,7 @@ class Announcer:
         Raises RedisUnavailable, StorageFull or RedisRefused.
         """
         async with self._round_lock:  # the first round of a start is called from two places
-            new = self._library.unannounced_labels
+            new = self._table.unannounced_labels
             try:
                 await self._announce(new)
             finally:
@@ -134,21 +126,22 @@ class Announcer:
         others = await self._read_others()
         is_other_folder = self._compare_folders(others, status)
         contested_problems = await self._announce_models(others)
-        is_contested_otherwise = contested_problems.keys() != self._contested_labels()
+        before = self._table.signatures().keys() & self._table.contested_problems.keys()
+        is_contested_otherwise = contested_problems.keys() != before
         if is_contested_otherwise:
             self._library.set_contested(contested_problems)
         if self._library.mark_announced(new) or is_contested_otherwise or is_other_folder:
             await self._announce_worker(self._read_status())
-        await self._announcements.announce_default_versions(self._library.default_versions())
+        await self._announcements.announce_default_versions(self._table.default_versions())
         await self._retract_removed()
         await self._drop_removed_versions(others)
-        await self._announcements.announce_paces(status.seconds_per_job)
+        await self._announcements.announce_paces(status["seconds_per_job"])
 
     async def retract(self) -> None:
         """Removes this worker's announcement, at its end; its models stay announced. Raises
         RedisUnavailable or StorageFull."""
         await self._announcements.retract_worker(self._worker_id)
-        await self._announcements.announce_paces(self._read_status().seconds_per_job)
+        await self._announcements.announce_paces(self._read_status()["seconds_per_job"])
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has a version (None: any version) of the model. Raises
@@ -164,17 +157,16 @@ class Announcer:
     def _compare_folders(self, others: Sequence[WorkerAnnouncement], status: WorkerStatus) -> bool:
         """Notes how other folders differ from this one; returns whether that has changed since the
         last round, the first time whether there are differences. Logs them the first time."""
-        library, before = self._library, self._differences
-        folder = str(library.model_dir)
+        before, table = self._differences, self._table
         models = {
-            *library.names,
-            *(model for model, _ in library.signatures() | library.problems()),
+            *table.names,
+            *(model for model, _ in table.signatures() | table.problems()),
         }
-        comparable = others if library.serves_all_models else ()
-        started_ms = status.about["started_ms"]
-        now = self._differences = find_differences(folder, models, started_ms, comparable)
+        comparable = others if self._library.source.serves_all_models else ()
+        now = find_differences(self._folder, models, status["started_ms"], comparable)
+        self._differences = now
         if before is None:
-            self._warn_at_start(startup_warning(folder, now), models, others)
+            self._warn_at_start(startup_warning(self._folder, now), models, others)
         return now != (before or Differences())
 
     def _warn_at_start(
@@ -197,21 +189,17 @@ class Announcer:
                 default,
             )
 
-    def _contested_labels(self) -> set[Label]:
-        """The loaded versions that the library does not serve, as another worker's file differs."""
-        return self._library.signatures().keys() - self._library.uncontested_signatures().keys()
-
     async def _announce_worker(self, status: WorkerStatus) -> None:
         """Writes the announcement of this worker, which expires after a few missed rounds."""
-        about = {**status.about, **self._models_status()}
+        about = {**status, **self._models_status()}
         await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
 
     def _models_status(self) -> dict[str, Any]:
         """The fields of `WorkerAnnouncement` that tell of models and the default model."""
         versions: dict[str, dict[str, str]] = {}
-        for (model, version), signature in self._library.uncontested_signatures().items():
+        for (model, version), signature in self._table.uncontested_signatures().items():
             versions.setdefault(model, {})[version] = signature.sha256
-        served = {name: version.file.version for name, version in self._library.served.items()}
+        served = {name: version.file.version for name, version in self._table.served.items()}
         default = self._queues.default_model
         known_default = {"default_model": default} if default or self._queues.has_no_default else {}
         return {
@@ -220,31 +208,26 @@ class Announcer:
             "versions": versions,
             "served": served,
             "problems": _bounded_problems(self._problems()),
-            "loading": self._library.loading[:_MAX_LOADING],
-            "loading_versions": _first_versions(self._library.loading_versions, _MAX_LOADING),
-            "model_dir": str(self._library.model_dir),
-            "loaded": ["/".join(label) for label in self._library.loaded],
+            "loading": self._table.loading[:_MAX_LOADING],
+            "loading_versions": _first_versions(self._table.loading_versions, _MAX_LOADING),
+            "model_dir": self._folder,
+            "loaded": ["/".join(label) for label in self._library.cache.labels],
         }
 
     def _problems(self) -> dict[Label, str]:
         """The problems of versions here, and of models that only other workers have, for which the
         version is OF_ALL_VERSIONS."""
-        found = self._library.problems()
+        found = self._table.problems()
         if self._differences:
-            folder = str(self._library.model_dir)
-            for model, problem in lacking_problems(folder, self._differences).items():
+            for model, problem in lacking_problems(self._folder, self._differences).items():
                 found.setdefault((model, OF_ALL_VERSIONS), problem)
         return found
 
     async def _read_others(self) -> list[WorkerAnnouncement]:
         """What other live workers announce now; notes when each was last seen. Raises
         RedisUnavailable."""
-        bodies = await self._announcements.read_workers()
-        others = {
-            worker_id: decode_worker_announcement(body)
-            for worker_id, body in bodies.items()
-            if worker_id != self._worker_id
-        }
+        others = await self._announcements.read_workers()
+        others.pop(self._worker_id, None)
         now = time.monotonic()
         lately = {
             worker_id: (says, seen_at)
@@ -261,7 +244,7 @@ class Announcer:
         live worker serves from another file, each with a text that says so."""
         began_at = time.monotonic()
         is_full = began_at - self._full_round_at >= _FULL_ROUND_SECONDS
-        signatures = self._library.signatures()
+        signatures = self._table.signatures()
         due = {
             label: signature
             for label, signature in signatures.items()
@@ -269,16 +252,18 @@ class Announcer:
         }
         contested_problems = {
             label: problem
-            for label, problem in self._library.contested_problems.items()
+            for label, problem in self._table.contested_problems.items()
             if label in signatures and label not in due
         }
         names = sorted({model for model, _ in due})
         await self._announcements.announce_model_names(names)
         for model in names:
             known = await self._announcements.read_versions(model)
-            for version, signature in _versions_of(model, due):
-                if conflict := await self._announce_version(known.get(version), signature, others):
-                    contested_problems[model, version] = conflict
+            for label, signature in due.items():
+                if label[0] == model and (
+                    conflict := await self._announce_version(known.get(label[1]), signature, others)
+                ):
+                    contested_problems[label] = conflict
         self._announced = signatures
         if is_full:
             self._full_round_at = began_at
@@ -307,7 +292,8 @@ class Announcer:
     async def _drop_removed_versions(self, others: Sequence[WorkerAnnouncement]) -> None:
         """Has the library drop removed versions for which no job can wait any more."""
         finished = []
-        for (model, version), seconds in self._library.seconds_since_removal.items():
+        removed = self._table.seconds_since_removal(time.monotonic())
+        for (model, version), seconds in removed.items():
             elsewhere = any(model in says.versions for says in others)
             if await self._may_drop(model, seconds, elsewhere=elsewhere):
                 finished.append((model, version))
@@ -317,8 +303,8 @@ class Announcer:
     async def _retract_removed(self) -> None:
         """Removes the announcements of the versions removed last that no other worker has. Repeated
         in each round, since a Redis that starts from an older dump has them again."""
-        self._removed |= dict.fromkeys(self._library.seconds_since_removal)
-        here = self._library.signatures().keys()
+        self._removed |= dict.fromkeys(self._table.seconds_since_removal(time.monotonic()))
+        here = self._table.signatures().keys()
         labels = [label for label in self._removed if label not in here][-_MAX_RETRACTED:]
         self._removed = dict.fromkeys(labels)
         for model, version in labels:
@@ -334,7 +320,7 @@ class Announcer:
         job can wait for it here. True at once if only other workers have the model now
         (`elsewhere`: they have it); else after a few seconds if its queue is empty, and after a
         minute if it has other versions here, which may keep the queue busy."""
-        here = any(name == model for name, _ in self._library.uncontested_signatures())
+        here = any(name == model for name, _ in self._table.uncontested_signatures())
         if elsewhere and not here:
             return True
         if seconds < _API_CACHE_SECONDS:
@@ -365,13 +351,6 @@ def _first_versions(by_model: Mapping[str, Sequence[str]], count: int) -> dict[s
     for model, version in islice(labels, count):
         first.setdefault(model, []).append(version)
     return first
-
-
-def _versions_of(
-    model: str, signatures: Mapping[Label, Signature]
-) -> Iterator[tuple[str, Signature]]:
-    """The versions of one model with their signatures."""
-    return ((label[1], signature) for label, signature in signatures.items() if label[0] == model)
 
 
 def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerAnnouncement]) -> str:
@@ -415,6 +394,4 @@ async def announce_forever(
             _log.debug("Announce: %s", error.detail)
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2)):
-                await news.wait()
+        await set_within(news, ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2))

@@ -1,7 +1,6 @@
 """Watching the model folder for changes (the only door to watchfiles)."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -9,6 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
+
+from asyncinfer.timeouts import set_within
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +118,7 @@ async def _poll(folder: Path, stopping: asyncio.Event) -> AsyncIterator[None]:
         yield
         if _identity(folder) != identity:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_TIMER_SECONDS):
-                await stopping.wait()
+        await set_within(stopping, _TIMER_SECONDS)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.claiming.batch_window import QueueBatching
-from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.models.version_table import VersionTable
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Queues:
     def __init__(
         self,
         store: Store,
-        library: Library,
+        table: VersionTable,
         default_model: str | None,
         *,
         max_batch: int,
@@ -44,7 +44,7 @@ class Queues:
         self.default_model = default_model
         self._store = store
         self._announcements = Announcements(store)
-        self._library = library
+        self._table = table
         self._max_batch = max_batch
         self._default_is_set = default_is_set
         self.has_no_default = False
@@ -134,15 +134,15 @@ class Queues:
         """
         if self.has_no_default:
             return None
-        served = {model for model, _ in self._library.uncontested_signatures()}
-        name = default_model(None, self._library.names)
+        served = {model for model, _ in self._table.uncontested_signatures()}
+        name = default_model(None, self._table.names)
         if name in served:
             agreed = await self._store.agree_on_default_model(name)
             if not agreed:
                 # Redis says that there is no default, for the folder of an earlier start.
                 await self._store.claim_default_model(name)
             return agreed or name
-        self.has_no_default = bool(served) and not self._library.loading
+        self.has_no_default = bool(served) and not self._table.loading
         return None
 
     def _adopt(self, agreed: str) -> None:
@@ -183,7 +183,7 @@ class Queues:
 
     def _served_signatures(self) -> Iterator[tuple[str, Signature]]:
         """Each served model with the signature of its default version."""
-        for model, version in sorted(self._library.served.items()):
+        for model, version in sorted(self._table.served.items()):
             if version.signature:
                 yield model, version.signature
 

@@ -30,6 +30,11 @@ class ModelSource(Struct, frozen=True):
         """The folder that is served, or the one file, as an absolute path."""
         return (self.model_file or self.model_dir).absolute()
 
+    @property
+    def serves_all_models(self) -> bool:
+        """Whether all models of the folder are served, as neither MODELS nor MODEL is set."""
+        return not (self.wanted or self.model_file)
+
     def files(self) -> list[ModelFile]:
         """Reads the folder as `listing` does, and returns the files alone; raises
         ModelDirUnreadable."""

@@ -7,8 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from asyncinfer.models import onnx_file
-from asyncinfer.models.folder import OF_ALL_VERSIONS as OF_ALL_VERSIONS
-from asyncinfer.models.folder import ModelFile, Stamp, read_stamp
+from asyncinfer.models.folder import OF_ALL_VERSIONS, ModelFile, Stamp, read_stamp
 from asyncinfer.models.signature import Signature
 from asyncinfer.worker.models.engine_cache import Label, label_of
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -15,14 +14,13 @@ from asyncinfer.repository.claims import (
     ClaimReply,
     ClaimRequest,
     JobOutcome,
-    PackedOutcomes,
     QueueConsumer,
-    pack_outcomes,
 )
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.schemas.operations import JobsDone
+from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.claims import Claimer
-from asyncinfer.worker.held_claim import HeldClaim, Step
+from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 
 _log = logging.getLogger(__name__)
@@ -38,6 +36,7 @@ class Finisher:
     def __init__(
         self,
         runs: QueueConsumer,
+        held: HeldClaims,
         claimer: Claimer,
         builder: OutcomeBuilder,
         *,
@@ -49,6 +48,7 @@ class Finisher:
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""
         self._runs = runs
+        self._held = held
         self._claimer = claimer
         self._builder = builder
         self._start_task = start_task
@@ -68,20 +68,23 @@ class Finisher:
     async def finish(self, held: HeldClaim, finished: Sequence[JobOutcome]) -> HeldClaim | None:
         """Call once the batches of a claim have run. Waits until outcomes of jobs that were
         cancelled or expired meanwhile are stored, then stores those of its other jobs and releases
-        the claim.
+        the claim. The same call claims the next jobs, so that a busy slot needs one call per batch.
 
         Returns the next claim, None where none came with the reply. Retries while Redis is away.
         """
         while held.early_tasks:
             await asyncio.wait(held.early_tasks)
         open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
-        outcomes = pack_outcomes(open_outcomes)
         held.open_jobs.clear()
         self._on_step("finishing")
-        return await self._claimer.finish(
-            held,
-            lambda following: self._store(held, outcomes, last=True, following=following),
-        )
+        async with self._claimer.claim_lock:
+            following = self._claimer.following_request(held)
+            reply = await self._store(held, open_outcomes, last=True, following=following)
+            self._held.release(held)
+            self._on_step("finished")
+            next_held = self._claimer.register(following, reply) if following else None
+        await self._claimer.let_others_call()
+        return next_held
 
     async def release(self, held: HeldClaim) -> None:
         """Gives the jobs without an outcome back to their queue, without a delay. Tries once: if
@@ -98,7 +101,7 @@ class Finisher:
     def end_job(self, reason: str, job_id: str) -> None:
         """Ends a job as cancelled or expired, if `reason` is "cancel" or "expire" and this worker
         holds the job; else does nothing. Returns at once: a task stores the outcome."""
-        for held in list(self._claimer.held.values()):
+        for held in list(self._held.by_token.values()):
             if job := held.open_jobs.get(job_id):
                 if reason == "cancel":
                     self._end_early(held, job, self._builder.cancelled(held, job))
@@ -114,10 +117,10 @@ class Finisher:
             self.end_job("expire", job_id)
         for token in renewal.lost:
             # A claim whose finish is under way has no open job, and its loss means nothing.
-            held = self._claimer.held.get(token)
+            held = self._held.by_token.get(token)
             if held and held.open_jobs:
                 _log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
-                self._claimer.stop_renewing(token)
+                self._held.stop_renewing(token)
 
     def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: JobOutcome) -> None:
         """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on. The
@@ -131,12 +134,12 @@ class Finisher:
 
     async def _store_early(self, held: HeldClaim, outcome: JobOutcome) -> None:
         """Stores one outcome, and leaves the claim open."""
-        await self._store(held, pack_outcomes([outcome]), last=False)
+        await self._store(held, [outcome], last=False)
 
     async def _store(
         self,
         held: HeldClaim,
-        outcomes: Sequence[PackedOutcomes],
+        outcomes: Sequence[JobOutcome],
         *,
         last: bool,
         following: ClaimRequest | None = None,
@@ -150,7 +153,7 @@ class Finisher:
         """
         while True:
             try:
-                verdicts, claimed = await self._runs.finish_packed(
+                verdicts, claimed = await self._runs.finish(
                     held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
@@ -164,7 +167,7 @@ class Finisher:
                 if self._given_up:
                     return ClaimReply(None)
                 _limited_log.warning(f"Finishing: {error.detail}")
-                await asyncio.sleep(random.uniform(0.1, 0.5))
+                await pause_before_retry()
             else:
                 self.verdict_counts.update(verdicts)
                 if stale := verdicts.count("stale"):

@@ -47,19 +47,15 @@ class LaterReleaseDeferrer:
         self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
     def defer(self, job: ClaimedJob) -> JobOutcome:
-        """As `Deferrer.deferred_outcome`, with a delay of 1 to 60 s; logs once per schema what to
-        do about such jobs."""
-        self._warn_once(job.later_schema)
+        """As `Deferrer.deferred_outcome`, with a delay of 1 to 60 s. Logs what to do about such
+        jobs, once per schema, for a few schemas only, since anyone may write any number there."""
+        schema = job.later_schema
+        if schema not in self._named_schemas and len(self._named_schemas) < _MAX_NAMED:
+            self._named_schemas.add(schema)
+            _log.warning(
+                "Jobs with schema %d were written by a later release (this one knows up to %d) and "
+                "wait for a worker of that release. Upgrade this worker.",
+                schema,
+                SCHEMA,
+            )
         return self._deferrer.deferred_outcome(job)
-
-    def _warn_once(self, schema: int) -> None:
-        """Logs once per schema, for a few schemas only, since anyone may write any number there."""
-        if schema in self._named_schemas or len(self._named_schemas) == _MAX_NAMED:
-            return
-        self._named_schemas.add(schema)
-        _log.warning(
-            "Jobs with schema %d were written by a later release (this one knows up to %d) and "
-            "wait for a worker of that release. Upgrade this worker.",
-            schema,
-            SCHEMA,
-        )

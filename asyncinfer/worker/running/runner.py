@@ -116,7 +116,8 @@ class BatchRunner:
         try:
             started_at = time.monotonic()
             bodies = await self._run_in_thread(run)
-            self._note_run_time(batch, time.monotonic() - started_at)
+            seconds = time.monotonic() - started_at
+            self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
         except Stopped:
             return self._outcomes_of_stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
@@ -183,10 +184,6 @@ class BatchRunner:
             f"The run took longer than {self._timeout_seconds(batch):g} s and was stopped. Send "
             "fewer rows, or raise PREDICTION_TIMEOUT or the model's limits.timeout_seconds."
         )
-
-    def _note_run_time(self, batch: Batch, seconds: float) -> None:
-        """Adds the run to `times`, under its number of rows."""
-        self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
 
 
 def _open_jobs_of(held: HeldClaim, batch: Batch) -> list[ClaimedJob]:

