@@ -18,6 +18,7 @@ from asyncinfer.engine.probe_inputs import (
     WITHOUT_EXAMPLE,
     Filling,
     InputValues,
+    input_shape,
     random_array,
 )
 from asyncinfer.engine.runner import Stop, Stopped
@@ -116,14 +117,21 @@ class _BatchProbe:
         """How many dimensions each output has."""
         self._rows_differ = False
         """Whether any probe gave different answers for different rows."""
-        self._equal_inputs = {name for name in self._example if self._may_be_category(name)}
-        """Inputs of categories that had one value in all rows of all probes so far, as in the
-        example."""
+        self._equal_inputs = {
+            name
+            for name, example in self._example.items()
+            if self._axes[name] is not None and example.dtype.kind in "Oiu"
+        }
+        """Inputs that may be categories, so that only values of the example are valid, and had one
+        value in all rows of all probes so far."""
 
     def find_output_axes(self) -> Axes:
         """Runs the probes; returns for each output the axis of its rows, None for an output
         without. Raises _NotBatchable, or Stopped at the deadline."""
-        for optional in self._optional_choices():
+        has_optional = any(spec.optional for spec in self._inputs)
+        # First without optional inputs, then with them.
+        choices = [False, True] if has_optional else [False]
+        for optional in choices:
             if not self._run_probes(self._fillings(), optional):
                 reason_kind = (
                     Obstacle.NONE_RAN_LIKE_EXAMPLE
@@ -132,7 +140,7 @@ class _BatchProbe:
                 )
                 raise _NotBatchable(reason_kind, failure=self._failure)
         if not self._rows_differ:
-            for optional in self._optional_choices():
+            for optional in choices:
                 self._run_probes(LAST_TRY, optional)
         assert self._output_axes is not None
         if all(axis is None for axis in self._output_axes):
@@ -169,11 +177,6 @@ class _BatchProbe:
         has_fractions = any(spec.datatype in FLOATS for spec in self._inputs)
         return SEVERAL_ROWS if has_fractions else NO_FRACTIONS
 
-    def _optional_choices(self) -> list[bool]:
-        """Whether to leave optional inputs out (False) and to give them (True), in the order to
-        try."""
-        return [False, True] if any(spec.optional for spec in self._inputs) else [False]
-
     def _has_open_sizes(self) -> bool:
         """Whether an input has an open dimension beside the rows, whose size must be guessed."""
         return any(
@@ -193,11 +196,6 @@ class _BatchProbe:
             if axis is not None and name in self._example
         ]
         return min(counts, default=0)
-
-    def _may_be_category(self, name: str) -> bool:
-        """Whether this input, which the example must have, may be a category, so that only values
-        of the example are valid."""
-        return self._axes[name] is not None and self._example[name].dtype.kind in "Oiu"
 
     def _has_different_rows(self, name: str, jobs: Sequence[Feeds]) -> bool:
         """Whether an input had different values in the rows of these jobs."""
@@ -245,9 +243,10 @@ class _BatchProbe:
             if spec.optional and not optional:
                 continue
             axis = self._axes[spec.name]
-            shape = self._shape(spec, size)
+            example = self._example.get(spec.name)
+            shape = input_shape(spec, example, size)
             of_jobs = itertools.cycle(filling.scales)
-            values = InputValues(spec, self._example.get(spec.name), axis, self._heights, seed)
+            values = InputValues(spec, example, axis, self._heights, seed)
             shared = values.make(rng, filling.kind, next(of_jobs), shape) if axis is None else None
             for job, count in zip(jobs, counts, strict=True):
                 if shared is not None:
@@ -257,17 +256,6 @@ class _BatchProbe:
                 shape[axis] = count
                 job[spec.name] = values.make(rng, filling.kind, next(of_jobs), shape)
         return list(jobs)
-
-    def _shape(self, spec: TensorSpec, size: int) -> list[int]:
-        """The shape of an input, in which the caller sets the rows: open dimensions as in the
-        example, else `size`."""
-        like = self._example.get(spec.name)
-        if spec.shape is None and like is not None:
-            return list(like.shape)
-        sizes = (size,) * len(dims(spec)) if like is None else like.shape
-        return [
-            dim if isinstance(dim, int) else own for dim, own in zip(dims(spec), sizes, strict=True)
-        ]
 
     def _compare(
         self,

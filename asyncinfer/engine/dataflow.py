@@ -4,11 +4,13 @@ It finds operators that make the rows of a run depend on each other so little th
 not show it, and inputs that are row numbers of a table.
 """
 
+import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from asyncinfer.models.onnx_graph import Dims, Function, Graph, GraphTooLarge, Node, OnnxFile
@@ -92,7 +94,6 @@ def read_flow(file: OnnxFile, outputs: Collection[str] = ()) -> Flow:
 
 
 def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
-    """The graph without the nodes that these outputs do not need."""
     makers = {name: node for node in graph.nodes for name in node.outputs if name}
     pending = [makers[name] for name in outputs if name in makers]
     kept: set[int] = set()
@@ -106,7 +107,7 @@ def _needed_nodes(graph: Graph, outputs: Collection[str]) -> Graph:
         )
         pending += [makers[name] for name in reads if name in makers]
     nodes = tuple(node for node in graph.nodes if id(node) in kept)
-    return Graph(graph.inputs, nodes, graph.initializers, graph.names_read)
+    return msgspec.structs.replace(graph, nodes=nodes)
 
 
 def _names_in_mask(mask: int, names: Sequence[str]) -> list[str]:
@@ -165,7 +166,8 @@ class _GraphFollower:
         self._functions = functions
         self._summaries: dict[tuple[str, str, str], _Summary] = {}
         self._steps = 0
-        self._depth = 0
+        self.depth = 0
+        """How many graphs and functions within each other are being followed."""
 
     def graph(self, graph: Graph) -> _Summary:
         """Follows the main graph and returns its mixers and lookups, without outputs; raises
@@ -178,8 +180,12 @@ class _GraphFollower:
         }
         return self._summarize(graph.nodes, {**tables, **fed}, ())
 
-    def _function(self, key: tuple[str, str, str]) -> _Summary:
-        """The summary of a function, which is followed when first called; raises GraphTooLarge."""
+    def summary_of_call(self, node: Node) -> _Summary | None:
+        """The summary of the function that the node calls, which is followed when first called;
+        None for an operator. Raises GraphTooLarge."""
+        key = node.key
+        if key not in self._functions:
+            return None
         if key not in self._summaries:
             function = self._functions[key]
             # A function that calls itself finds this; ONNX Runtime loads no such file.
@@ -209,20 +215,6 @@ class _GraphFollower:
                 return _Summary(ends, found.mixers, frozenset(found.lookups))
         raise GraphTooLarge
 
-    def summary_of_call(self, node: Node) -> _Summary | None:
-        """The summary of the function that the node calls, None for an operator; raises
-        GraphTooLarge."""
-        return self._function(node.key) if node.key in self._functions else None
-
-    @contextmanager
-    def nested(self) -> Iterator[None]:
-        """Counts one level of graphs within graphs; raises GraphTooLarge if there are too many."""
-        if self._depth == _MAX_DEPTH:
-            raise GraphTooLarge
-        self._depth += 1
-        yield
-        self._depth -= 1
-
     def count_steps(self, count: int = 1) -> None:
         """Adds to the steps so far; raises GraphTooLarge once there are too many."""
         self._steps += count
@@ -251,12 +243,11 @@ class _Pass:
         self.lookups: set[Lookup] = set()
 
     def follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
-        """Adds the values that the nodes give to the scope; notes mixers and lookups."""
-        with self._follower.nested():
-            self._follow(nodes, scope)
-
-    def _follow(self, nodes: Sequence[Node], scope: _Scope) -> None:
-        """As `follow`, without counting a level."""
+        """Adds the values that the nodes give to the scope; notes mixers and lookups. Raises
+        GraphTooLarge if too many graphs are within each other."""
+        self._follower.depth += 1
+        if self._follower.depth > _MAX_DEPTH:
+            raise GraphTooLarge
         for node in nodes:
             inputs = [self._value(name, scope) for name in node.inputs]
             captured = self._follow_inner_graphs(node, inputs, scope)
@@ -265,6 +256,7 @@ class _Pass:
                 if (id(scope), name) in self._read_early and scope.values.get(name) != value:
                     self.needs_another_pass = True
                 scope.values[name] = value
+        self._follower.depth -= 1
 
     def _value(self, name: str, scope: _Scope | None) -> _Value:
         """The value of this name in the scope or those around it; an empty one if it is unknown,
@@ -300,22 +292,18 @@ class _Pass:
     def _outputs(self, node: Node, inputs: Sequence[_Value], captured: int) -> list[_Value]:
         """The values that a node gives, one for each output; notes whether it mixes rows or looks
         up a table. `captured` is the mask of inputs that its inner graphs read."""
-        if (summary := self._follower.summary_of_call(node)) is not None:
-            self._note_mixer(node, inputs, captured)
-            return self._call_outputs(node, summary, inputs)
         self._note_mixer(node, inputs, captured)
+        if (summary := self._follower.summary_of_call(node)) is not None:
+            return self._call_outputs(node, summary, inputs)
         if node.domain not in _ONNX:
             return [_Value(_all_fed(inputs) | captured)] * len(node.outputs)
         if node.operator in _SHAPES:
             return [_UNKNOWN] * len(node.outputs)
         self._note_lookup(node, inputs)
         first = inputs[0] if inputs else _UNKNOWN
-        same = 0
+        same = first.same if node.operator in _SAME_NUMBERS else 0
         if node.operator == "Concat":
-            for value in inputs:
-                same |= value.same
-        elif node.operator in _SAME_NUMBERS:
-            same = first.same
+            same = _union(value.same for value in inputs)
         table = first.table if node.operator in _SAME_DIMS else None
         if node.operator == "Constant" and "value" in node.integer_lists:
             table = _Table(node.integer_lists["value"])
@@ -326,11 +314,8 @@ class _Pass:
     def _overall(self, node: Node, inputs: Sequence[_Value]) -> int:
         """The mask of inputs of whose statistics over all rows a node's output is made; inputs that
         only give sizes are left out."""
-        overall = 0
-        for at, value in enumerate(inputs):
-            if at not in _SIZES.get(node.operator, ()):
-                overall |= value.overall
-        return overall
+        sizes = _SIZES.get(node.operator, ())
+        return _union(value.overall for at, value in enumerate(inputs) if at not in sizes)
 
     def _note_mixer(self, node: Node, inputs: Sequence[_Value], captured: int) -> None:
         """Notes the operator, with the inputs that feed it, if it uses a statistic of all rows for
@@ -355,15 +340,17 @@ class _Pass:
         """Notes the inputs that the operator uses as row numbers of a table."""
         axis = node.integers.get("axis", node.integers.get("gather_axis", 0))
         for at, ids in _LOOKUPS.get(node.operator, ()):
-            if max(at, ids) >= len(inputs) or not inputs[ids].same:
-                continue
-            table = inputs[at].table
-            if table is None:
-                continue
-            if table.source:
-                self.lookups.add(((table.source, axis), inputs[ids].same))
-            elif -len(table.dims) <= axis < len(table.dims):
-                self.lookups.add((table.dims[axis], inputs[ids].same))
+            if max(at, ids) < len(inputs):
+                self._add_lookup(inputs[at].table, axis, inputs[ids].same)
+
+    def _add_lookup(self, table: _Table | None, axis: int, same: int) -> None:
+        """Notes inputs (a mask) as row numbers of a table along this axis, if there are both."""
+        if table is None or not same:
+            return
+        if table.source:
+            self.lookups.add(((table.source, axis), same))
+        elif -len(table.dims) <= axis < len(table.dims):
+            self.lookups.add((table.dims[axis], same))
 
     def _call_outputs(
         self, node: Node, summary: _Summary, inputs: Sequence[_Value]
@@ -373,17 +360,12 @@ class _Pass:
             if fed := self._combine(mask, inputs).fed:
                 self.mixers[name] = self.mixers.get(name, 0) | fed
         for height, mask in summary.lookups:
-            if not (same := self._combine(mask, inputs).same):
-                continue
-            if isinstance(height, int):
+            same = self._combine(mask, inputs).same
+            if not isinstance(height, int):
+                source, axis = height
+                self._add_lookup(self._combine(source, inputs).table, axis, same)
+            elif same:
                 self.lookups.add((height, same))
-                continue
-            source, axis = height
-            table = self._combine(source, inputs).table
-            if table is not None and table.source:
-                self.lookups.add(((table.source, axis), same))
-            elif table is not None and -len(table.dims) <= axis < len(table.dims):
-                self.lookups.add((table.dims[axis], same))
         outputs = [self._call_output(value, inputs) for value in summary.outputs]
         return (outputs + [_UNKNOWN] * len(node.outputs))[: len(node.outputs)]
 
@@ -421,12 +403,13 @@ def _reduces_all_rows(node: Node) -> bool:
 
 def _tables(graph: Graph) -> dict[str, _Value]:
     """The constants of a graph that may be tables, as values by name."""
-    return {name: _Value(table=_Table(dims)) for name, dims in graph.initializers.items()}
+    return {name: _Value(table=_Table(tensor.dims)) for name, tensor in graph.initializers.items()}
 
 
 def _all_fed(values: Sequence[_Value]) -> int:
     """The mask of the inputs on which any of these values depends."""
-    fed = 0
-    for value in values:
-        fed |= value.fed
-    return fed
+    return _union(value.fed for value in values)
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)

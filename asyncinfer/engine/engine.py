@@ -62,15 +62,16 @@ class Engine:
         sessions, sha256 = open_sessions(
             file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
         )
-        graph = read_graph(file)
+        onnx = read_graph(file)
+        graph = onnx.graph if onnx else None
         signature = signatures.describe(file, sessions[0], sha256, graph)
         runner = Runner(sessions, [spec.name for spec in signature.outputs])
         example = examples.configured_example(file, signature)
         if runner.maps:
             runner.keys = _learn_map_keys(runner, signature, example, file, probe_seconds)
             signature = signatures.with_keys(signature, runner.maps, runner.keys)
-        signature = with_class_outputs(signature, file, runner.run, example, probe_seconds)
-        verdict = _decide_batching(runner, signature, example, file, probe_seconds, graph)
+        signature = with_class_outputs(signature, file, graph, runner.run, example, probe_seconds)
+        verdict = _decide_batching(runner, signature, example, file, probe_seconds, onnx)
         signature = _with_verdict(signature, verdict)
         signatures.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
@@ -139,7 +140,7 @@ def _decide_batching(
     example: Feeds | None,
     file: ModelFile,
     probe_seconds: float,
-    graph: OnnxFile | None,
+    onnx: OnnxFile | None,
 ) -> BatchingVerdict:
     """Decides by `model.toml`, else by the shapes of the inputs, the graph, and probes of the
     model, in this order. Raises ModelRefused where `model.toml` asks for what cannot be."""
@@ -155,7 +156,7 @@ def _decide_batching(
         assert obstacle is not None, "an input whose first dimension is open could be stacked"
         return batch_probe.not_batched(obstacle, outputs)
     names = [spec.name for spec in outputs]
-    flow = dataflow.read_flow(graph, names) if graph else Flow(is_unread=True)
+    flow = dataflow.read_flow(onnx, names) if onnx else Flow(is_unread=True)
     if flow.is_unread:
         return batch_probe.not_batched(Reason(Obstacle.UNREAD), outputs)
     mixing_operators = [flow.mixer(_stacked_inputs(axes, signature)) for axes in candidates]
@@ -168,7 +169,6 @@ def _decide_batching(
 
 
 def _stacked_inputs(axes: Axes, signature: Signature) -> frozenset[str]:
-    """The names of the inputs that are stacked along these axes."""
     named = zip(signature.inputs, axes, strict=True)
     return frozenset(spec.name for spec, axis in named if axis is not None)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
@@ -29,9 +29,6 @@ much memory."""
 
 _SMALL: Final = (0.0, 0.1, 0, 1)
 
-_MIXED: Final = 100.0
-"""In the last try, each number has a magnitude of its own up to this."""
-
 
 class Kind(Enum):
     """Where the values of a probe are from; random unless it says otherwise."""
@@ -45,6 +42,14 @@ class Kind(Enum):
     """All values are drawn from the example."""
     MIXED = 4
     """Small and large fractions side by side."""
+    WIDE = 5
+    """The same with larger ones: a tree compares ages as well as incomes."""
+    NEAR_ROWS = 6
+    """Each number is that of a random row of the example; fractions with noise."""
+
+
+_POWERS_OF_TEN: Final = {Kind.MIXED: (-3.0, 2.0), Kind.WIDE: (-2.0, 4.0)}
+"""Lowest and highest magnitude of these kinds of fractions."""
 
 
 class Filling(Struct, frozen=True):
@@ -83,6 +88,17 @@ LAST_TRY: Final = (Filling((SCALES[0][0],), Kind.MIXED),) * 3
 _MAX_ELEMENTS: Final = 1 << 26
 
 
+def input_shape(spec: TensorSpec, example: Array | None, size: int) -> list[int]:
+    """The shape of an input, in which the caller sets the rows: open dimensions as in the example,
+    else `size`."""
+    if spec.shape is None:
+        return [] if example is None else list(example.shape)
+    sizes = (size,) * len(spec.shape) if example is None else example.shape
+    return [
+        dim if isinstance(dim, int) else own for dim, own in zip(spec.shape, sizes, strict=True)
+    ]
+
+
 class InputValues(Struct, frozen=True):
     """Makes the values of one input for one probe."""
 
@@ -102,14 +118,13 @@ class InputValues(Struct, frozen=True):
         ModelFailed if they are too many. `scale` None is that of the example. An input without rows
         is the example itself, if there is one."""
         if self.example is not None and (self.axis is None or self._comes_from_example(kind)):
-            return self._draw_rows(self.example, rng, shape)
-        if kind == Kind.MIXED and self.spec.datatype in FLOATS:
-            return _mixed_sizes(self.spec, rng, shape)
+            return self._draw_rows(self.example, rng, shape, kind)
+        if kind in _POWERS_OF_TEN and self.spec.datatype in FLOATS:
+            return _mixed_sizes(self.spec, rng, _POWERS_OF_TEN[kind], shape)
         return random_array(self.spec, rng, self._within_table(scale), shape)
 
     def _comes_from_example(self, kind: Kind) -> bool:
-        """Whether the values are drawn from the rows of the example."""
-        if kind == Kind.ROWS:
+        if kind in (Kind.ROWS, Kind.NEAR_ROWS):
             return True
         if kind == Kind.CATEGORIES and self.seed % 2 and self._has_equal_rows():
             return False
@@ -127,16 +142,21 @@ class InputValues(Struct, frozen=True):
         rows = np.moveaxis(self.example, self.axis, 0)
         return bool((rows == rows[:1]).all())
 
-    def _draw_rows(self, example: Array, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-        """Random rows of the example, as many as `shape` says; in every second probe each column is
-        from another row. The example itself if the input has no rows."""
+    def _draw_rows(
+        self, example: Array, rng: np.random.Generator, shape: Sequence[int], kind: Kind
+    ) -> Array:
+        """Random rows of the example, as many as `shape` says; near rows and in every second probe
+        each column is from another row. The example itself if the input has no rows."""
         if self.axis is None:
             return example
         rows = np.moveaxis(example, self.axis, 0)
         count = shape[self.axis]
-        columns = rows.shape[1:] if self.seed % 2 else (1,) * (rows.ndim - 1)
+        is_near = kind == Kind.NEAR_ROWS
+        columns = rows.shape[1:] if is_near or self.seed % 2 else (1,) * (rows.ndim - 1)
         row_numbers = rng.integers(0, len(rows), (count, *columns))
         drawn = np.take_along_axis(rows, np.broadcast_to(row_numbers, (count, *rows.shape[1:])), 0)
+        if is_near and self.spec.datatype in FLOATS:
+            drawn = _with_noise(drawn, rows, rng, self.spec)
         return np.moveaxis(drawn, 0, self.axis)
 
     def _within_table(self, scale: Scale | None) -> Scale:
@@ -153,12 +173,23 @@ class InputValues(Struct, frozen=True):
         return low, high, min(max(lowest, 0), height - 1), min(max(highest, 0), height - 1)
 
 
-def _mixed_sizes(spec: TensorSpec, rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """Random fractions, each with a sign and a magnitude of its own; raises ModelFailed if they are
-    too many."""
+def _with_noise(drawn: Array, rows: Array, rng: np.random.Generator, spec: TensorSpec) -> Array:
+    """Fractions that were drawn from the columns of `rows`, with noise as wide as their column,
+    within the range of the datatype."""
+    known = np.nan_to_num(rows.astype(np.float64), posinf=0.0, neginf=0.0)  # gaps
+    spread = np.maximum(known.std(axis=0), np.abs(known).max(axis=0) / 4)
+    noisy: Any = drawn.astype(np.float64) + rng.normal(size=drawn.shape) * spread
+    return np.asarray(np.clip(noisy, *RANGES[spec.datatype])).astype(DTYPES[spec.datatype])
+
+
+def _mixed_sizes(
+    spec: TensorSpec, rng: np.random.Generator, powers: tuple[float, float], shape: Sequence[int]
+) -> Array:
+    """Random fractions, each with a sign and a power of ten of its own; raises ModelFailed if they
+    are too many."""
     _check_size(spec, shape)
-    sizes = 10.0 ** rng.uniform(-3.0, np.log10(_MIXED), shape)
-    return np.asarray(sizes * rng.choice((-1.0, 1.0), shape)).astype(DTYPES[spec.datatype])
+    sizes = rng.choice((-1.0, 1.0), shape) * 10.0 ** rng.uniform(*powers, shape)
+    return np.asarray(sizes).astype(DTYPES[spec.datatype])
 
 
 def _scale_of(example: Array | None) -> Scale:

@@ -49,11 +49,11 @@ class Runner:
         self._sessions = sessions
         self._turn = itertools.count()
         self._outputs = list(outputs)
-        types = {node.name: node.type for node in sessions[0].get_outputs()}
-        self._bfloat16 = any(
-            "bfloat16" in kind
-            for kind in (*(node.type for node in _inputs(sessions[0])), *types.values())
-        )
+        session = sessions[0]
+        types = {node.name: node.type for node in session.get_outputs()}
+        inputs = (*session.get_inputs(), *session.get_overridable_initializers())
+        kinds = (*(node.type for node in inputs), *types.values())
+        self._bfloat16 = any("bfloat16" in kind for kind in kinds)
         self.maps = [
             at for at, name in enumerate(outputs) if types.get(name, "").startswith("seq(map")
         ]
@@ -90,11 +90,6 @@ class Runner:
                 raise Stopped from error
             raise _run_error(error) from error
         return outputs
-
-
-def _inputs(session: ort.InferenceSession) -> list[Any]:
-    """All inputs, those with a value in the graph last."""
-    return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
 def _matrix_of_maps(maps: Sequence[Mapping[int | str, float]], keys: Sequence[int | str]) -> Array:

@@ -75,7 +75,7 @@ def _open(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         problem = _load_error_text(error, file)
-        raise ModelRefused(f"{file.display_path}: {problem}{_complex_remedy(problem)}") from error
+        raise ModelRefused(f"{file.display_path}: {problem}") from error
     started = session.get_providers()
     for name, _ in providers:
         if name not in started:
@@ -122,15 +122,12 @@ def _providers(file: ModelFile) -> list[list[tuple[str, dict[str, Any]]]]:
             f"{file.model}/model.toml: session.devices needs one of "
             f"{', '.join(sorted(_WITH_DEVICES))} in session.providers"
         )
+    if not devices:
+        return [[(name, {}) for name in names]]
     return [
-        [(name, _device_options(name, number)) for name in names] for number in (devices or (None,))
+        [(name, {"device_id": number} if name in _WITH_DEVICES else {}) for name in names]
+        for number in devices
     ]
-
-
-def _device_options(name: str, number: int | None) -> dict[str, Any]:
-    """The provider's option for a device number; empty if there is none or the provider has no
-    devices."""
-    return {} if number is None or name not in _WITH_DEVICES else {"device_id": number}
 
 
 def _provider_remedy(name: str) -> str:
@@ -162,16 +159,6 @@ def _custom_ops_library(file: ModelFile, allow_custom_ops: bool) -> str:
 
 
 _LOCALE: Final = re.compile(r"Failed to construct locale with name:([\w.@-]+)")
-_COMPLEX_TYPE: Final = re.compile(r"tensor\(complex\w+\) is not currently registered")
-
-
-def _complex_remedy(problem: str) -> str:
-    """What to do if ONNX Runtime refused a tensor of complex numbers, which it cannot run; else
-    empty."""
-    parts = "; let the graph take and give real and imaginary parts as tensors of their own"
-    return parts if _COMPLEX_TYPE.search(problem) else ""
-
-
 _PREAMBLE: Final = re.compile(r"\[ONNXRuntimeError\] : -?\d+ : \w+ : (Load model from .* failed:)?")
 _SOURCE_LOCATION: Final = re.compile(
     r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)?(?: \[with .*?\])? "
@@ -195,6 +182,10 @@ _REMEDIES: Final = (
         re.compile(r"\S+:(\w+)\(-?\d+\) is not a registered function/op"),
         "; name the library that has the operator {0} as session.custom_ops in model.toml, or "
         "export it with standard operators",
+    ),
+    (
+        re.compile(r"tensor\(complex\w+\) is not currently registered"),
+        "; let the graph take and give real and imaginary parts as tensors of their own",
     ),
 )
 """Messages of ONNX Runtime, and what to do about each."""

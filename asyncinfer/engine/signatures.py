@@ -10,7 +10,7 @@ import msgspec
 from asyncinfer.engine.runtime import ort
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile
-from asyncinfer.models.onnx_graph import OnnxFile
+from asyncinfer.models.onnx_graph import Graph
 from asyncinfer.models.signature import MAX_ROWS, Signature
 from asyncinfer.tensors.datatypes import Dim, TensorSpec
 
@@ -77,7 +77,7 @@ _INPUT_KINDS: Final = (
 
 
 def describe(
-    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: OnnxFile | None
+    file: ModelFile, session: ort.InferenceSession, sha256: str, graph: Graph | None
 ) -> Signature:
     """The signature by the graph and `model.toml`, before any run; `graph` is None if it was too
     large to be read, and `sha256` is that of the file, in hex. Raises ModelRefused for inputs and
@@ -86,7 +86,8 @@ def describe(
     # ONNX Runtime shows a scalar and a tensor of any number of dimensions in the same way.
     open_ranks = graph.unknown_rank if graph else frozenset[str]()
     try:
-        inputs = (*_inputs(session.get_inputs(), file, open_ranks), *_overridable_inputs(session))
+        needed = (_input(node, file, open_ranks) for node in session.get_inputs())
+        inputs = (*needed, *_overridable_inputs(session))
         outputs = _select_outputs(_outputs(session.get_outputs(), file, open_ranks), file)
     except UnicodeDecodeError as error:
         raise ModelRefused(
@@ -172,11 +173,6 @@ def _shape(node: Any, open_ranks: frozenset[str]) -> tuple[Dim, ...] | None:
     """The shape of an input or output; None if it may have any rank, as its name is among
     `open_ranks`."""
     return None if not node.shape and node.name in open_ranks else shape_of(node.shape)
-
-
-def _inputs(nodes: Sequence[Any], file: ModelFile, open_ranks: frozenset[str]) -> list[TensorSpec]:
-    """The specs of the inputs, in order; raises ModelRefused if no request can carry one."""
-    return [_input(node, file, open_ranks) for node in nodes]
 
 
 def _input(node: Any, file: ModelFile, open_ranks: frozenset[str]) -> TensorSpec:

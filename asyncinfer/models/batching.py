@@ -76,7 +76,7 @@ def candidate_axes(inputs: Sequence[TensorSpec]) -> list[Axes]:
     dimension of inputs whose first dimension is fixed, such as a state.
     """
     found = axes_by_name(inputs)
-    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    first = forced_axes(0, inputs)
     if any(axis == 0 for axis in first) and all(spec.shape is not None for spec in inputs):
         found += [first, tuple(_only_open(spec, inputs) for spec in inputs)]
     return _by_inputs(found)
@@ -92,7 +92,7 @@ def axes_by_name(inputs: Sequence[TensorSpec]) -> list[Axes]:
     if any(spec.shape is None for spec in inputs):
         return []
     found: list[Axes] = []
-    first: Axes = tuple(0 if _open_at(spec, 0) else None for spec in inputs)
+    first = forced_axes(0, inputs)
     names = {dims(spec)[0] for spec, axis in zip(inputs, first, strict=True) if axis == 0}
     if names and len(names - {None}) <= 1:
         found.append(first)
@@ -295,14 +295,12 @@ def split(
     """
     if len(jobs) == 1 or plan is None:
         return [list(outputs)]
-    counts = [row_count(feeds, plan) for feeds in jobs]
-    check_rows(outputs, sum(counts), plan.outputs)
     pieces = [
         [
             output if axis is None else output[(slice(None),) * axis + (slice(start, end),)]
             for output, axis in zip(outputs, plan.outputs, strict=True)
         ]
-        for start, end in spans(counts)
+        for start, end in row_spans(outputs, jobs, plan)
     ]
     if not any(any(names) for names in plan.unpad):
         return pieces
@@ -342,13 +340,17 @@ def _sizes(feeds: Feeds, plan: BatchPlan) -> dict[str, int]:
     }
 
 
-def check_rows(outputs: Sequence[Array], rows: int, axes: Axes) -> None:
-    """Raises ModelFailed unless each output has `rows` elements along its axis in `axes`."""
-    for output, axis in zip(outputs, axes, strict=True):
-        if axis is not None and (output.ndim <= axis or output.shape[axis] != rows):
-            raise ModelFailed(f"an output of shape {list(output.shape)} for {rows} rows of input")
+def row_spans(
+    outputs: Sequence[Array], jobs: Sequence[Feeds], plan: BatchPlan
+) -> Iterator[tuple[int, int]]:
+    """Start and end of each job's rows in the outputs of their stacked inputs, in order.
 
-
-def spans(row_counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yields start and end of each job's rows in the stacked arrays, in the order of the jobs."""
-    return itertools.pairwise(itertools.accumulate(row_counts, initial=0))
+    Raises ModelFailed if the rows of an output are not as many as those of the inputs.
+    """
+    ends = list(itertools.accumulate((row_count(feeds, plan) for feeds in jobs), initial=0))
+    for output, axis in zip(outputs, plan.outputs, strict=True):
+        if axis is not None and (output.ndim <= axis or output.shape[axis] != ends[-1]):
+            raise ModelFailed(
+                f"an output of shape {list(output.shape)} for {ends[-1]} rows of input"
+            )
+    return itertools.pairwise(ends)

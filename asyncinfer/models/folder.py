@@ -106,8 +106,13 @@ def read_folder(model_dir: Path) -> FolderListing:
             why = f"{file_access.os_error_reason(error)}. Its name cannot be that of a model"
             ignored.append(f"{_shown(entry, 1)} is ignored: it {why}")
             continue
-        if files and found.setdefault(files[0].model, files) is not files:
-            duplicates += _duplicate(entry, files[0], found[files[0].model][0])
+        if not files:
+            continue
+        winner = found.setdefault(files[0].model, files)[0]
+        if winner is not files[0] and is_valid_name(winner.model):
+            why = f"is not served, since {winner.display_path} has its name; rename or remove one"
+            problem = f"{_shown(entry, 1)}: {why}"
+            duplicates.append(ModelFile(winner.model, OF_ALL_VERSIONS, entry, problem=problem))
     files = [file for files in (*found.values(), duplicates) for file in files]
     return FolderListing(files, tuple(ignored))
 
@@ -147,19 +152,14 @@ def read_stamp(file: ModelFile) -> Stamp:
     folder = file.path.parent
     if not file_access.is_file(file.path):
         return ()
-    paths = [file.path] if file.is_single_file else _files_below(folder)
+    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    paths = [file.path] if file.is_single_file else itertools.islice(below, _MAX_STAMPED_FILES)
     return tuple(sorted(_stamped(paths, folder)))
 
 
 def total_bytes(stamp: Stamp) -> int:
     """The number of bytes of all files of a stamp."""
     return sum(size for _, size, _ in stamp)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yields files of a folder and its inner folders, at most 10,000, in no order."""
-    below = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    return itertools.islice(below, _MAX_STAMPED_FILES)
 
 
 def _stamped(paths: Iterable[Path], folder: Path) -> Iterator[tuple[str, int, int]]:
@@ -210,17 +210,6 @@ def _unreadable_model(entry: Path, problem: str) -> ModelFile:
     return ModelFile(
         _model_name(entry.name), OF_ALL_VERSIONS, entry, problem=problem, is_unreadable_folder=True
     )
-
-
-def _duplicate(entry: Path, file: ModelFile, winner: ModelFile) -> list[ModelFile]:
-    """The problem of an entry whose model name another entry has; empty if it is no valid name."""
-    if not is_valid_name(file.model):
-        return []
-    shown = _shown(entry, 1)
-    problem = (
-        f"{shown}: is not served, since {winner.display_path} has its name; rename or remove one"
-    )
-    return [ModelFile(file.model, OF_ALL_VERSIONS, entry, problem=problem)]
 
 
 def _model_name(name: str) -> str:
@@ -302,24 +291,20 @@ def _only_onnx_file(folder: Path, usual: Path, entries: list[Path]) -> tuple[Pat
         if not only.name.isprintable():
             return usual, f"{_shown(only, 3)}: rename it to model.onnx"
         return only, _problem(only, _shown(only, 3))
-    if _VERSION.fullmatch(folder.name) and (
-        deep := _first_onnx(filter(file_access.is_folder, entries))
-    ):
-        to = f"{_shown(folder, 2)}/model.onnx"
-        return usual, f"{_shown(deep, 4)}: lies a folder too deep; move it to {to}"
+    if _VERSION.fullmatch(folder.name):
+        below = itertools.chain.from_iterable(map(_entries_below, entries))
+        if deep := next(filter(_is_onnx, below), None):
+            to = f"{_shown(folder, 2)}/model.onnx"
+            return usual, f"{_shown(deep, 4)}: lies a folder too deep; move it to {to}"
     return None
 
 
-def _first_onnx(folders: Iterable[Path]) -> Path | None:
-    """The first ONNX file in the first of the folders that has one; None if none has."""
-    for folder in folders:
-        try:
-            entries = sorted(_entries(folder))
-        except OSError:
-            continue
-        if found := next(filter(_is_onnx, entries), None):
-            return found
-    return None
+def _entries_below(folder: Path) -> list[Path]:
+    """The entries of a folder, by name; none if it cannot be read or is a file."""
+    try:
+        return sorted(_entries(folder)) if file_access.is_folder(folder) else []
+    except OSError:
+        return []
 
 
 def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
@@ -346,13 +331,9 @@ def _misplaced_model(folder: Path, entries: list[Path]) -> list[ModelFile]:
 
 def _has_version(folder: Path) -> bool:
     """Whether it is the folder of a model: it has a version with a model.onnx."""
-    try:
-        entries = _entries(folder)
-    except OSError:
-        return False
     return any(
         file_access.is_file(entry / "model.onnx")
-        for entry in entries
+        for entry in _entries_below(folder)
         if _VERSION.fullmatch(entry.name)
     )
 

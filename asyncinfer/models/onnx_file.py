@@ -15,9 +15,9 @@ from asyncinfer.models import file_kind
 from asyncinfer.untrusted import file_access
 from asyncinfer.untrusted.printable import printable_line
 
-_MODEL: Final = {7: "graph", 20: "training", 25: "function"}
+_GRAPH: Final = 7
 _FIELDS: Final[dict[str, dict[int, str]]] = {
-    "model": _MODEL,
+    "model": {_GRAPH: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
     "node": {5: "attribute"},
@@ -77,10 +77,9 @@ def looks_complete(path: Path) -> bool:
     try:
         with mapped(path) as content:
             # All fields are read, because a truncated file is only noticed at its end.
-            numbers = {number for number, _, _ in fields(content, 0, len(content))}
+            return _GRAPH in {number for number, _, _ in fields(content, 0, len(content))}
     except (OSError, ValueError):  # an empty file cannot be mapped, a damaged one not read
         return False
-    return any(_MODEL.get(number) == "graph" for number in numbers)
 
 
 @contextmanager

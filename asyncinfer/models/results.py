@@ -4,9 +4,9 @@ JSON has no NaN and no infinities; they are the strings "NaN", "Infinity" and "-
 ProtoJSON. (msgspec would write null instead, which means something else.)
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -55,35 +55,6 @@ class TensorsResult(Struct, frozen=True):
     outputs: list[TensorResult]
 
 
-class _Rows(Struct, frozen=True):
-    """An output of many jobs, with a flat list for each of its rows."""
-
-    name: str
-    datatype: str
-    row_shape: tuple[int, ...]
-    rows: list[list[Any]]
-
-    @classmethod
-    def of(cls, name: str, output: Array) -> "_Rows":
-        """An output whose first axis counts rows, as lists."""
-        rows = _plain(output).reshape(len(output), -1).tolist()
-        return cls(name, datatype_of(output), output.shape[1:], rows)
-
-    def slice(self, start: int, end: int) -> TensorResult:
-        """The tensor of the rows from `start` up to `end`."""
-        data = list(itertools.chain.from_iterable(self.rows[start:end]))
-        return TensorResult(self.name, self.datatype, (end - start, *self.row_shape), data)
-
-
-def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
-    """The JSON result of a single job.
-
-    For a labelled classifier it is an object per row (without a list if there is one row), else all
-    outputs.
-    """
-    return render_results(outputs, [{}], signature, None)[0]
-
-
 def render_results(
     outputs: Sequence[Array],
     jobs: Sequence[Feeds],
@@ -95,6 +66,8 @@ def render_results(
 ) -> list[bytes]:
     """The results of all jobs of one run, in their order, as bytes to store.
 
+    For a labelled classifier a result is an object per row (without a list if there is one row),
+    else all outputs.
     `outputs` has the arrays of the run, one per output of the signature, such as `(rows of all
     jobs, *dims)`; `jobs` has the inputs of each job before they were stacked. `answer` is "json" or
     "tensors". `output_names` lists the outputs to return, empty for all; with names, even a
@@ -112,9 +85,8 @@ def render_results(
         return _render_tensors(outputs, jobs, signature, plan, output_names)
     if len(jobs) == 1 or plan is None:
         return [_encode_rows(rows)]
-    counts = [batching.row_count(feeds, plan) for feeds in jobs]
-    batching.check_rows(outputs, sum(counts), plan.outputs)
-    return [_encode_rows(rows[start:end]) for start, end in batching.spans(counts)]
+    spans = batching.row_spans(outputs, jobs, plan)
+    return [_encode_rows(rows[start:end]) for start, end in spans]
 
 
 def render_packed(payload: bytes) -> bytes:
@@ -140,15 +112,19 @@ def _render_tensors(
             for job_outputs in batching.split(outputs, jobs, plan)
         ]
     # Converting all rows to lists at once takes a fifth of the time of converting job by job.
-    counts = [batching.row_count(feeds, plan) for feeds in jobs]
-    batching.check_rows(outputs, sum(counts), plan.outputs)
-    tensors = [
-        _Rows.of(name, output) for name, output in _wanted_outputs(outputs, signature, wanted)
-    ]
-    return [
-        _encode(TensorsResult([tensor.slice(start, end) for tensor in tensors]))
-        for start, end in batching.spans(counts)
-    ]
+    spans = batching.row_spans(outputs, jobs, plan)
+    converted = []
+    for name, output in _wanted_outputs(outputs, signature, wanted):
+        rows = _plain(output).reshape(len(output), -1).tolist()
+        converted.append((name, datatype_of(output), output.shape[1:], rows))
+    results = []
+    for start, end in spans:
+        tensors = [
+            TensorResult(name, datatype, (end - start, *dims), list(chain(*rows[start:end])))
+            for name, datatype, dims, rows in converted
+        ]
+        results.append(_encode(TensorsResult(tensors)))
+    return results
 
 
 def _is_convertible_at_once(outputs: Sequence[Array], plan: BatchPlan) -> bool:
@@ -294,21 +270,14 @@ def _encode_tensors(outputs: Sequence[tuple[str, Array]]) -> bytes:
     return _encode(TensorsResult(tensors))
 
 
-def _is_float(output: Array) -> bool:
-    """Whether the dtype is one of floats, bfloat16 among them."""
-    return output.dtype.kind == "f" or output.dtype == DTYPES["BF16"]
-
-
 def _plain(output: Array) -> Array:
     """`output` with a string for each value that is not a number in JSON.
 
     An array of objects then; else an array of numbers, float32 for bfloat16.
     """
-    if not _is_float(output):
-        return output
     if output.dtype == DTYPES["BF16"]:
         output = output.astype(np.float32)
-    if np.isfinite(output).all():
+    if output.dtype.kind != "f" or np.isfinite(output).all():
         return output
     plain = output.astype(object)
     plain[np.isnan(output)] = "NaN"

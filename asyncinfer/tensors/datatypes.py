@@ -200,7 +200,9 @@ def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
     sizes = [len(inner) + 1]
     whole = b"[%b]" % inner
     for depth in range(rank - 2, -1, -1):
-        size, rest = divmod(_end_of(nesting, depth, rank) - depth, len(whole) + 1)
+        # If the nesting is regular, the first array at this depth ends there.
+        end = nesting.find(b"]" * (rank - depth)) + rank - depth - 1
+        size, rest = divmod(end - depth, len(whole) + 1)
         if rest or size < 1:
             raise ValueError(_IRREGULAR)
         sizes.append(size)
@@ -208,11 +210,6 @@ def _shape_of(nesting: bytes, rank: int) -> tuple[int, ...]:
     if inner.strip(b",") or whole != nesting:
         raise ValueError(_IRREGULAR)
     return tuple(reversed(sizes))
-
-
-def _end_of(nesting: bytes, depth: int, rank: int) -> int:
-    """The offset at which the first array at this depth ends, if the nesting is regular."""
-    return nesting.find(b"]" * (rank - depth)) + rank - depth - 1
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:

@@ -140,7 +140,6 @@ def _int(digits: str) -> int | float:
 
 
 def _syntax_problem(data: bytes, error: json.JSONDecodeError) -> str:
-    """Why a text is not JSON, in words."""
     if data.startswith(codecs.BOM_UTF8):
         return "begins with a byte order mark; send UTF-8 without one"
     return f"not valid JSON: {error.msg} at character {error.pos}"
@@ -181,7 +180,6 @@ class _ErrorFinder:
             yield from self._value_errors(self._root, value, 0)
 
     def _value_errors(self, pointer: str, value: object, axis: int) -> Iterator[InputError]:
-        """Errors of the value at a place and of all values in it."""
         if axis == self._rank:
             yield from self._element_errors(pointer, value)
         elif not isinstance(value, list):
@@ -215,7 +213,6 @@ class _ErrorFinder:
                 yield from range(start, start + len(chunk))
 
     def _element_errors(self, pointer: str, value: object) -> Iterator[InputError]:
-        """The error of an element, if it has one."""
         element = self._element
         if element.accepts_all([value]):
             return

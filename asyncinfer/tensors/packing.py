@@ -147,7 +147,7 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
             raise DamagedPayload(f"{tensor.name!r} is not a tensor: {datatype}{list(shape)}")
         if prod(max(size, 1) for size in shape) > _MAX_ELEMENTS or len(shape) > _MAX_RANK:
             raise DamagedPayload(f"{tensor.name!r} has an impossible shape")
-        if datatype != "BYTES" and tensor.size != prod(shape) * _item_bytes(datatype):
+        if datatype != "BYTES" and tensor.size != prod(shape) * DTYPES[datatype].itemsize:
             raise DamagedPayload(
                 f"{tensor.name!r} has {tensor.size} bytes, which its shape forbids"
             )
@@ -155,11 +155,6 @@ def _layout(header: bytes) -> tuple[tuple[PackedTensor, ...], tuple[int, ...], i
         starts.append(end)
         end += tensor.size
     return tensors, tuple(starts), end
-
-
-def _item_bytes(datatype: str) -> int:
-    """The bytes of one element of a datatype other than BYTES."""
-    return np.dtype(DTYPES[datatype]).itemsize
 
 
 def _bytes_of(array: Array) -> bytes | memoryview:

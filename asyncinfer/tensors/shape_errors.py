@@ -55,7 +55,9 @@ def find_errors(
         pointer = f"/inputs/{index}"
         if tensor.name not in specs:
             yield InputError(f"{pointer}/name", unknown_name_detail(tensor.name, specs))
-            yield from _unknown_datatype(tensor, pointer)
+            if tensor.datatype not in DTYPES:
+                detail = unknown_name_detail(tensor.datatype, DTYPES)
+                yield InputError(f"{pointer}/datatype", detail)
             continue
         if counts[tensor.name] > 1:
             yield InputError(
@@ -73,12 +75,6 @@ def invalid_booleans(feeds: Mapping[str, Array]) -> Iterator[InputError]:
     for index, (name, array) in enumerate(feeds.items()):
         if array.dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
             yield InputError(f"/inputs/{index}", f"`{name}` is BOOL, whose bytes are 0 or 1")
-
-
-def _unknown_datatype(tensor: TensorDescription, pointer: str) -> Iterator[InputError]:
-    """An error if there is no such datatype; for a tensor whose name is unknown too."""
-    if tensor.datatype not in DTYPES:
-        yield InputError(f"{pointer}/datatype", unknown_name_detail(tensor.datatype, DTYPES))
 
 
 def _spec_errors(

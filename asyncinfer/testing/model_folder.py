@@ -58,18 +58,14 @@ def _create_folder(folder: Path, named: Mapping[str, Model]) -> Path:
 
 
 def _create_model(target: Path, model: Model) -> None:
-    """Makes `target`, the folder of one model, from a path or from content; raises ModelRefused if
-    there is nothing at the path."""
-    if isinstance(model, str | os.PathLike):
-        _copy_model(target, Path(model).absolute())
+    """Makes `target`, the folder of one model, from content, or as a copy of what is at a path: a
+    folder whole, a file as version 1 with the weights beside it. Raises ModelRefused if nothing is
+    there."""
+    if not isinstance(model, str | os.PathLike):
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+        _first_version(target).write_bytes(content)
         return
-    content = model if isinstance(model, bytes) else model.SerializeToString()
-    _first_version(target).write_bytes(content)
-
-
-def _copy_model(target: Path, path: Path) -> None:
-    """Copies a model's folder to `target`, or a file into it as version 1 with the weights beside
-    it; raises ModelRefused if there is neither."""
+    path = Path(model).absolute()
     if path.is_dir():
         shutil.copytree(path, target)
     elif path.is_file():

@@ -8,7 +8,7 @@ import anyio
 
 from asyncinfer.errors import NotDrained
 from asyncinfer.testing.process import ProcessOutput
-from asyncinfer.testing.status import StatusClient, Unfinished
+from asyncinfer.testing.status import StatusClient
 
 if TYPE_CHECKING:
     from asyncinfer.client import Client
@@ -60,7 +60,11 @@ class Running:
         pause_seconds = _FIRST_PAUSE_SECONDS
         while unfinished := self._status.unfinished():
             if time.monotonic() > deadline:
-                raise NotDrained(_unfinished_text(unfinished, timeout_seconds))
+                jobs = "; ".join(f"{model}: {counts}" for model, counts in unfinished.items())
+                raise NotDrained(
+                    f"Not done after {timeout_seconds:g} s: {jobs}. See the worker's log in "
+                    "`running.log`."
+                )
             time.sleep(pause_seconds)
             pause_seconds = min(_MAX_PAUSE_SECONDS, 1.5 * pause_seconds)
 
@@ -72,9 +76,3 @@ class Running:
         """Closes `client`, if it was used; does not stop the service."""
         if "client" in self.__dict__:
             self.client.close()
-
-
-def _unfinished_text(unfinished: dict[str, Unfinished], timeout_seconds: float) -> str:
-    """The message of NotDrained; `unfinished` is by model."""
-    jobs = "; ".join(f"{model}: {counts}" for model, counts in unfinished.items())
-    return f"Not done after {timeout_seconds:g} s: {jobs}. See the worker's log in `running.log`."

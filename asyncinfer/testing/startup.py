@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -45,25 +46,17 @@ def wait_until_serving(log: ProcessOutput, plan: StartPlan, port: int) -> Runnin
     status_client = StatusClient(port, plan.api_key)
     while True:
         _raise_start_failure(log, port)
-        served, reasons = _read_announced(status_client)
-        if reasons:
-            raise _model_refused_error([f"{name}: {reason}" for name, reason in reasons.items()])
-        if served.issuperset(plan.models):
-            return Running(port, plan.models, plan.api_key, log)
+        with suppress(OSError):  # the API does not answer yet
+            served, reasons = status_client.announced()
+            if reasons:
+                raise _model_refused_error([f"{name}: {why}" for name, why in reasons.items()])
+            if served.issuperset(plan.models):
+                return Running(port, plan.models, plan.api_key, log)
         if time.monotonic() > deadline:
             raise StartError(
                 f"No worker serves the models after {plan.seconds:g} s. {_last_lines(log)}"
             )
         time.sleep(_PAUSE_SECONDS)
-
-
-def _read_announced(status_client: StatusClient) -> tuple[set[str], dict[str, str]]:
-    """The names of served models, and the reasons by name why others are not; both empty while the
-    API does not answer."""
-    try:
-        return status_client.announced()
-    except OSError:
-        return set(), {}
 
 
 def _raise_start_failure(log: ProcessOutput, port: int) -> None:
@@ -89,5 +82,4 @@ def _model_refused_error(reasons: Sequence[str]) -> ModelRefused:
 
 
 def _last_lines(log: ProcessOutput) -> str:
-    """The end of the log, for a message."""
     return "Its last lines:\n" + "\n".join(log.lines[-_LINES_SHOWN:])

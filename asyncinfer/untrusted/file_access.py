@@ -61,12 +61,7 @@ def unreadable_reason(path: Path) -> str:
             return "is a link that leads to no file; repair or remove it"
         return os_error_reason(error)
     kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "")
-    return kind if kind or may_read(path) else permission_denied("chmod a+r")
-
-
-def may_read(path: Path) -> bool:
-    """Whether permissions allow this process to read the file; False if it does not exist."""
-    return _has_access(path, os.R_OK)
+    return kind if kind or _has_access(path, os.R_OK) else permission_denied("chmod a+r")
 
 
 def may_enter(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from asyncinfer.tensors import packing
 from asyncinfer.tensors.datatypes import Feeds, TensorSpec
 from asyncinfer.worker import execution
 from tests import zoo
+from tests.models.single_result import render_result
 
 FLOAT, INT64, STRING = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING
 
@@ -335,7 +336,7 @@ def test_bfloat16_goes_in_and_comes_out(tmp_path: Path) -> None:
     for job, body in zip(jobs, bodies, strict=True):
         np.testing.assert_array_equal(packing.unpack(body)["y"], job["x"])
     row = np.array([[1.5, np.nan]], ml_dtypes.bfloat16)
-    text = results.render_result(engine.run({"x": row}, Stop()), engine.signature)
+    text = render_result(engine.run({"x": row}, Stop()), engine.signature)
     assert msgspec.json.decode(text)["outputs"][0]["data"] == [1.5, "NaN"]
 
 
@@ -458,7 +459,7 @@ def test_numbers_as_keys_are_the_labels_unless_model_toml_has_better(tmp_path: P
     x = np.array([[0.25, 0.75]], np.float32)
 
     for engine, name in ((plain, "20"), (named, "twenty")):
-        text = results.render_result(engine.run({"x": x}, Stop()), engine.signature)
+        text = render_result(engine.run({"x": x}, Stop()), engine.signature)
         assert (engine.signature.keys, msgspec.json.decode(text)["class_name"]) == ((10, 20), name)
 
 
@@ -468,7 +469,7 @@ def test_logits_are_shown_as_their_softmax(tmp_path: Path) -> None:
 
     for logits, expected in (([1000.0, 1000.0], [0.5, 0.5]), ([-1e30, 1e30], [0.0, 1.0])):
         outputs = engine.run({"x": np.array([logits], np.float32)}, Stop())
-        answer = msgspec.json.decode(results.render_result(outputs, engine.signature))
+        answer = msgspec.json.decode(render_result(outputs, engine.signature))
         assert answer["probabilities"] == expected
 
 

@@ -324,7 +324,7 @@ def test_a_type_without_a_shape_is_distinguished_from_a_scalar() -> None:
 
     read = onnx_graph.read_content(memoryview(model.SerializeToString()))
 
-    assert read.unknown_rank == {"x", "maybe", "y"}
+    assert read.graph.unknown_rank == {"x", "maybe", "y"}
 
 
 @given(st.data())
@@ -358,3 +358,10 @@ def test_functions_too_deep_within_each_other_are_not_followed() -> None:
     functions.append(("outer", [node("f0", ["a"], ["b"], domain=OURS)]))
 
     assert read_flow(with_functions(*functions)).is_unread
+
+
+def test_a_vocabulary_of_millions_of_words_does_not_make_a_graph_too_large() -> None:
+    vectorizer = node("TfIdfVectorizer", ["x"], ["y"])
+    vectorizer.attribute.add(name="ngram_indexes").ints.extend([0] * 4_000_001)
+
+    assert read_flow(model_of_x(vectorizer)) == Flow()

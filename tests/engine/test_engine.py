@@ -20,10 +20,10 @@ from onnx import TensorProto, helper
 from asyncinfer.engine import Engine, Stop, Stopped
 from asyncinfer.errors import InvalidInput, ModelFailed, ModelRefused, OutOfMemory
 from asyncinfer.models.folder import scan
-from asyncinfer.models.results import render_result
 from asyncinfer.models.validation import check_data, check_inputs
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec
 from tests import zoo
+from tests.models.single_result import render_result
 from tests.process import REPOSITORY
 
 ROOT = Path(__file__).parents[2]

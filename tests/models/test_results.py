@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from asyncinfer.errors import ModelFailed
 from asyncinfer.models.batching import BatchPlan
-from asyncinfer.models.results import render_result, render_results
+from asyncinfer.models.results import render_results
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import DTYPES, Array, TensorSpec
+from tests.models.single_result import render_result
 
 LABELS = ("setosa", "versicolor")
 PREDICTIONS = np.array([1, 0, 1])

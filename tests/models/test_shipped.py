@@ -9,9 +9,10 @@ import pytest
 
 from asyncinfer.engine import Engine, Stop
 from asyncinfer.models.folder import scan
-from asyncinfer.models.results import render_result, render_results
+from asyncinfer.models.results import render_results
 from asyncinfer.models.validation import check_data
 from asyncinfer.tensors.datatypes import Array, Feeds, dims
+from tests.models.single_result import render_result
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("digits", "iris")

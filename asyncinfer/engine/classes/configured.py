@@ -7,7 +7,7 @@ from asyncinfer.engine.classes.tables import Table
 from asyncinfer.errors import ModelRefused
 from asyncinfer.models.folder import ModelFile
 from asyncinfer.models.signature import Signature
-from asyncinfer.tensors.datatypes import FLOATS, RANGES, TensorSpec, dims
+from asyncinfer.tensors.datatypes import FLOATS, RANGES, TensorSpec, dims, shape_text
 
 _MAX_SHOWN: Final = 6
 """The most outputs of a model that an error names."""
@@ -29,14 +29,14 @@ class ClassConfig:
         self.class_outputs = self._output("class_output", config.class_output)
         """As `score_outputs`; also the only output that can have the `values`."""
         if not signature.labels and (self.score_outputs or self.class_outputs):
-            raise self._error("score_output and class_output need `labels`")
+            raise self.error("score_output and class_output need `labels`")
         if self.score_outputs and not may_be_scores(self.score_outputs[0], signature):
-            raise self._error(
+            raise self.error(
                 f"score_output: `{self.score_outputs[0].name}` has no columns of fractions, one "
                 f"for each of the {len(signature.labels)} labels"
             )
         if self.class_outputs and not may_be_class(self.class_outputs[0]):
-            raise self._error(
+            raise self.error(
                 f"class_output: `{self.class_outputs[0].name}` does not have one whole number or "
                 "one string for each row"
             )
@@ -49,7 +49,7 @@ class ClassConfig:
         if name is None:
             return []
         if name not in self._specs:
-            raise self._error(f"{key}: `{name}` is not one of {', '.join(self._specs)}")
+            raise self.error(f"{key}: `{name}` is not one of {', '.join(self._specs)}")
         return [self._specs[name]]
 
     def _check_values(self, signature: Signature) -> None:
@@ -57,14 +57,14 @@ class ClassConfig:
         that fit no output, several, or not the labels."""
         labels = signature.labels
         if len(self.values) != len(labels):
-            raise self._error(
+            raise self.error(
                 f"classes: {len(self.values)} values for {len(labels)} labels; give one for each "
                 "column of the scores"
             )
         if len(set(self.values)) < len(self.values):
-            raise self._error("classes: a value is there twice; each means one column")
+            raise self.error("classes: a value is there twice; each means one column")
         if len({type(value) for value in self.values}) > 1:
-            raise self._error("classes: give whole numbers, or strings, alone")
+            raise self.error("classes: give whole numbers, or strings, alone")
         is_text = isinstance(self.values[0], str)
         fitting = [
             spec
@@ -73,15 +73,15 @@ class ClassConfig:
         ]
         if self.class_outputs and not fitting:
             output = self.class_outputs[0]
-            raise self._error(
+            raise self.error(
                 f"classes: `{output.name}` is {output.datatype}; give "
                 f"{'whole numbers' if is_text else 'values of that type'}"
             )
         if len(fitting) > 1:
             names = ", ".join(f"`{spec.name}`" for spec in fitting)
-            raise self._error(f"classes: of {names}, name the one they are for as class_output")
+            raise self.error(f"classes: of {names}, name the one they are for as class_output")
         if not fitting:
-            raise self._error(
+            raise self.error(
                 "classes: no output has such a value for each row; name the columns of the scores "
                 "with `labels`"
             )
@@ -93,24 +93,16 @@ class ClassConfig:
         low, high = RANGES.get(spec.datatype, (0, 1))
         for value in self.values:
             if isinstance(value, int) and not low <= value <= high:
-                raise self._error(
+                raise self.error(
                     f"classes: {value} is none of `{spec.name}`, which is {spec.datatype}"
                 )
-
-    def ambiguous_scores_error(self, names: Sequence[str]) -> ModelRefused:
-        """Makes the error for outputs that may all be the scores."""
-        shown = " and ".join(f"`{name}`" for name in names)
-        return self._error(
-            f"labels: {shown} have a column for each and disagree; name the one that they are for "
-            "as score_output"
-        )
 
     def check_order(self, actual: Sequence[int | str | None], labels: Sequence[str]) -> None:
         """Raises ModelRefused if the labels are the model's own names of its classes (`actual`, by
         column, None: unknown) in another order. Other labels are accepted."""
         words = list(map(str, actual))
         if words != list(labels) and sorted(words) == sorted(labels):
-            raise self._error(
+            raise self.error(
                 f"labels: the columns of the scores are {', '.join(words)}, in this order; give "
                 "the labels in the order of the columns"
             )
@@ -118,7 +110,7 @@ class ClassConfig:
     def check_width(self, signature: Signature) -> None:
         """Raises ModelRefused if there is one label, which would be the class of every row."""
         if len(self._labels) == 1 and not signature.keys:
-            raise self._error(
+            raise self.error(
                 "1 label, but a class is one of two or more columns of scores; leave `labels` out "
                 "for a model that gives one number a row"
             )
@@ -127,31 +119,20 @@ class ClassConfig:
         """Makes the error for labels without an output that has a column for each. `seen_shapes`
         are those that made-up rows got."""
         specs = list(self._specs.values())
-        declared = ", ".join(map(_declared, specs[:_MAX_SHOWN]))
+        declared = ", ".join(
+            f"`{spec.name}` {spec.datatype} {shape_text(spec)}" for spec in specs[:_MAX_SHOWN]
+        )
         more = ", ..." if len(specs) > _MAX_SHOWN else ""
         shapes = [f"`{name}` {list(shape)}" for name, shape in seen_shapes.items()][:_MAX_SHOWN]
         seen = f", and the model gave {', '.join(shapes)}" if shapes else ""
-        return self._error(
+        return self.error(
             f"{len(self._labels)} labels, but no output of shape [batch, {len(self._labels)}]; the "
             f"file declares {declared}{more}{seen}"
         )
 
-    def unknown_values_error(self, name: str) -> ModelRefused:
-        """Makes the error for a class output whose values have no known columns."""
-        return self._error(
-            f"class_output: which value of `{name}` means which column of the scores is not known "
-            "from the graph or from probe rows; give `classes`, a value for each label in their "
-            "order"
-        )
-
-    def _error(self, problem: str) -> ModelRefused:
+    def error(self, problem: str) -> ModelRefused:
+        """Makes the error about a setting; the problem begins with its name."""
         return ModelRefused(f"{self._prefix}: {problem}")
-
-
-def _declared(spec: TensorSpec) -> str:
-    """Name, datatype and shape of an output, for a message."""
-    sizes = ", ".join("?" if dim is None else str(dim) for dim in dims(spec))
-    return f"`{spec.name}` {spec.datatype} [{sizes}]"
 
 
 def may_be_scores(spec: TensorSpec, signature: Signature) -> bool:

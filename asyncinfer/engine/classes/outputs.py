@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -9,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from asyncinfer.engine.batch_probe import RunFunction
-from asyncinfer.engine.classes import probe, tables
+from asyncinfer.engine.classes import probe
 from asyncinfer.engine.classes.configured import (
     ClassConfig,
     may_be_class,
@@ -18,8 +19,9 @@ from asyncinfer.engine.classes.configured import (
     may_have_columns,
 )
 from asyncinfer.engine.classes.probe import LABEL_NAMES, MIN_ROWS, ProbeAnswers, plain_name
-from asyncinfer.engine.classes.tables import ClassTable, Table
+from asyncinfer.engine.classes.tables import ClassTable, Table, class_tables
 from asyncinfer.models.folder import ModelFile
+from asyncinfer.models.onnx_graph import Graph
 from asyncinfer.models.results import highest_columns
 from asyncinfer.models.signature import Signature
 from asyncinfer.tensors.datatypes import Array, Feeds, TensorSpec
@@ -64,10 +66,16 @@ class _Candidate(Struct, frozen=True):
 
 
 def with_class_outputs(
-    signature: Signature, file: ModelFile, run: RunFunction, example: Feeds | None, seconds: float
+    signature: Signature,
+    file: ModelFile,
+    graph: Graph | None,
+    run: RunFunction,
+    example: Feeds | None,
+    seconds: float,
 ) -> Signature:
     """The signature with the names of the outputs that are the scores and the class, and what the
     values of the class mean; unchanged without labels. Runs made-up rows, for at most `seconds`.
+    `graph` is that of the file, None if it was too large to be read.
 
     Raises ModelRefused if `model.toml` asks for what the model does not have.
     """
@@ -75,10 +83,7 @@ def with_class_outputs(
     if not signature.labels:
         return signature
     class_specs = config.class_outputs or [spec for spec in signature.outputs if may_be_class(spec)]
-
-    def observe(scores: Sequence[TensorSpec]) -> ProbeAnswers:
-        return probe.observe(signature, scores, class_specs, run, example, seconds)
-
+    observe = partial(probe.observe, signature, class_specs, run, example, seconds)
     scores, answers = _observe_scores(signature, config, class_specs, observe)
     config.check_width(signature)
     if not scores:
@@ -86,7 +91,9 @@ def with_class_outputs(
     if answers.is_multilabel and not config.class_outputs:
         return signature
     score_output = _best_scores(scores, answers, signature, config)
-    found = _ClassFinder(signature, file, score_output, answers, config).best(class_specs)
+    names = [spec.name for spec in class_specs]
+    tables = class_tables(file.path, graph, names, score_output) if graph else {}
+    found = _ClassFinder(signature, score_output, answers, config, tables).best(class_specs)
     config.check_order(signature.keys, signature.labels)
     if found:
         config.check_order(found.values or range(len(signature.labels)), signature.labels)
@@ -114,7 +121,7 @@ def _observe_scores(
     is_declared = any(may_have_columns(spec, signature) for spec in specs)
     if not is_declared:
         scores = [spec for spec in specs if may_be_misdeclared(spec, signature)]
-    is_multilabel = probe.may_be_multilabel(signature)
+    is_multilabel = any(map(probe.may_be_multilabel, specs))
     is_clear = is_declared and len(scores) == 1 and not class_specs and not is_multilabel
     answers = ProbeAnswers() if is_clear or not scores else observe(scores)
     has_columns = answers.scores or (is_declared and (answers.is_multilabel or not answers.unfit))
@@ -136,7 +143,10 @@ def _best_scores(
     first, *others = [name for name, rank in ranks.items() if rank == max(ranks.values())]
     for other in others:
         if first in answers.scores and _disagree(answers.scores[first], answers.scores[other]):
-            raise config.ambiguous_scores_error([first, other])
+            raise config.error(
+                f"labels: `{first}` and `{other}` have a column for each and disagree; name the "
+                "one that they are for as score_output"
+            )
     return first
 
 
@@ -257,29 +267,29 @@ class _ClassFinder:
     def __init__(
         self,
         signature: Signature,
-        file: ModelFile,
         score_output: str,
         answers: ProbeAnswers,
         config: ClassConfig,
+        tables: Mapping[str, ClassTable],
     ) -> None:
         self._signature = signature
         self._width = len(signature.labels)
-        self._path = file.path
         self._answers = answers
-        self._score_output = score_output
         self._scores = answers.scores.get(score_output)
         self._config = config
-        self._tables: dict[str, ClassTable] = {}
+        self._tables = tables
+        """By output what the graph shows of it."""
 
     def best(self, specs: Sequence[TensorSpec]) -> _Candidate | None:
-        """The most certain of these outputs, None if none is the class. Reads the graph's tables of
-        classes. Raises ModelRefused if `model.toml` names an output whose values are unknown."""
-        if specs and not (self._config.values and self._config.class_outputs):
-            names = [spec.name for spec in specs]
-            self._tables = tables.class_tables(self._path, names, self._score_output)
+        """The most certain of these outputs, None if none is the class. Raises ModelRefused if
+        `model.toml` names an output whose values are unknown."""
         candidates = [candidate for spec in specs if (candidate := self._candidate(spec))]
         if self._config.class_outputs and not candidates:
-            raise self._config.unknown_values_error(self._config.class_outputs[0].name)
+            raise self._config.error(
+                f"class_output: which value of `{self._config.class_outputs[0].name}` means which "
+                "column of the scores is not known from the graph or from probe rows; give "
+                "`classes`, a value for each label in their order"
+            )
         # If two heads have labels of the same kind, the one that agrees with these scores.
         return max(
             candidates,
