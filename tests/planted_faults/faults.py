@@ -321,7 +321,7 @@ FAULTS: Final = (
     # --- the client
     Fault(
         "a_repeated_submit_has_another_key",
-        "asyncinfer/client/_flows.py",
+        "asyncinfer/client/_flows/submitting.py",
         '"idempotency-key": job.key}',
         '"idempotency-key": uuid.uuid4().hex}',
         ("tests/client/test_client.py::test_an_idempotency_key_makes_a_single_job",),
