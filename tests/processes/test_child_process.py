@@ -86,7 +86,8 @@ def test_ctrl_c_in_the_parents_terminal_does_not_reach_the_child(tie: Tie) -> No
         process.signal_group(signal.SIGINT)
         os.kill(pid, signal.SIGUSR1)
 
-        assert (process.read_line(), process.read_line()) == ("alive", "ended")
+        assert process.read_line() == "alive"
+        assert process.read_line() == "ended"
 
 
 async def test_the_exit_code_of_a_child_is_returned(tie: Tie) -> None:
