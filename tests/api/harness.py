@@ -1,6 +1,7 @@
 """Helpers that start an API, announce models and finish jobs."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +15,7 @@ from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import Connection
 from asyncinfer.api.http.sockets import listen
+from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.server import Server
 from asyncinfer.models.signature import Signature
 from asyncinfer.repository.announcements import Announcements
@@ -212,3 +214,9 @@ async def raw_exchange(port: int, sent: bytes, seconds: float = 20.0) -> bytes:
             return await reader.read()
     finally:
         writer.close()
+
+
+def count_waiters() -> int:
+    """How many requests wait for the end of a job, in all APIs of this process."""
+    gc.collect()
+    return sum(isinstance(referent, Ticket) for referent in gc.get_objects())

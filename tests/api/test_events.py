@@ -102,11 +102,17 @@ async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
     job_id = await submit(api)
     path = f"/job/{job_id}/events"
     async with open_event_stream(api, path) as stream:
+        first = await stream.wait_for_event()
         await manual_worker.fail()
         await stream.remaining_events()
+    end_id = stream.last_id
     for again in (
         await api.get(path, headers={"last-event-id": stream.last_id}),
         await api.get(path, params={"last_event_id": stream.last_id}),
+        # An EventSource that reconnects sends the header beside the query it began with.
+        await api.get(
+            path, params={"last_event_id": first.id}, headers={"last-event-id": stream.last_id}
+        ),
     ):
         assert (again.status_code, again.content) == (204, b"")
         assert "content-length" not in again.headers
@@ -119,6 +125,9 @@ async def test_a_client_that_saw_the_end_and_reconnects_gets_a_204(
             "processing",
             "completed",
         ]
+    async with open_event_stream(api, path, end_id) as stream:
+        names = [event.name for event in await stream.remaining_events()]
+    assert names == ["pending", "processing", "completed"]
 
 
 async def test_a_client_that_left_after_a_snapshot_of_the_ended_job_still_gets_its_end(

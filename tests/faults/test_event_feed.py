@@ -67,6 +67,19 @@ async def test_a_slow_follower_gets_every_change_once(store: Store, server: redi
             assert [job_id for job_id, _ in changes] == ids
 
 
+async def test_a_follower_that_reads_the_log_gets_changes_of_its_own_tenant_only(
+    store: Store, server: redis.Redis
+) -> None:
+    """The reader begins with the first follower, and passes on only what comes later."""
+    driver = QueueDriver(store, server)
+    async with running_feed(store) as feed:
+        start = Position(await feed.store.time_ms())
+        await driver.submit_many(2, tenant="other", group="g")
+        mine = await driver.submit_one(group="g")
+        with feed.follow(GROUP, start, never) as follower:
+            assert await read_changes(follower, 1) == [(mine, "pending")]
+
+
 async def test_a_follower_goes_on_after_a_restart_of_redis(durable: DurableServer) -> None:
     policy = Policy(job_ttl_seconds=600)
     async with Store.open(durable.url, queue_name=Q, policy=policy, name="test") as store:

@@ -183,6 +183,21 @@ async def test_a_poll_before_the_submit_does_not_end_the_wait_for_the_job(
     assert_at_rest(server, load_client.queue)
 
 
+async def test_the_next_poll_ends_the_wait_for_a_job_that_is_gone(
+    load_client: LoadClient, store: Store, server: redis.Redis
+) -> None:
+    await load_client.submit([1.0])
+    async with asyncio.TaskGroup() as group:
+        inbox = Inbox(store, load_client.submissions)
+        (wait,) = await _start_waiters(inbox, load_client, group)
+        await _wait_until_registered(server, load_client)
+        server.flushall()
+        group.create_task(inbox.run())  # begins with such a poll
+        async with asyncio.timeout(5):
+            assert await wait is None
+        await inbox.close()
+
+
 @pytest.mark.soak
 async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submitted(
     store: Store, server: redis.Redis
@@ -197,7 +212,8 @@ async def test_a_wait_ends_when_its_job_is_gone_but_not_before_the_job_is_submit
         not_submitted = load_client.new_job(2.0)
         with inbox.expect(not_submitted.job_id) as ticket:
             server.flushall()
-            assert await wait is None
+            async with asyncio.timeout(30):
+                assert await wait is None
             assert not ticket.ended_job.done()
 
 

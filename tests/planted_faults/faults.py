@@ -104,6 +104,15 @@ FAULTS: Final = (
         "",
         ("tests/repository/test_submissions.py::test_a_retry_opens_a_new_round",),
     ),
+    Fault(
+        "a_claim_takes_one_job_more_than_fits",
+        f"{_LUA}/_claim.lua",
+        "#chosen.taken > 0 and chosen.bytes + entry.bytes > args.max_bytes",
+        "#chosen.taken > 0 and chosen.bytes > args.max_bytes",
+        (
+            "tests/repository/test_claims.py::test_a_claim_is_bounded_in_bytes_but_takes_one_at_least",
+        ),
+    ),
     # --- leases and redelivery
     Fault(
         "a_lease_is_never_renewed",
@@ -138,12 +147,35 @@ FAULTS: Final = (
             "tests/models/test_batching.py::test_an_input_that_is_not_stacked_must_be_equal_to_the_last_byte",
         ),
     ),
+    Fault(
+        "the_second_batch_of_a_claim_gets_the_inputs_of_the_first",
+        "asyncinfer/worker/execution.py",
+        "tuple(group.inputs[start:end]),",
+        "tuple(group.inputs[: end - start]),",
+        ("tests/engine/test_batch_probe.py::test_batches_are_bounded_as_model_toml_says",),
+    ),
+    Fault(
+        "jobs_that_want_other_outputs_share_a_run",
+        "asyncinfer/worker/execution.py",
+        'return (key, (record.answer, record.outputs) if record else ("json", ()))',
+        "return key",
+        (
+            "tests/engine/test_batch_probe.py::test_the_wanted_outputs_decide_which_jobs_share_a_run",
+        ),
+    ),
     # --- models
     Fault(
         "the_probe_of_batching_compares_an_output_with_itself",
         "asyncinfer/engine/batch_probe.py",
         "if not is_close(expected_output, output):",
         "if not is_close(output, output):",
+        ("tests/engine/test_batch_probe.py::test_only_what_is_proved_shares_a_run",),
+    ),
+    Fault(
+        "the_probe_of_batching_takes_a_tenth_for_rounding",
+        "asyncinfer/engine/batch_probe.py",
+        '"float32": 1e-4',
+        '"float32": 1e-1',
         ("tests/engine/test_batch_probe.py::test_only_what_is_proved_shares_a_run",),
     ),
     Fault(
@@ -182,6 +214,15 @@ FAULTS: Final = (
         "if stored is None:",
         ("tests/api/test_guard.py::test_a_job_of_another_tenant_is_not_found",),
     ),
+    Fault(
+        "a_stream_that_is_continued_shows_changes_of_all_tenants",
+        "asyncinfer/api/live/feed.py",
+        "if owner is None or owner[0] != topic.tenant:",
+        "if owner is None:",
+        (
+            "tests/faults/test_event_feed.py::test_a_follower_that_reads_the_log_gets_changes_of_its_own_tenant_only",
+        ),
+    ),
     # --- bounds
     Fault(
         "a_chunked_body_may_have_any_length",
@@ -189,6 +230,13 @@ FAULTS: Final = (
         "if size > limit.max_bytes:",
         "if len(chunk) > limit.max_bytes:",
         ("tests/api/test_bad_input.py::test_a_chunked_body_is_counted_while_it_is_read",),
+    ),
+    Fault(
+        "a_line_that_never_ends_is_held_in_memory",
+        "asyncinfer/api/http/ndjson.py",
+        "self._partial.clear()",
+        "self._partial.append(piece)",
+        ("tests/api/test_bulk.py::test_a_line_that_never_ends_is_not_kept",),
     ),
     Fault(
         "a_thousand_refused_lines_end_any_request",
@@ -235,6 +283,41 @@ FAULTS: Final = (
         "if ticket.ended_job.done():",
         ("tests/api/test_jobs.py::test_a_stopping_api_answers_waiting_clients",),
     ),
+    Fault(
+        "ends_of_jobs_are_found_only_by_the_check_of_every_5_s",
+        "asyncinfer/api/live/inbox.py",
+        "await self._handle_notices(list(parse_inbox_entry(fields)))",
+        "list(parse_inbox_entry(fields))",
+        ("tests/api/test_jobs.py::test_a_wait_ends_with_the_job",),
+    ),
+    Fault(
+        "a_wait_for_a_deleted_job_takes_its_full_time",
+        "asyncinfer/api/live/inbox.py",
+        "absent.add(job_id)",
+        "absent.discard(job_id)",
+        ("tests/faults/test_waiting.py::test_the_next_poll_ends_the_wait_for_a_job_that_is_gone",),
+    ),
+    Fault(
+        "a_wait_goes_on_after_its_client_has_disconnected",
+        "asyncinfer/api/live/wait.py",
+        "group.start_soon(_cancel_on_disconnect, request, group.cancel_scope)",
+        "",
+        ("tests/api/test_jobs.py::test_nothing_waits_for_a_client_that_disconnected",),
+    ),
+    Fault(
+        "a_stream_begins_again_at_the_position_in_its_query",
+        "asyncinfer/api/handlers/events.py",
+        'request.header(b"last-event-id") or request.query.last_event_id',
+        'request.query.last_event_id or request.header(b"last-event-id")',
+        ("tests/api/test_events.py::test_a_client_that_saw_the_end_and_reconnects_gets_a_204",),
+    ),
+    Fault(
+        "the_end_of_a_retried_job_is_not_streamed",
+        "asyncinfer/api/handlers/events.py",
+        "position.ended and has_ended(stored) and position.ended == _round(stored)",
+        "position.ended and has_ended(stored)",
+        ("tests/api/test_events.py::test_a_client_that_saw_the_end_and_reconnects_gets_a_204",),
+    ),
     # --- the client
     Fault(
         "a_repeated_submit_has_another_key",
@@ -275,6 +358,13 @@ FAULTS: Final = (
         ("tests/deploy/test_deploy.py::test_a_stop_waits_longer_than_a_worker_drains",),
     ),
     Fault(
+        "a_failed_job_is_kept_as_long_as_others",
+        "asyncinfer/cli/serve/configuration.py",
+        "failed_ttl_seconds=settings.failed_ttl,",
+        "failed_ttl_seconds=settings.job_ttl,",
+        ("tests/cli/test_configuration.py::test_each_setting_of_jobs_is_a_rule_of_the_store",),
+    ),
+    Fault(
         "a_command_that_timed_out_exits_as_one_that_failed",
         "asyncinfer/cli/exit_codes.py",
         "return EXIT_TIMED_OUT",
@@ -304,6 +394,16 @@ FAULTS: Final = (
         "_PR_SET_PDEATHSIG: Final = 1",
         "_PR_SET_PDEATHSIG: Final = 2",
         ("tests/processes/test_child_process.py::test_the_child_of_a_killed_parent_ends",),
+    ),
+    Fault(
+        "ctrl_c_reaches_the_children_of_serve",
+        "asyncinfer/processes/child_process.py",
+        "start_new_session=True,",
+        "start_new_session=False,",
+        (
+            "tests/processes/test_child_process.py::test_ctrl_c_in_the_parents_terminal_does_not_reach_the_child",
+            "tests/processes/test_valkey.py::test_ctrl_c_does_not_end_it_before_its_serve_does",
+        ),
     ),
     Fault(
         "all_jobs_of_a_run_that_took_too_long_fail",

@@ -77,14 +77,14 @@ async def test_a_claim_takes_no_more_than_requested(hands: QueueDriver) -> None:
 
 
 async def test_a_claim_is_bounded_in_bytes_but_takes_one_at_least(hands: QueueDriver) -> None:
-    large = [new_job(bytes(5 << 20)) for _ in range(2)]
-    for job in large:
+    # A claim takes 2 MiB: the second and the third of these jobs fit together, no others do.
+    mib = 1 << 20
+    jobs = [new_job(bytes(size)) for size in (3 * mib // 2, mib, mib, 5 * mib, 1)]
+    ids = ids_of(jobs)
+    for job in jobs:
         await hands.submit(job)
-    assert ids_of((await hands.claim_jobs()).jobs) == [large[0].job_id]
-    huge = new_job(bytes(9 << 20))
-    await hands.cancel(large[1].job_id)
-    await hands.submit(huge)
-    assert ids_of((await hands.claim_jobs()).jobs) == [huge.job_id]
+    claims = [ids_of((await hands.claim_jobs()).jobs) for _ in range(4)]
+    assert claims == [ids[:1], ids[1:3], ids[3:4], ids[4:]]
 
 
 async def test_a_claim_of_an_empty_queue_leaves_nothing_behind(hands: QueueDriver) -> None:
