@@ -134,8 +134,8 @@ FAULTS: Final = (
     Fault(
         "each_job_gets_the_results_of_a_row_beside_its_own",
         "asyncinfer/models/batching.py",
-        "itertools.pairwise(itertools.accumulate(row_counts, initial=0))",
-        "itertools.pairwise(itertools.accumulate(row_counts, initial=1))",
+        "(slice(start, end),)",
+        "(slice(start + 1, end + 1),)",
         ("tests/models/test_batching.py::test_what_was_stacked_is_split_into_the_same_pieces",),
     ),
     Fault(
