@@ -73,7 +73,7 @@ async def test_a_follower_that_reads_the_log_gets_changes_of_its_own_tenant_only
     """The reader begins with the first follower, and passes on only what comes later."""
     driver = QueueDriver(store, server)
     async with running_feed(store) as feed:
-        start = Position(await feed.store.time_ms())
+        start = Position(await store.time_ms())
         await driver.submit_many(2, tenant="other", group="g")
         mine = await driver.submit_one(group="g")
         with feed.follow(GROUP, start, never) as follower:

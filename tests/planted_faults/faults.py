@@ -216,7 +216,7 @@ FAULTS: Final = (
     ),
     Fault(
         "a_stream_that_is_continued_shows_changes_of_all_tenants",
-        "asyncinfer/api/live/feed.py",
+        "asyncinfer/api/live/shared_reads.py",
         "if owner is None or owner[0] != topic.tenant:",
         "if owner is None:",
         (
@@ -314,8 +314,8 @@ FAULTS: Final = (
     Fault(
         "the_end_of_a_retried_job_is_not_streamed",
         "asyncinfer/api/handlers/events.py",
-        "position.ended and has_ended(stored) and position.ended == _round(stored)",
-        "position.ended and has_ended(stored)",
+        "position.ended and stored.has_ended and position.ended == stored.round",
+        "position.ended and stored.has_ended",
         ("tests/api/test_events.py::test_a_client_that_saw_the_end_and_reconnects_gets_a_204",),
     ),
     # --- the client
