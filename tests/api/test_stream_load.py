@@ -144,6 +144,7 @@ async def test_a_stream_that_is_read_late_gets_every_event_once(port: int) -> No
         assert await pending_jobs(stream, len(ids)) == ids
 
 
+@pytest.mark.soak
 async def test_the_kernel_takes_little_for_a_client_that_does_not_read(port: int) -> None:
     """By default it buffers megabytes, which were read from Redis and encoded for no reader."""
     async with client_of(port) as client:

@@ -147,7 +147,7 @@ EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason":
             ("predict", "-m", "iris", "1", "2", "3", "4"),
             ("doctor", "--model-dir", "."),
         ],
-        4,
+        2,
     ),
     ids=" ".join,
 )

@@ -243,6 +243,7 @@ def test_a_paused_model_is_a_warning(url: str, data_dir: Path) -> None:
     assert "-> asyncinfer resume digits" in ran.out
 
 
+@pytest.mark.soak
 def test_the_doctor_takes_less_than_ten_seconds(url: str, data_dir: Path) -> None:
     started = time.monotonic()
     run_command("doctor", "--data-dir", str(data_dir))

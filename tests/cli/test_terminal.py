@@ -14,6 +14,7 @@ ESCAPE = "\x1b["
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 
 
+@pytest.mark.soak
 def test_a_terminal_has_colour_and_a_pipe_has_none(url: str, tmp_path: Path) -> None:
     wait_until_ended(url, submit(url))
 

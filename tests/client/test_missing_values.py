@@ -311,6 +311,7 @@ def test_nan_as_python_writes_it_is_refused_as_json(running: Running, tmp_path: 
 MANY: Final = np.ones((65, 2), np.float32)
 
 
+@pytest.mark.soak
 def test_a_map_over_a_model_that_does_not_batch_warns_once_why_it_is_slow(client: Client) -> None:
     """Over a model that batches, or over few rows, it does not warn: warnings are errors here."""
     list(client.map(MANY[:64], "mean", progress=False))

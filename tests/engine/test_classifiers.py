@@ -22,6 +22,7 @@ from onnx import helper
 from asyncinfer.testing import Running, service
 from tests import zoo
 from tests.cli.command_line import run_command
+from tests.sampling import soak_except
 from tests.tools import missing
 
 FOLDER: Final = Path(__file__).parents[1] / "data" / "classifiers"
@@ -55,7 +56,7 @@ def read_answers(folder: Path = FOLDER) -> dict[str, LibraryAnswers]:
 
 
 ANSWERS: Final = read_answers()
-for_every_model = pytest.mark.parametrize("name", ANSWERS)
+for_every_model = pytest.mark.parametrize("name", soak_except(ANSWERS, 8))
 
 
 def model_folder(folder: Path, made: Path = FOLDER) -> Path:

@@ -58,6 +58,7 @@ async def _seconds_to_wake(store: Store, server: redis.Redis, workers: int) -> f
     return max(claimed_at) - started_at
 
 
+@pytest.mark.soak
 async def test_a_lost_doorbell_token_delays_a_job_by_one_poll_at_most(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -71,6 +71,7 @@ async def test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_drain_does_not_wait_for_a_kernel_that_cannot_be_stopped(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:

@@ -69,6 +69,7 @@ async def test_150_external_jobs_are_run_once_a_worker_starts(
     assert_at_rest(server, "predict_queue")
 
 
+@pytest.mark.soak
 async def test_wrong_data_of_an_external_producer_fails_that_job_alone(
     open_workers: OpenWorkers, redis_url: str, server: redis.Redis, shipped_models: Path
 ) -> None:

@@ -115,6 +115,7 @@ async def test_a_full_batch_does_not_wait_and_the_remaining_jobs_do(
         assert await worker.stop() == 0
 
 
+@pytest.mark.soak
 async def test_during_the_wait_the_only_slot_runs_other_models_and_a_drain_leaves_the_waiting_job(
     waiting_workers: StartWaitingWorkers,
     waiting_client: LoadClient,

@@ -95,6 +95,7 @@ def _damage_repeatedly(
         assert runner.run(worker.stop()) == 0
 
 
+@pytest.mark.soak
 def test_after_random_damage_no_reply_is_an_unexpected_5xx_and_no_process_ends(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:

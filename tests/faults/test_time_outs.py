@@ -126,6 +126,7 @@ async def test_a_job_whose_kernel_cannot_be_stopped_fails_alone_among_those_of_i
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     open_workers: OpenWorkers, server: redis.Redis, store: Store
 ) -> None:

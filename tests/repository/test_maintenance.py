@@ -410,6 +410,7 @@ async def test_a_deadline_of_a_job_that_ended_without_a_script_is_removed(
     assert hands.status(job_id) == "completed"
 
 
+@pytest.mark.soak
 async def test_thousands_of_deadlines_are_kept_in_one_sweep(hands: QueueDriver) -> None:
     jobs = [job for _ in range(5) for job in await hands.submit_many(250, start_within_seconds=60)]
     hands.make_due(keys.deadlines(Q))

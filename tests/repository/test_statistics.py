@@ -279,6 +279,7 @@ async def test_a_worker_that_left_is_not_shown(hands: QueueDriver, observation: 
 # --- cost ----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_two_hundred_busy_queues_are_read_in_a_few_short_calls(
     hands: QueueDriver, observation: Statistics
 ) -> None:

@@ -98,6 +98,7 @@ async def test_a_full_queue_refuses_exactly_the_job_beyond_its_cap(hands: QueueD
     assert await hands.submit(jobs[5], jobs[6]) == ["ok", "full"]
 
 
+@pytest.mark.soak
 async def test_a_full_group_drops_its_oldest_ids_and_refuses_no_job(hands: QueueDriver) -> None:
     members = keys.group(Q, "default", "g")
     for _ in range(10):
@@ -407,6 +408,7 @@ async def test_a_bulk_cancel_of_delayed_jobs_leaves_no_stale_entry(hands: QueueD
     assert hands.count_stale_entries() == 0
 
 
+@pytest.mark.soak
 async def test_a_cancel_in_a_long_list_does_not_search_it(hands: QueueDriver) -> None:
     """The id stays in the list as a stale entry, which a claim removes: searching a list of a
     million ids blocked Redis for 22 ms."""

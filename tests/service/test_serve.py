@@ -280,6 +280,7 @@ def test_a_second_serve_on_one_data_dir_is_refused(
     assert all(word in message for word in ("DATA_DIR", "asyncinfer work"))
 
 
+@pytest.mark.soak
 def test_a_taken_port_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])

@@ -53,7 +53,7 @@ def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "count",
-    [20, pytest.param(400, marks=pytest.mark.soak)],
+    [5, pytest.param(400, marks=pytest.mark.soak)],
 )
 def test_damaged_models_are_loaded_or_refused_and_nothing_else(tmp_path: Path, count: int) -> None:
     place_mutants(tmp_path, count)
