@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncinfer.api.inputs.envelope import read_envelope
@@ -50,6 +50,7 @@ def objects(draw: st.DrawFn) -> tuple[str, list[tuple[str, Any]]]:
 
 
 @given(objects())
+@settings(max_examples=40)
 def test_a_repeated_key_is_always_seen(case: tuple[str, list[tuple[str, Any]]]) -> None:
     text, members = case
     names = [name for name, _ in members]
