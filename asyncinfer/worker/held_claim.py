@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from asyncinfer.engine import Stop
+from asyncinfer.jobs import now_ms
 from asyncinfer.repository.claims import Claim, ClaimedJob
 from asyncinfer.worker.execution import Batch
 from asyncinfer.worker.lease_renewer import LeaseRenewer
@@ -51,7 +52,7 @@ class HeldClaim:
         self.emptied_queue = emptied_queue
         self.claimed_at = time.monotonic()
         """On the monotonic clock, in seconds."""
-        self.started_ms = time.time_ns() // 1_000_000
+        self.started_ms = now_ms()
         """The same moment as Unix time."""
         self.run_ended_at = self.claimed_at
         """When its last batch had run, on the monotonic clock; `claimed_at` until then."""

@@ -24,6 +24,7 @@ from asyncinfer.errors import (
     StorageFull,
     UnknownModel,
 )
+from asyncinfer.jobs import now_ms
 from asyncinfer.processes import tuning
 from asyncinfer.repository.announcements import ANNOUNCE_INTERVAL_SECONDS
 from asyncinfer.repository.claims import ClaimedJob, JobOutcome, QueueConsumer
@@ -124,7 +125,7 @@ class Worker:
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
         self._job_times = JobTimes()
         self._answered_at = time.monotonic()
-        self._started_ms = time.time_ns() // 1_000_000
+        self._started_ms = now_ms()
         runs = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)

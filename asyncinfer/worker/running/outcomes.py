@@ -1,6 +1,5 @@
 """The outcomes of jobs as they are stored: the outcome's name, its body, the job's record."""
 
-import time
 from collections.abc import Iterable
 
 import msgspec
@@ -84,7 +83,7 @@ class OutcomeBuilder:
             record = msgspec.structs.replace(
                 job.record,
                 started_ms=held.started_ms,
-                finished_ms=_now_ms(),
+                finished_ms=jobs.now_ms(),
                 worker=self._worker_id,
                 claim=held.claim.token,
                 ran_version=ran.version if ran else None,
@@ -92,7 +91,3 @@ class OutcomeBuilder:
             )
             meta = jobs.encode_record(record, jobs.record_seq(job.meta))
         return JobOutcome(job.job_id, outcome, body, meta)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
