@@ -303,6 +303,7 @@ async def test_a_key_is_the_same_on_a_line_and_in_a_header(
     assert (answer["job_id"], answer["status"]) == (job_id, "completed")
 
 
+@pytest.mark.soak
 async def test_a_request_sent_again_after_a_cut_gives_the_same_jobs(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:
@@ -392,6 +393,7 @@ async def test_a_finished_job_is_answered_while_a_later_one_waits(
     server.flushall()
 
 
+@pytest.mark.soak
 async def test_nothing_waits_for_a_client_that_disconnected(
     port: int, server: redis.Redis, manual_worker: ManualWorker
 ) -> None:

@@ -238,6 +238,7 @@ async def test_nothing_else_is_answered_when_all_connections_are_held(
     assert server.llen(QUEUE) == 0
 
 
+@pytest.mark.soak
 async def test_a_reserved_connection_is_held_for_two_seconds_at_most(full_port: int) -> None:
     began = time.monotonic()
     reserved = [raw_exchange(full_port, sent) for sent in (b"", GET, b"\r\n")]

@@ -45,6 +45,7 @@ def assert_loading(reply: httpx2.Response) -> None:
 # --- being loaded ----------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_a_model_that_is_not_loaded_yet_is_a_503_and_never_a_404(
     config: ApiConfig, store: Store
 ) -> None:

@@ -38,6 +38,7 @@ async def test_the_server_returns_after_a_signal(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.soak
 async def test_a_body_that_does_not_end_is_refused_when_the_server_stops(
     config: ApiConfig, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -179,6 +179,7 @@ def test_top_looks_at_redis_itself_where_no_api_answers(
     assert [entry["state"] for entry in found["workers"]] == ["ready"]
 
 
+@pytest.mark.soak
 def test_bench_reports_rates_and_a_bottleneck_and_leaves_no_jobs(url: str) -> None:
     before = run_command("jobs", "--limit", "10000", "--json").json
     found = run_command("bench", "--seconds", "0.5", "--connections", "4", "--json")

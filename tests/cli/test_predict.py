@@ -190,6 +190,7 @@ def test_a_map_goes_on_where_it_stopped_and_runs_nothing_twice(url: str, flowers
     assert run_command("jobs", "--group", "again-1", "--json").json == jobs
 
 
+@pytest.mark.soak
 def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path) -> None:
     run_command("pause", "digits")
     try:

@@ -69,6 +69,7 @@ def test_a_key_without_the_scope_is_refused(reader: str) -> None:
     assert "submit" in error_line(run_command("cancel", "x", *key), 3)
 
 
+@pytest.mark.soak
 def test_the_doctor_says_that_a_key_is_needed(reader: str) -> None:
     ran = run_command("doctor")
 

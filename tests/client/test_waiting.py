@@ -169,6 +169,7 @@ async def test_a_default_model_that_is_being_loaded_is_awaited(
         assert (await found).model == "iris"
 
 
+@pytest.mark.soak
 async def test_a_folder_without_a_model_is_an_error_at_once_without_retries(
     config: ApiConfig, store: Store
 ) -> None:

@@ -714,6 +714,7 @@ def test_half_a_surrogate_pair_is_the_input_s_fault(tmp_path: Path) -> None:
     assert engine.run({"x": with_nul}, Stop())[0].tolist() == with_nul.tolist()
 
 
+@pytest.mark.soak
 def test_scikit_learn_s_own_export_is_served_with_its_labels(tmp_path: Path) -> None:
     from skl2onnx import to_onnx
     from sklearn.linear_model import LogisticRegression

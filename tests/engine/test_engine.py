@@ -153,6 +153,7 @@ def test_a_lack_of_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert engine.run(feeds_of(engine, column(1)), Stop())[0].item() == 1
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits the address space")
 def test_a_lack_of_memory_that_passes_leaves_the_model_working(tmp_path: Path) -> None:
     zoo.place(tmp_path, "m", zoo.hungry())

@@ -55,6 +55,7 @@ async def test_a_running_job_is_stopped_and_its_neighbours_are_not(
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_run_whose_jobs_are_all_cancelled_stops_at_its_next_kernel(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -44,6 +44,7 @@ async def test_allowed_custom_operators_run_also_in_a_model_that_is_added_later(
         assert await upper_of(model_client, "whisper", "late") == ["WHISPER"]
 
 
+@pytest.mark.soak
 async def test_a_model_with_custom_operators_that_are_not_allowed_is_refused_alone(
     open_workers: OpenWorkers, folder: ModelFolder, model_client: ModelClient
 ) -> None:

@@ -65,6 +65,7 @@ async def start_worker(workers: Workers, server: redis.Redis) -> WorkerChild:
     return worker
 
 
+@pytest.mark.soak
 async def test_jobs_that_trickle_in_within_the_wait_share_one_run(
     waiting_workers: StartWaitingWorkers, waiting_client: LoadClient, server: redis.Redis
 ) -> None:

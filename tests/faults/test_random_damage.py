@@ -106,4 +106,4 @@ def test_after_random_damage_no_reply_is_an_unexpected_5xx_and_no_process_ends(
 def test_after_much_random_damage_and_a_flush_no_reply_is_a_5xx_and_no_process_ends(
     open_workers: OpenWorkers, redis_url: str, policy: Policy, server: object
 ) -> None:
-    _damage_repeatedly(open_workers, redis_url, policy, examples=120, flush=True)
+    _damage_repeatedly(open_workers, redis_url, policy, examples=80, flush=True)

@@ -256,9 +256,8 @@ async def test_an_emptied_redis_is_served_again_within_5_s(service: Service) -> 
     await _assert_served_after(service, service.server.flushall)
 
 
-@pytest.mark.parametrize(
-    "key", [keys.default_model(N), pytest.param(keys.models(N), marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("key", [keys.default_model(N), keys.models(N)])
 async def test_a_redis_that_lost_a_key_is_served_again_within_5_s(
     service: Service, key: str
 ) -> None:

@@ -128,6 +128,7 @@ async def test_a_job_for_a_version_that_is_not_loaded_yet_runs_once_it_is(
         assert await model_client.predict(1, "1") == 2
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("names", "warning"),
     [

@@ -28,7 +28,7 @@ _SUITE_SECONDS: Final = 1800
 _PASSED, _NONE_SELECTED = 0, 5
 """Exit codes of pytest; any other one stands for a fault that was noticed."""
 
-_DEFAULT: Final = "not soak"
+_DEFAULT: Final = "not soak and not by_hand"
 # The tests of this folder look for the lines of the faults, so they would notice every fault.
 _SUITE: Final = ("-n", "2", "--dist", "loadfile", "--ignore", "tests/planted_faults", "tests")
 _NOTICED_BY: Final = re.compile(r"^(?:FAILED|ERROR) (tests/.+)$", re.MULTILINE)

@@ -877,7 +877,7 @@ _COMMON: dict[str, Any] = {
 
 
 def test_no_interleaving_breaks_the_protocol(redis_url: str, server: redis.Redis) -> None:
-    run(redis_url, server, settings(max_examples=20, stateful_step_count=40, **_COMMON))
+    run(redis_url, server, settings(max_examples=12, stateful_step_count=40, **_COMMON))
 
 
 @pytest.mark.soak

@@ -157,6 +157,7 @@ def test_a_model_of_any_rank_takes_what_it_is_given(running: Running) -> None:
 # --- drain -----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_drain_returns_when_all_jobs_have_ended(running: Running) -> None:
     ids = [submit(running, "slow", 100) for _ in range(4)] + [submit(running, "file", 1)]
     ids.append(submit(running, "proto", 1, delay_seconds=0.5))
@@ -299,6 +300,7 @@ def test_a_redis_that_is_given_is_used_under_a_queue_of_its_own(
 # --- what cannot be started ------------------------------------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "others",
     [

@@ -36,7 +36,6 @@ _KINDS: Final = frozenset(
         "images",
         "embedding",
         "text",
-        "logistic_strings_zipmap",
     ]
 )
 """One entry of each kind: these are in the default suite, the others in soak."""
