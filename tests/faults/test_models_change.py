@@ -394,7 +394,7 @@ async def test_of_very_many_problems_200_are_listed_and_the_rest_is_counted(
 
         await eventually(rest_is_counted, "the rest is counted", 20)
         (worker,) = await model_client.announcements()
-        assert len(worker.problems) == 101
+        assert len(worker.problems) == 201
         assert "bad" in worker.problems
 
 
