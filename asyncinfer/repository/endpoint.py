@@ -108,8 +108,10 @@ _SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2
 
 async def close(client: AsyncRedis) -> None:
     """Closes a client and its connections to sentinels, if any."""
-    await client.aclose()
     pool = client.connection_pool
+    if isinstance(pool, wire.Pool):
+        await pool.close()
+    await client.aclose()
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             await sentinel.aclose()

@@ -58,9 +58,11 @@ class Pool(ConnectionPool):
         super().__init__(*args, **options)
         self._ready: list[AbstractConnection] = []
         self._lent: set[AbstractConnection] = set()
+        self._is_closed = False
 
     async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:
-        """Lends a connected connection, which the caller gives back with `release`."""
+        """Lends a connected connection, which the caller gives back with `release`. Raises
+        redis-py's ConnectionError if it cannot be connected, or the pool is closed."""
         connection = self._ready.pop() if self._ready else self._new_connection()
         self._lent.add(connection)
         try:
@@ -69,6 +71,8 @@ class Pool(ConnectionPool):
                     return connection
                 await connection.disconnect()
             await connection.connect()  # type: ignore[no-untyped-call]
+            if self._is_closed:
+                raise redis_errors.ConnectionError("the pool is closed")
         except BaseException:
             await self.release(connection)
             raise
@@ -78,6 +82,13 @@ class Pool(ConnectionPool):
         """Takes a connection back."""
         self._lent.remove(connection)
         self._ready.append(connection)
+        if self._is_closed:
+            await connection.disconnect()
+
+    async def close(self) -> None:
+        """Disconnects all connections for good, also one that is being connected."""
+        self._is_closed = True
+        await self.disconnect()
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         """Disconnects the connections that are not lent, and by default also those that are."""

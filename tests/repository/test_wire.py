@@ -38,8 +38,22 @@ def test_redis_py_is_as_expected() -> None:
 
 def test_our_pool_uses_no_name_of_redis_pys() -> None:
     ours = vars(wire.Pool()).keys() - vars(ConnectionPool()).keys()
-    assert ours == {"_ready", "_lent"}
+    assert ours == {"_ready", "_lent", "_is_closed"}
     assert not ours & set(dir(ConnectionPool))
+
+
+async def test_a_connection_that_is_made_while_its_pool_is_closed_is_closed_too(
+    redis_url: str, server: redis.Redis
+) -> None:
+    client = Endpoint.parse(redis_url).client("late", reply_seconds=None)
+    call = asyncio.ensure_future(wire.exchange(client, ("PING",)))
+    await asyncio.sleep(0)  # it has begun to connect
+
+    await close(client)
+
+    with pytest.raises(redis.ConnectionError):
+        await call
+    assert not [connection for connection in server.client_list() if connection["name"] == "late"]
 
 
 def test_what_has_changed_in_redis_py_is_named() -> None:
