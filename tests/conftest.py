@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,6 +90,19 @@ class _ServiceScheduling(LoadScopeScheduling):  # type: ignore[misc]
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
     return _ServiceScheduling(config, log) if config.option.dist == "loadscope" else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Imports a part of the test modules before the others, in each process another part: pytest
+    compiles a module at its first import, and each process would compile all of them."""
+    config = session.config
+    if worker := getattr(config, "workerinput", None):
+        number, processes = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+        modules = sorted(Path(__file__).parent.rglob("test_*.py"))
+        for path in modules[number::processes]:
+            relative = path.relative_to(config.rootpath).with_suffix("")
+            import_module(".".join(relative.parts))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

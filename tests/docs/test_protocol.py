@@ -431,6 +431,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         connected.close()
 
 
+@pytest.mark.soak
 def test_the_session_of_the_page_gives_its_replies_and_leaves_only_keys_of_the_rows(
     client: Any,
 ) -> None:

@@ -561,6 +561,7 @@ def test_of_two_heads_the_one_with_the_class_is_named_by_model_toml(tmp_path: Pa
 # --- distances: the class is the nearest -------------------------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("clusters", [2, 5])
 def test_a_cluster_of_kmeans_is_the_nearest(tmp_path: Path, clusters: int) -> None:
     from skl2onnx import to_onnx

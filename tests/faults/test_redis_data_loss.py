@@ -252,6 +252,7 @@ async def _assert_served_after(service: Service, fault: Callable[[], object]) ->
         clients.assert_refused_only_with_retry_after()
 
 
+@pytest.mark.soak
 async def test_an_emptied_redis_is_served_again_within_5_s(service: Service) -> None:
     await _assert_served_after(service, service.server.flushall)
 

@@ -51,10 +51,8 @@ def test_a_load_of_functions_that_expand_exponentially_is_ended(tmp_path: Path) 
     assert not results["0000_mlp"].killed_by
 
 
-@pytest.mark.parametrize(
-    "count",
-    [5, pytest.param(400, marks=pytest.mark.soak)],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [400])
 def test_damaged_models_are_loaded_or_refused_and_nothing_else(tmp_path: Path, count: int) -> None:
     place_mutants(tmp_path, count)
 
