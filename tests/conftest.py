@@ -92,12 +92,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return _ServiceScheduling(config, log) if config.option.dist == "loadscope" else None
 
 
+def pytest_configure_node(node: Any) -> None:
+    """Tells a process whether it runs tests of a whole suite."""
+    node.workerinput["is_whole_suite"] = node.config.option.dist == "loadscope"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Imports a part of the test modules before the others, in each process another part: pytest
     compiles a module at its first import, and each process would compile all of them."""
     config = session.config
-    if worker := getattr(config, "workerinput", None):
+    worker = getattr(config, "workerinput", {})
+    if worker.get("is_whole_suite"):
         number, processes = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
         modules = sorted(Path(__file__).parent.rglob("test_*.py"))
         for path in modules[number::processes]:
