@@ -422,6 +422,7 @@ FAULTS: Final = (
         (
             "tests/faults/test_max_wait.py::test_a_full_batch_does_not_wait_and_the_remaining_jobs_do",
         ),
+        only_soak=True,
     ),
     Fault(
         "a_drain_that_takes_too_long_fails_its_jobs",
@@ -432,6 +433,7 @@ FAULTS: Final = (
             "tests/faults/test_drain.py::test_after_an_interrupted_drain_no_further_run_of_a_claim_starts",
             "tests/faults/test_drain.py::test_a_drain_that_takes_too_long_releases_its_jobs_without_counting_a_delivery",
         ),
+        only_soak=True,
     ),
     Fault(
         "a_second_signal_does_not_end_a_worker",
