@@ -135,6 +135,7 @@ async def test_a_bad_file_is_refused_and_the_old_version_is_still_served(
         assert await model_client.predict(1) == 2
         folder.publish(zoo.adds(3), 3)
         await model_client.wait_until_announced("1", "3")
+        await model_client.wait_until_served("3")
         assert await model_client.predict(1) == 4
 
 
@@ -164,6 +165,7 @@ async def test_weights_in_a_separate_file_are_part_of_their_version(
         await model_client.wait_until_served("2")
         (folder.path / "m" / "2").rename(folder.path / "m" / "5")
         await model_client.wait_until_announced("1", "5")
+        await model_client.wait_until_served("5")
         assert await model_client.predict(1) == 3
 
         aside = folder.path / "weights.bin.aside"
