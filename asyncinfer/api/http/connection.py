@@ -74,6 +74,8 @@ _MAX_BUFFERED_BYTES: Final = 65_536
 """How much of a body may wait for its handler before reading is paused."""
 
 _DISCARD_SECONDS: Final = 2.0
+_SMALL_BYTES: Final = 64 << 10
+"""An answer of up to this size is copied into one packet."""
 _LAST_BYTES_SECONDS: Final = 1.0
 """How long a body may still be received while the server stops."""
 
@@ -545,7 +547,7 @@ class Connection(asyncio.Protocol):
             return
         reply = problem_reply(error)
         head = head_of(reply.status, (*header_block(reply), CONNECTION_CLOSE))
-        self._transport.writelines((head, reply.body))
+        self._send(head, reply.body)
         self._close_after_discarding()
 
     def _close_reserved(self) -> None:
@@ -565,7 +567,19 @@ class Connection(asyncio.Protocol):
     def write(self, *parts: bytes) -> None:
         """Writes the parts; drops them after the last answer, or once the connection is closing."""
         if not (self._is_ended or self._transport.is_closing()):
-            self._transport.writelines(parts)
+            self._send(*parts)
+
+    def _send(self, *parts: bytes) -> None:
+        """Sends the parts, small ones in one packet.
+
+        Not by `writelines`: that of asyncio keeps a core busy for ever after an empty part, or once
+        the connection is lost, in Python 3.13.5 and others (CPython issues 136234 and 155888).
+        """
+        if sum(map(len, parts)) <= _SMALL_BYTES:
+            self._transport.write(b"".join(parts))
+        else:
+            for part in parts:
+                self._transport.write(part)
 
     def answered(self, exchange: Exchange) -> None:
         """Called after each answer: starts the next request, waits for one, or closes."""
