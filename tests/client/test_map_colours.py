@@ -171,13 +171,13 @@ SLOW: Final[dict[str, Any]] = {"model": "slow", "batch": 1, "in_flight": 32, "pr
 
 
 def leave_plain(url: str) -> str:
-    with Client(url) as client, client.map(np.full((64, 1), 50.0), **SLOW) as results:
+    with Client(url) as client, client.map(np.full((64, 1), 200.0), **SLOW) as results:
         next(results)
         raise LeftError(results.group)
 
 
 async def leave_async(url: str) -> None:
-    async with AsyncClient(url) as client, client.map(np.full((64, 1), 50.0), **SLOW) as results:
+    async with AsyncClient(url) as client, client.map(np.full((64, 1), 200.0), **SLOW) as results:
         await anext(results)
         raise LeftError(results.group)
 
