@@ -49,6 +49,7 @@ def objects(draw: st.DrawFn) -> tuple[str, list[tuple[str, Any]]]:
     return f"{draw(SPACE)}{{{inside}{draw(SPACE)}}}{draw(SPACE)}", members
 
 
+@pytest.mark.soak
 @given(objects())
 @settings(max_examples=40)
 def test_a_repeated_key_is_always_seen(case: tuple[str, list[tuple[str, Any]]]) -> None:

@@ -59,6 +59,7 @@ async def _run_all(store: Store, load_client: LoadClient) -> None:
         await runs.finish(claim, finished, last=True)
 
 
+@pytest.mark.soak
 async def test_killed_inbox_connections_lose_no_wake_up(
     load_client: LoadClient, store: Store, server: redis.Redis
 ) -> None:

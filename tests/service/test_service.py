@@ -72,6 +72,7 @@ async def _all_results(
     return list(await asyncio.gather(*(predict(row) for row in rows)))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("model", "count"), [("iris", 150), pytest.param("digits", 360, marks=pytest.mark.soak)]
 )

@@ -27,6 +27,7 @@ def is_unsafe(character: str) -> bool:
     )
 
 
+@pytest.mark.soak
 def test_only_the_unsafe_characters_of_unicode_are_escaped() -> None:
     unsafe = [character for character in every_character() if is_unsafe(character)]
     safe = "".join(every_character()).translate(dict.fromkeys(map(ord, unsafe)))

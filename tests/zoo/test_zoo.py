@@ -40,6 +40,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     pair.cache_clear()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", soak_except_kinds(ENTRIES))
 def test_a_model_is_batched_only_if_that_changes_no_result(
     pair_of: Callable[[str], Pair], name: str
