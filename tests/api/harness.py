@@ -4,7 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import anyio
 import httpx2
@@ -68,6 +68,8 @@ async def running_server(
             await ready.wait()
             yield server, listener.getsockname()[1]
             server.servers[0].close()
+            for open_connection in list(server.server_state.connections):
+                cast(Connection, open_connection)._abort()
             group.cancel_scope.cancel()
 
 
