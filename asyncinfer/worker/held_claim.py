@@ -2,8 +2,9 @@
 
 import asyncio
 import time
+from collections import deque
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 from asyncinfer.engine import Stop
 from asyncinfer.jobs import now_ms
@@ -13,6 +14,9 @@ from asyncinfer.worker.lease_renewer import LeaseRenewer
 
 Step = Literal["woken", "claimed", "running", "finishing", "finished"]
 """What a worker has just done or is about to do; tests stop a worker at one of these."""
+
+_MAX_EARLY: Final = 1000
+"""As many as a control stream keeps."""
 
 StopReason = Literal["abandoned", "timeout", "drain"]
 
@@ -79,6 +83,17 @@ class HeldClaims:
         self.mean_run_seconds = 0.0
         """From a claim to the end of its runs, a running mean."""
         self._renewer = renewer
+        self._early_ids: deque[str] = deque(maxlen=_MAX_EARLY)
+        """The jobs of the latest messages that were about jobs not held then."""
+
+    def check_job(self, job_id: str) -> None:
+        """Call when a message says that something has happened to a job: if this process holds it,
+        its leases are renewed, which tells what. The message may overtake the reply of the claim
+        that has the job, and may be older than the claim; so it is only taken as a hint."""
+        if any(job_id in held.open_jobs for held in self.by_token.values()):
+            self._renewer.renew_now()
+        else:
+            self._early_ids.append(job_id)
 
     def allow_another(self, *, beside: HeldClaim | None = None) -> bool:
         """Whether another claim may be made, or may follow `beside`, which is about to end: a
@@ -92,6 +107,8 @@ class HeldClaims:
         """Holds a claim, and has its lease renewed."""
         self.by_token[held.claim.token] = held
         self._renewer.add(held.claim)
+        if self._early_ids and not held.open_jobs.keys().isdisjoint(self._early_ids):
+            self._renewer.renew_now()
 
     def stop_renewing(self, token: str) -> None:
         """Stops renewing the lease of a claim that was lost, which stays held until it is

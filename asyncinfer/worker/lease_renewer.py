@@ -31,7 +31,9 @@ class LeaseRenewer:
         self._on_renewal = on_renewal
         self._tokens: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
+        self._is_due = threading.Event()
+        """Set to renew at once, and to close."""
         self._loop_alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="renew", daemon=True)
 
@@ -51,6 +53,10 @@ class LeaseRenewer:
         with self._lock:
             self._tokens.pop(token, None)
 
+    def renew_now(self) -> None:
+        """Has all leases renewed at once, which finds jobs to stop; returns without waiting."""
+        self._is_due.set()
+
     async def beat(self) -> None:
         """Notes from within the event loop that the loop is alive. Ends only by cancellation."""
         while True:
@@ -60,15 +66,20 @@ class LeaseRenewer:
     async def close(self) -> None:
         """Ends the thread and waits for it; a call to Redis under way has a time limit. Leases of
         claims that are still held run out."""
-        self._closed.set()
+        self._closed = True
+        self._is_due.set()
         await asyncio.to_thread(self._thread.join)
         self._renewals.close()
 
     def _run(self) -> None:
-        """Renews three times per lease, and sooner after a failure, until closed; not while the
-        event loop shows no sign of life."""
+        """Renews three times per lease, when it is due at once, and sooner after a failure, until
+        closed; not while the event loop shows no sign of life."""
         pause = self._lease_seconds / 3
-        while not self._closed.wait(pause):
+        while True:
+            self._is_due.wait(pause)
+            if self._closed:
+                return
+            self._is_due.clear()
             pause = self._lease_seconds / 3
             if time.monotonic() - self._loop_alive_at > 2 * self._lease_seconds:
                 continue

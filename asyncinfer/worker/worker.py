@@ -159,7 +159,7 @@ class Worker:
             start_task=lambda work: self._group.create_task(work),
             on_step=on_step,
         )
-        self._control_listener = ControlListener(store, self.finisher.end_job)
+        self._control_listener = ControlListener(store, self._on_control_message)
         self._announcer = Announcer(
             store, self.worker_id, library, self._queues, self._status, self._serve_queues
         )
@@ -276,6 +276,12 @@ class Worker:
             "seconds_per_job": self._job_times.seconds_per_job(),
             "run_times": self.runner.times.view(),
         }
+
+    def _on_control_message(self, kind: str, job_id: str) -> None:
+        """Looks after a job that may have to be stopped; other messages are not for workers that
+        hold jobs."""
+        if kind in ("cancel", "expire"):
+            self._held.check_job(job_id)
 
     def _redis_answered(self) -> None:
         """Notes for `why_not_ready` that Redis has answered now."""

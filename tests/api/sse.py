@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import httpx2
 import msgspec
 
+from tests.faults.harness import wait_for_next_millisecond
+
 _SECONDS = 20.0
 
 
@@ -72,6 +74,9 @@ class EventStream:
 async def open_event_stream(
     client: httpx2.AsyncClient, path: str, last_id: str = ""
 ) -> AsyncIterator[EventStream]:
+    """A stream that begins. Changes of the millisecond in which it begins may be in its snapshot
+    and follow it too; those that were made before this call only precede it."""
+    wait_for_next_millisecond()
     headers = {"last-event-id": last_id} if last_id else {}
     async with client.stream("GET", path, headers=headers) as reply:
         if reply.status_code != 200:

@@ -33,6 +33,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, shipped_models: Path)
     zoo.place(folder, "mean", zoo.minus_mean())
     zoo.place(folder, "picky", zoo.picky())
     zoo.place(folder, "slow", zoo.slow())
+    zoo.place(folder, "slow_alone", zoo.slow(), toml="[batching]\nenabled = false\n")
     zoo.place(folder, "doubled", doubled())
     return folder
 

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import pytest
 
+from asyncinfer.client import Client
 from tests.docs.environment import clear_environment
 from tests.docs.markdown import (
     URL,
@@ -23,6 +24,7 @@ from tests.docs.markdown import (
     run_step,
     steps,
 )
+from tests.faults.harness import eventually_sync
 from tests.serving import running_serve, wait_for_result
 
 pytestmark = pytest.mark.system("curl")
@@ -44,6 +46,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         clear_environment(monkeypatch)
         with running_serve(cwd=folder, DATA_DIR=str(folder / "data")) as serve:
             wait_for_result(serve)
+            with Client(serve.banner["URL"]) as client:
+                eventually_sync(lambda: len(client.models()) == 2, "both models are served")
             monkeypatch.setenv("ASYNCINFER_URL", serve.banner["URL"])
             yield RunningService(serve.banner["URL"], folder)
 

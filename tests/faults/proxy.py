@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
+
+from tests.faults.harness import pass_accepted_connections
 
 _CHUNK_BYTES = 1 << 16
 
@@ -63,18 +65,23 @@ class Proxy:
     async def close(self) -> None:
         self.restore()
         await self.down()
+        await pass_accepted_connections()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        with suppress(OSError, asyncio.CancelledError):
-            await self._serve(reader, writer)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            writer.transport.abort()
+            if not task.cancelled() and not isinstance(task.exception(), OSError | None):
+                task.result()
+
+        task.add_done_callback(end)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await self._dial()
@@ -87,9 +94,8 @@ class Proxy:
         except* OSError:
             pass
         finally:
-            for stream in (writer, up_writer):
-                self._connections.discard(stream)
-                stream.transport.abort()
+            self._connections -= {writer, up_writer}
+            up_writer.transport.abort()
 
     async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         parts = urlsplit(self._upstream)

@@ -19,7 +19,7 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import LoadClient, transitions
 
 from .damaged_redis import HOSTILE_VALUES
-from .harness import eventually
+from .harness import eventually, wait_for_next_millisecond
 from .processes import OpenWorkers
 
 Q = "predict_queue"
@@ -279,6 +279,7 @@ async def test_a_damaged_queue_does_not_prevent_the_renewal_of_other_leases(
     (before,) = server.zmscore(keys.leases(Q), ["token"])
     assert before is not None
     server.set(keys.leases(OTHER), "x")
+    wait_for_next_millisecond()
     renewed = renewals.renew({OTHER: ["lost"], Q: ["token"]})
     renewals.close()
     (after,) = server.zmscore(keys.leases(Q), ["token"])

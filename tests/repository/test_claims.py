@@ -13,7 +13,7 @@ from asyncinfer.repository.claims import Claim, ClaimRequest, JobOutcome
 from asyncinfer.repository.doorbell import Doorbell
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.store import Store
-from tests.faults.harness import assert_at_rest, eventually
+from tests.faults.harness import assert_at_rest, eventually, wait_for_next_millisecond
 from tests.queue_driver import DATA, ERROR, RESULT, Q, QueueDriver, ids_of, new_job, outcome_of
 
 OTHER = f"{Q}:digits"
@@ -553,6 +553,7 @@ async def test_dead_letters_are_capped_and_the_newest_stay(hands: QueueDriver) -
     hands.change_policy(max_dead_letters=3)
     jobs = await hands.submit_many(5)
     for _ in jobs:
+        wait_for_next_millisecond()
         await hands.finish(await hands.claim_jobs(1), "dead")
     kept = {job_id.decode() for job_id in hands.redis.zrange(keys.dead(Q), 0, -1)}
     assert len(kept) == 3

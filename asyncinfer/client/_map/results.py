@@ -29,7 +29,7 @@ from asyncinfer.client._map.rows import (
     open_rows,
 )
 from asyncinfer.client._map.run import MapRun
-from asyncinfer.client._map.threads import FlowOutcome, FlowThreads
+from asyncinfer.client._map.threads import CANCEL_PAUSES, FlowOutcome, FlowThreads
 from asyncinfer.client._requests import RemoteServer
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ class Results(Iterator[Any]):
 
     def _cancel(self, threads: FlowThreads) -> None:
         """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
-        self._driver.run(jobs.cancel(self._server, self.group))
-        threads.join()
-        # For jobs that were being submitted when the others were cancelled.
+        for seconds in CANCEL_PAUSES:
+            self._driver.run(jobs.cancel(self._server, self.group))
+            if threads.join(seconds):
+                break
         self._driver.run(jobs.cancel(self._server, self.group))
 
 
@@ -229,9 +230,11 @@ class AsyncResults(AsyncIterator[Any]):
 
     async def _cancel(self, tasks: "FlowTasks") -> None:
         """Cancels the jobs of the map, waits for the requests in flight, and cancels again."""
-        await self._driver.run(jobs.cancel(self._server, self.group))
-        await tasks.join()
-        # For jobs that were being submitted when the others were cancelled.
+        for seconds in CANCEL_PAUSES:
+            await self._driver.run(jobs.cancel(self._server, self.group))
+            if await tasks.have_ended_within(seconds):
+                break
+        await tasks.join(0)
         await self._driver.run(jobs.cancel(self._server, self.group))
 
 

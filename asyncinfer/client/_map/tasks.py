@@ -53,11 +53,14 @@ class FlowTasks:
         """Lets no flow send another request; returns at once: `join` waits for the present ones."""
         self._stopping.set()
 
-    async def join(self) -> None:
-        """Waits until all tasks have ended, and cancels those that have not within 10 s."""
-        tasks = set(self._tasks)
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=JOIN_SECONDS)
+    async def have_ended_within(self, seconds: float) -> bool:
+        """Waits until all tasks have ended, at most `seconds`; whether they have."""
+        return not self._tasks or not (await asyncio.wait(self._tasks, timeout=seconds))[1]
+
+    async def join(self, seconds: float = JOIN_SECONDS) -> None:
+        """Waits until all tasks have ended, and cancels those that have not within `seconds`."""
+        if not await self.have_ended_within(seconds):
+            late = list(self._tasks)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from functools import partial
 from typing import Any, Final
 
@@ -12,7 +13,10 @@ from asyncinfer.client._protocol import Flow, FlowReply, FlowRequest, Pause
 from asyncinfer.client._wait_reasons import WaitingFor
 
 JOIN_SECONDS: Final = 10.0
-"""How long flows that are stopped are awaited: their jobs are cancelled meanwhile."""
+"""How long flows that are stopped are awaited."""
+CANCEL_PAUSES: Final = (0.1, 0.3, 1.0, 3.0, 5.6)
+"""The seconds between cancels, until all flows have ended: a submit that was under way at the first
+cancel brings another job, whose flow would wait for it."""
 
 
 class FlowOutcome(Struct, frozen=True):
@@ -82,10 +86,12 @@ class FlowThreads:
         for _ in self._threads:
             self._todo.put(None)
 
-    def join(self, seconds: float = JOIN_SECONDS) -> None:
-        """Waits until the threads have ended, at most about `seconds` in all; it never raises."""
+    def join(self, seconds: float = JOIN_SECONDS) -> bool:
+        """Waits until the threads have ended, at most `seconds`; whether they have."""
+        until = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(seconds / len(self._threads))
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         """Runs flows one after another until it is told to end."""

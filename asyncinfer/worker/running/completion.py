@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from asyncinfer.errors import RedisRefused, RedisUnavailable
@@ -98,29 +98,28 @@ class Finisher:
             with contextlib.suppress(RedisUnavailable):
                 await self._runs.finish(held.claim, outcomes, last=not held.early_tasks)
 
-    def end_job(self, reason: str, job_id: str) -> None:
-        """Ends a job as cancelled or expired, if `reason` is "cancel" or "expire" and this worker
-        holds the job; else does nothing. Returns at once: a task stores the outcome."""
-        for held in list(self._held.by_token.values()):
-            if job := held.open_jobs.get(job_id):
-                if reason == "cancel":
-                    self._end_early(held, job, self._builder.cancelled(held, job))
-                elif reason == "expire":
-                    self._end_early(held, job, self._builder.expired(held, job))
-
     def apply_renewal(self, renewal: Renewal) -> None:
         """Ends jobs that were cancelled or have expired, and stops renewing claims that were lost,
         whose runs go on."""
-        for job_id in renewal.cancelled:
-            self.end_job("cancel", job_id)
-        for job_id in renewal.expired:
-            self.end_job("expire", job_id)
+        for held, job in self._open_jobs_of(renewal.cancelled):
+            self._end_early(held, job, self._builder.cancelled(held, job))
+        for held, job in self._open_jobs_of(renewal.expired):
+            self._end_early(held, job, self._builder.expired(held, job))
         for token in renewal.lost:
             # A claim whose finish is under way has no open job, and its loss means nothing.
-            held = self._held.by_token.get(token)
-            if held and held.open_jobs:
-                _log.warning("A lease was lost; %d jobs go to others.", len(held.open_jobs))
+            lost = self._held.by_token.get(token)
+            if lost and lost.open_jobs:
+                _log.warning("A lease was lost; %d jobs go to others.", len(lost.open_jobs))
                 self._held.stop_renewing(token)
+
+    def _open_jobs_of(self, job_ids: Iterable[str]) -> list[tuple[HeldClaim, ClaimedJob]]:
+        """Those of the jobs that this worker holds without an outcome, with their claims."""
+        return [
+            (held, held.open_jobs[job_id])
+            for job_id in job_ids
+            for held in self._held.by_token.values()
+            if job_id in held.open_jobs
+        ]
 
     def _end_early(self, held: HeldClaim, job: ClaimedJob, outcome: JobOutcome) -> None:
         """Ends one job of a claim now, and stores its outcome in a task; the other jobs run on. The
