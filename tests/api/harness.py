@@ -22,7 +22,7 @@ from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Claim, ClaimedJob, ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.datatypes import TensorSpec
-from tests.faults.harness import eventually, pass_accepted_connections
+from tests.faults.harness import eventually, stop_listening
 from tests.faults.proxy import Proxy
 
 T = TypeVar("T")
@@ -67,8 +67,7 @@ async def running_server(
             group.start_soon(server.serve, [listener])
             await ready.wait()
             yield server, listener.getsockname()[1]
-            server.servers[0].close()
-            await pass_accepted_connections()
+            await stop_listening(server.servers[0])
             for open_connection in list(server.server_state.connections):
                 cast(Connection, open_connection)._abort()
             group.cancel_scope.cancel()

@@ -36,7 +36,7 @@ from asyncinfer.client._drivers import ResponseBody
 from asyncinfer.client._errors import problem_error
 from asyncinfer.errors import RedisRefused, RouteNotFound
 from asyncinfer.testing import Running, service
-from tests.faults.harness import pass_accepted_connections
+from tests.faults.harness import stop_listening
 from tests.faults.proxy import Proxy, proxied
 from tests.ports import free_port
 
@@ -158,8 +158,7 @@ async def answering_server(
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        server.close()
-        await pass_accepted_connections()
+        await stop_listening(server)
 
 
 def _http(status: bytes, kind: bytes, body: bytes, more: bytes = b"") -> bytes:

@@ -74,11 +74,16 @@ async def eventually(
         await asyncio.sleep(0.005)
 
 
-async def pass_accepted_connections() -> None:
-    """Returns once each connection that asyncio has accepted has its protocol, which takes a few
-    turns. One without is closed by nobody, and the garbage collector warns in some later test."""
+async def stop_listening(server: asyncio.Server) -> None:
+    """Closes a server's listeners. Connections that it has just accepted get their protocols before
+    that: `close` alone makes asyncio drop them without closing them, and the garbage collector then
+    warns in some later test."""
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
     for _ in range(5):
         await asyncio.sleep(0)
+    server.close()
 
 
 def eventually_sync(condition: Callable[[], bool], description: str, seconds: float = 30.0) -> None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-from tests.faults.harness import pass_accepted_connections
+from tests.faults.harness import stop_listening
 
 _CHUNK_BYTES = 1 << 16
 
@@ -38,7 +38,7 @@ class Proxy:
     async def down(self) -> None:
         """Refuses new connections and aborts the open ones."""
         if self._server:
-            self._server.close()
+            await stop_listening(self._server)
         for writer in list(self._connections):
             writer.transport.abort()
 
@@ -65,7 +65,6 @@ class Proxy:
     async def close(self) -> None:
         self.restore()
         await self.down()
-        await pass_accepted_connections()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
