@@ -14,6 +14,7 @@ AsyncinferError
 |   |-- MediaTypeRefused, EncodingRefused                                                 415
 |   |-- InvalidInput, JobFailed, IdempotencyConflict, TooManyRefusedLines                 422
 |   |-- QueueFull, HeadersTooLarge                                                   429, 431
+|   |   `-- KeptFull          429
 |   |-- ServerStopping, TooManyConnections, TooManyStreams, NotReady, StorageFull         503
 |   |-- RedisUnavailable      503
 |   |   |-- WritesRefused
@@ -215,6 +216,12 @@ class IdempotencyConflict(RequestError):
 
 class QueueFull(RequestError):
     code, status, title = "queue_full", 429, "The queue is full"
+
+
+class KeptFull(QueueFull):
+    """Ended jobs of the queue keep as many bytes as they may; it takes no jobs meanwhile."""
+
+    code, title = "kept_full", "The queue's ended jobs keep too much"
 
 
 class ServerStopping(RequestError):

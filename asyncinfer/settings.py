@@ -212,6 +212,15 @@ class Settings(Struct, frozen=True, kw_only=True):
             "Largest total size of waiting inputs in a queue.", unit="bytes", ge=1024, le=1 << 40
         ),
     ] = 1 << 30
+    max_kept_bytes: Annotated[
+        int,
+        _about(
+            "Largest total size of inputs, results and errors that a queue's ended jobs keep.",
+            unit="bytes",
+            ge=1024,
+            le=1 << 40,
+        ),
+    ] = 4 << 30
     job_ttl: Annotated[
         int,
         _about(

@@ -41,6 +41,7 @@ from asyncinfer.errors import (
     JobNotFinished,
     JobNotFound,
     JobNotRetryable,
+    KeptFull,
     MediaTypeRefused,
     ModelLoading,
     ModelNotFound,
@@ -176,6 +177,7 @@ _PREDICT: Final[Errors] = (
     ResultDamaged,
     IdempotencyConflict,
     QueueFull,
+    KeptFull,
     *_FULL,
 )
 

@@ -104,6 +104,16 @@ def bytes_waiting(q: str) -> str:
     return f"{{{q}}}:bytes"
 
 
+def kept(q: str) -> str:
+    """Hash, no TTL: the bytes that ended jobs keep, by the minute in which their keys expire."""
+    return f"{{{q}}}:kept"
+
+
+def bytes_kept(q: str) -> str:
+    """String, no TTL: the sum of the bytes that ended jobs keep."""
+    return f"{{{q}}}:keptbytes"
+
+
 def stale_entries(q: str) -> str:
     """Set, no TTL: ids of ended jobs that are still in a list, until a claim drops them."""
     return f"{{{q}}}:ghosts"
@@ -159,11 +169,11 @@ def hold(q: str) -> str:
 
 TYPES_OF_A_QUEUE: Final[dict[str, tuple[Callable[[str], str | tuple[str, ...]], ...]]] = {
     "list": (waiting, wake, log_marks),
-    "hash": (running, facts),
+    "hash": (running, facts, kept),
     "zset": (leases, deadlines, delayed, dead),
     "set": (stale_entries,),
     "stream": (log, control),
-    "string": (seq, bytes_waiting, swept),
+    "string": (seq, bytes_waiting, bytes_kept, swept),
 }
 """The type of each key of a queue, for an error message that names a key of another type."""
 

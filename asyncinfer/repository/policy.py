@@ -11,6 +11,7 @@ class Policy(Struct, frozen=True, kw_only=True):
     keep_input: bool = False
     max_queue: int = 100_000
     max_queue_bytes: int = 1 << 30
+    max_kept_bytes: int = 4 << 30
     lease_seconds: float = 15.0
     reap_seconds: float = 2.0
     max_deliveries: int = 3
@@ -38,6 +39,7 @@ class Policy(Struct, frozen=True, kw_only=True):
             "ttl_seconds": self.job_ttl_seconds,
             "failed_ttl_seconds": self.failed_ttl_seconds,
             "keep_input": self.keep_input,
+            "max_kept_bytes": self.max_kept_bytes,
             "max_dead_letters": self.max_dead_letters,
         }
 
@@ -46,5 +48,6 @@ class Policy(Struct, frozen=True, kw_only=True):
         return {
             "max_queue": self.max_queue,
             "max_bytes": self.max_queue_bytes,
+            "max_kept_bytes": self.max_kept_bytes,
             "idempotency_ttl_seconds": self.idempotency_seconds,
         }

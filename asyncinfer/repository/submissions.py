@@ -46,11 +46,12 @@ class NewJob(Struct, frozen=True):
 class SubmitReply(Struct, frozen=True):
     """The reply to a submit.
 
-    `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `dup`: its
-    Idempotency-Key belongs to the job `job_id`, which was submitted with `fingerprint`.
+    `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `kept_full`: the
+    queue's ended jobs keep as much as they may. `dup`: its Idempotency-Key belongs to the job
+    `job_id`, which was submitted with `fingerprint`.
     """
 
-    verdict: Literal["ok", "exists", "dup", "full"]
+    verdict: Literal["ok", "exists", "dup", "full", "kept_full"]
     job_id: str
     fingerprint: str = ""
 

@@ -257,7 +257,7 @@ OUTCOMES: Final[tuple[Outcome, ...]] = (
 
 async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) -> None:
     """Brings jobs of every kind to every end; calls `after_each` after each step."""
-    await driver.submit_many(3, queue=OTHER)
+    await driver.submit_many(3, queue=OTHER, data=b"x" * 2000)
     await driver.submit_one(key="k", group="g")
     for options in (
         {"priority": "high"},

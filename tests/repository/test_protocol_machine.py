@@ -54,7 +54,8 @@ for i, id in ipairs(ARGV) do
   end
   seen[i] = { redis.call('GET', key('status')), redis.call('GET', key('result')),
     redis.call('GET', key('error')), redis.call('GET', key('meta')),
-    redis.call('STRLEN', key('data')), ttls }
+    redis.call('STRLEN', key('data')), ttls,
+    redis.call('PEXPIRETIME', key('status')) }
 end
 return seen
 """
@@ -70,10 +71,23 @@ class JobView(msgspec.Struct, frozen=True):
     size: int
     ttls: tuple[int, ...]
     """The TTLs of data, status, result, error, meta: -2 for an absent key, -1 for no TTL."""
+    expires_ms: int
+    """When its status expires, in ms; negative for never."""
 
     @property
     def ended(self) -> bool:
         return self.status in TERMINAL
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is counted of it once it has ended: its input, result and error."""
+        size = self.size + len(self.result or b"") + len(self.error or b"")
+        return size if self.ended and size >= 1024 else 0
+
+    @property
+    def minute(self) -> int:
+        """The minute in which its status expires."""
+        return self.expires_ms // 60_000
 
 
 class QueueView(msgspec.Struct, frozen=True):
@@ -88,6 +102,9 @@ class QueueView(msgspec.Struct, frozen=True):
     deadlines: list[str]
     stale_entries: int
     bytes: int
+    kept: dict[int, int]
+    """{minute in which they expire: bytes that ended jobs keep}."""
+    bytes_kept: int
     wake: int
     paused: bool
 
@@ -169,6 +186,8 @@ class Machine(RuleBasedStateMachine):
         self.stray_pushes = 0
         self.put_back = 0
         self.inputs_lost = False
+        self.lost_bytes = Counter[tuple[str, int]]()
+        """{(queue, minute): bytes that are still counted of ended jobs whose input was lost}."""
         self.last = self.view()
 
     # --- reading the state -----------------------------------------------------------------
@@ -188,6 +207,7 @@ class Machine(RuleBasedStateMachine):
             pipeline.zrange(name, 0, -1)
         pipeline.hgetall(keys.running(queue)).hgetall(keys.facts(queue))
         pipeline.scard(keys.stale_entries(queue)).get(keys.bytes_waiting(queue))
+        pipeline.hgetall(keys.kept(queue)).get(keys.bytes_kept(queue))
         pipeline.llen(keys.wake(queue)).exists(keys.paused(queue))
         pipeline.keys(keys.claim(queue, "*"))
         (
@@ -199,6 +219,8 @@ class Machine(RuleBasedStateMachine):
             facts,
             stale_entries,
             size,
+            kept,
+            bytes_kept,
             wake,
             paused,
             claims,
@@ -218,6 +240,8 @@ class Machine(RuleBasedStateMachine):
             sorted(texts(deadlines)),
             stale_entries,
             int(size or 0),
+            {int(minute): int(count) for minute, count in kept.items() if int(count)},
+            int(bytes_kept or 0),
             wake,
             bool(paused),
         )
@@ -253,7 +277,7 @@ class Machine(RuleBasedStateMachine):
                     "ttl_seconds": st.sampled_from([None, None, 77]),
                     "inbox": st.sampled_from(["", INBOX]),
                     "key": st.sampled_from(["", "", "k1", "k2"]),
-                    "data": st.sampled_from([b"1", b"22", b"333"]),
+                    "data": st.sampled_from([b"1", b"22", b"3" * 1500]),
                 }
             ),
             min_size=1,
@@ -422,8 +446,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.ids)
     @rule(which=st.integers(0, 99))
     def input_is_lost(self, which: int) -> None:
-        self.redis.delete(keys.data(self.some_id(which)))
+        job_id = self.some_id(which)
+        self.redis.delete(keys.data(job_id))
         self.inputs_lost = True
+        before, after = self.last.jobs[job_id], self.view().jobs[job_id]
+        lost = before.kept_bytes - after.kept_bytes
+        self.lost_bytes[self.queue_of(job_id), before.minute] += lost
 
     # --- workers ---------------------------------------------------------------------------
 
@@ -788,9 +816,21 @@ class Machine(RuleBasedStateMachine):
         )
         assert queue.bytes >= 0
         assert queue.bytes == size or self.inputs_lost, f"{queue.bytes} counted, {size} wait"
+        self.check_kept_bytes(name, queue, view)
         assert queue.wake <= 64
         assert queue.room >= -self.put_back - self.stray_pushes
         assert self.redis.zcard(keys.dead(name)) <= 3
+
+    def check_kept_bytes(self, name: str, queue: QueueView, view: View) -> None:
+        """What is counted of ended jobs is what they keep, in the minute in which it expires."""
+        stored = Counter[int]()
+        for job in view.jobs.values():
+            if (decode_record(job.meta).queue if job.meta else Q) == name:
+                stored[job.minute] += job.kept_bytes
+        for (queue_name, minute), lost in self.lost_bytes.items():
+            stored[minute] += lost if queue_name == name else 0
+        assert queue.bytes_kept == sum(queue.kept.values())
+        assert queue.kept == +stored
 
     def check_notices(self, view: View) -> None:
         ended = {job_id for job_id in self.watched if view.jobs[job_id].ended}
@@ -836,10 +876,12 @@ def job_view(
     meta: bytes | None,
     size: int,
     ttls: list[int],
+    expires_ms: int,
 ) -> JobView:
     text = None if status is None else status.decode()
     # The TTL of an ended job decreases; only whether there is one matters.
-    return JobView(text, result, error, meta, size, tuple(min(ttl, 0) for ttl in ttls))
+    seen_ttls = tuple(min(ttl, 0) for ttl in ttls)
+    return JobView(text, result, error, meta, size, seen_ttls, expires_ms)
 
 
 def retry_verdict(before: JobView, room: int) -> str:
@@ -855,7 +897,8 @@ _bodies: Iterator[int] = iter(range(1, 10**9))
 
 def body_of() -> bytes:
     """A different body each time, so that a result shows which finish wrote it."""
-    return b'{"code":"x","message":"%d"}' % next(_bodies)
+    number = next(_bodies)
+    return b'{"code":"x","message":"%d%b"}' % (number, b"." * (2000 if number % 3 else 0))
 
 
 def run(url: str, server: redis.Redis, profile: settings) -> None:

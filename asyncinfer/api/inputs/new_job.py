@@ -11,6 +11,7 @@ from asyncinfer.api.views import url_of
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
     IdempotencyConflict,
+    KeptFull,
     QueueFull,
     RedisRefused,
     RedisUnavailable,
@@ -22,6 +23,8 @@ from asyncinfer.repository.submissions import NewJob, SubmitReply
 from asyncinfer.schemas.responses import WaitingFor
 
 _FULL_RETRY_SECONDS: Final = 5
+_KEPT_FULL_RETRY_SECONDS: Final = 30
+"""Half a minute: kept bytes are counted by the minute in which they expire."""
 
 
 def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
@@ -90,11 +93,24 @@ def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
     )
 
 
+def kept_full_error(policy: Policy) -> KeptFull:
+    """Makes the error for a queue whose ended jobs keep as much as they may."""
+    return KeptFull(
+        f"Ended jobs of the model's queue keep {policy.max_kept_bytes} bytes of results and inputs "
+        "until they expire, and may keep no more. Delete jobs that are no longer needed (DELETE "
+        "/jobs?purge=true&status=ended) and submit with a lower ttl_seconds, or ask the operator "
+        "for a lower JOB_TTL and FAILED_TTL, or a higher MAX_KEPT_BYTES.",
+        retry_after_seconds=_KEPT_FULL_RETRY_SECONDS,
+    )
+
+
 def refused_submit_error(
     submitted: SubmitReply, job: NewJob, policy: Policy, wait_reasons: WaitReasons
 ) -> RequestError | None:
-    """Returns why a job was not accepted: QueueFull or IdempotencyConflict; None if it was
-    accepted, now or earlier."""
+    """Returns why a job was not accepted: QueueFull, KeptFull or IdempotencyConflict; None if it
+    was accepted, now or earlier."""
+    if submitted.verdict == "kept_full":
+        return kept_full_error(policy)
     if submitted.verdict == "full":
         return queue_full_error(policy, wait_reasons.of_queue(job.record))
     if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:

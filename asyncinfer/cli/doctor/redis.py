@@ -102,7 +102,7 @@ def _memory(info: ServerInfo, url: str) -> Finding:
         mend = f"{_cli(url)} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
         return problem(about, f"{used}: full memory refuses submits", mend)
     if not info.max_bytes:
-        return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and JOB_TTL bound it")
+        return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and MAX_KEPT_BYTES bound it")
     return ok(about, used)
 
 

@@ -133,6 +133,7 @@ def policy(settings: Settings) -> "Policy":
         keep_input=settings.keep_input,
         max_queue=settings.max_queue,
         max_queue_bytes=settings.max_queue_bytes,
+        max_kept_bytes=settings.max_kept_bytes,
         lease_seconds=settings.lease_seconds,
         reap_seconds=settings.reap_seconds,
         max_deliveries=settings.max_deliveries,

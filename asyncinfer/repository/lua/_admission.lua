@@ -1,4 +1,4 @@
--- include: fact_names value waiting priority
+-- include: fact_names waiting priority
 -- Whether a queue can take a job, and where the job joins it.
 
 -- Whether a queue has no jobs of high or low priority, no delayed jobs and no stale entries; its
@@ -8,15 +8,17 @@ local function has_only_its_list(q)
   return redis.call('EXISTS', q.high, q.low, q.delayed, q.stale) == 0
 end
 
--- Returns how many more jobs and how many more bytes of input a queue takes; both may be negative.
--- `args` holds max_queue and max_bytes, the queue's bounds, as ARGV 1 of `submit` does. Waiting and
--- delayed jobs use up capacity, running jobs and stale entries do not. `only_its_list` is true if
--- the caller knows that `has_only_its_list`; if it is false or nil, this is read.
+-- Returns how many more jobs and how many more bytes of input a queue takes, and how many more
+-- bytes its ended jobs may keep; each may be negative. `args` holds max_queue, max_bytes and
+-- max_kept_bytes, the queue's bounds, as ARGV 1 of `submit` does. Waiting and delayed jobs use up
+-- capacity, running jobs and stale entries do not. `only_its_list` is true if the caller knows that
+-- `has_only_its_list`; if it is false or nil, this is read.
 local function free_capacity(q, args, only_its_list)
   local count = (only_its_list or has_only_its_list(q)) and redis.call('LLEN', q.list)
     or count_waiting(q) + redis.call('ZCARD', q.delayed) - redis.call('SCARD', q.stale)
-  local bytes = tonumber(value_at(q.bytes) or 0) or 0
-  return args.max_queue - count, args.max_bytes - bytes
+  local sums = redis.call('MGET', q.bytes, q.keptbytes)
+  return args.max_queue - count, args.max_bytes - (tonumber(sums[1] or 0) or 0),
+    args.max_kept_bytes - (tonumber(sums[2] or 0) or 0)
 end
 
 -- Writes the deadline and the delay of a job's new round, which begins at `now`, in ms; `options`

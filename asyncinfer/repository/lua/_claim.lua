@@ -1,4 +1,5 @@
--- include: keys job_keys fact_names facts doorbell log sequence waiting_bytes ending
+-- include: keys job_keys fact_names facts doorbell log sequence stored_bytes
+-- include: waiting_bytes ending
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
 -- An entry is an id found in a list with what Redis holds of it: {id, status, meta, input, bytes,
 -- packed, facts}. status, meta and packed (its packed facts) are false if Redis has none; facts are
@@ -46,7 +47,7 @@ local function read_entries(q, ids, with_inputs)
   for i, id in ipairs(ids) do
     entries[i] = {
       id = id, status = values[i], meta = values[#ids + i], input = inputs and inputs[i],
-      bytes = inputs and #(inputs[i] or '') or input_bytes(id),
+      bytes = inputs and #(inputs[i] or '') or stored_bytes(id, 'data'),
       packed = facts[i] or false, facts = decode_table(facts[i]),
     }
   end

@@ -1,4 +1,4 @@
--- include: job_keys fact_names log
+-- include: job_keys fact_names log stored_bytes kept
 -- The end of jobs: status, result, TTLs, the log, and the notices to the APIs that wait for them.
 
 -- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}, by key of the inbox, with
@@ -53,24 +53,32 @@ local function remove_from_tables(q, ids)
   redis.call('ZREM', q.delayed, unpack(ids))
 end
 
+-- Returns how many bytes of inputs may still be kept with jobs that end. The other half of what is
+-- kept is for results and errors, which are always kept: otherwise a client that submits and cancels
+-- large jobs would make the queue refuse the jobs of all others.
+local function room_for_inputs(q, args)
+  return args.max_kept_bytes / 2 - (tonumber(redis.call('MGET', q.keptbytes)[1] or 0) or 0)
+end
+
 -- Ends jobs: stores their outcomes with TTLs, deletes the inputs of completed ones (unless
--- `args.keep_input`), removes them from the tables, and notifies log and inboxes. The caller takes
--- them off the lists and adjusts the waiting bytes.
+-- `args.keep_input`) and those for which there is no room, counts what is kept, removes the jobs
+-- from the tables, and notifies log and inboxes. The caller takes them off the lists and adjusts
+-- the waiting bytes.
 -- `ends` is a list of {id, status, body, meta, facts}: a terminal status; body, the result or the
 -- error JSON, or nil; meta, the new record, or nil to keep the one there is; unpacked facts or nil.
--- `args` holds ttl_seconds, failed_ttl_seconds and keep_input. `spent` (may be nil) lists keys to
--- delete in the same command as the inputs; those are added to it. With no `ends`, nothing is done:
--- `spent` is not deleted either.
+-- `args` holds ttl_seconds, failed_ttl_seconds, keep_input and max_kept_bytes. `spent` (may be nil)
+-- lists keys to delete in the same command as the inputs; those are added to it. With no `ends`,
+-- nothing is done: `spent` is not deleted either.
 local function end_jobs(q, ends, args, spent)
   if #ends == 0 then return end
-  local ids, moved, notices, by_ttl = {}, {}, {}, {}
+  local ids, moved, notices, by_ttl, kept, room = {}, {}, {}, {}, {}, nil
   spent = spent or {}
   for i, ended in ipairs(ends) do
     local id, status, facts = ended.id, ended.status, ended.facts
     local ttl = facts and facts[TTL_SECONDS]
       or (status == 'failed' and args.failed_ttl_seconds or args.ttl_seconds)
     by_ttl[ttl] = by_ttl[ttl] or {}
-    local set = by_ttl[ttl]
+    local set, bytes = by_ttl[ttl], ended.body and #ended.body or 0
     set[#set + 1], set[#set + 2] = job_key(id, 'status'), status
     if ended.body then
       local word = status == 'completed' and 'result' or 'error'
@@ -81,11 +89,18 @@ local function end_jobs(q, ends, args, spent)
     else
       redis.call('EXPIRE', job_key(id, 'meta'), ttl)
     end
-    if status == 'completed' and not args.keep_input then
-      spent[#spent + 1] = job_key(id, 'data')
-    else
-      redis.call('EXPIRE', job_key(id, 'data'), ttl)
+    local size = (status ~= 'completed' or args.keep_input) and stored_bytes(id, 'data')
+    if size and size >= MIN_KEPT_BYTES then
+      room = room or room_for_inputs(q, args)
+      if size > room then size = false else room = room - size end
     end
+    if size then
+      bytes = bytes + size
+      redis.call('EXPIRE', job_key(id, 'data'), ttl)
+    else
+      spent[#spent + 1] = job_key(id, 'data')
+    end
+    if bytes >= MIN_KEPT_BYTES then kept[ttl] = (kept[ttl] or 0) + bytes end
     for _, inbox in ipairs(facts and facts[INBOXES] or {}) do
       notices[inbox] = notices[inbox] or {}
       table.insert(notices[inbox], ended)
@@ -94,7 +109,10 @@ local function end_jobs(q, ends, args, spent)
     table.insert(moved[status], id)
     ids[i] = id
   end
-  for ttl, set in pairs(by_ttl) do set_with_ttl(ttl, set) end
+  for ttl, set in pairs(by_ttl) do
+    set_with_ttl(ttl, set)
+    if kept[ttl] then add_kept_bytes(q, redis.call('PEXPIRETIME', set[1]), kept[ttl]) end
+  end
   if #spent > 0 then redis.call('DEL', unpack(spent)) end
   remove_from_tables(q, ids)
   log_transitions(q, moved)

@@ -1,12 +1,5 @@
--- include: job_keys waiting
+-- include: waiting
 -- The bytes of jobs that begin or cease to wait.
-
--- Returns the bytes of a job's input; 0 if it is gone or an external producer wrote something else
--- than a string there.
-local function input_bytes(id)
-  local size = redis.pcall('STRLEN', job_key(id, 'data'))
-  return type(size) == 'number' and size or 0
-end
 
 -- Call after the lists have changed. Adds `bytes` (may be negative) to the number of waiting bytes;
 -- if the lists are empty and no job is delayed, deletes that number, the stale entries and the

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- cancel: ends jobs that wait, and requests the end of those that run.
 -- KEYS    1 the queue
--- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input}; then per job: id, meta with seq ("":
---         leave it)
+-- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}; then per job: id, meta
+--         with seq ("": leave it)
 -- Returns per job "cancelled" | "stopping" | "absent" | the terminal status it already has
 -- Retry   a second call finds the job cancelled and returns that
 -- include: keys job_keys value fact_names facts priority control waiting_bytes counted_bytes ending

@@ -2,7 +2,7 @@
 -- claim: takes waiting jobs of the first queue that has any, under one lease.
 -- KEYS    the queues to look at, in turn (at most 8)
 -- ARGV    1 {token, lease_ms, not_after_ms, is_holding, max_jobs, max_bytes, one_at_a_time,
---         low_first, ttl_seconds, failed_ttl_seconds, keep_input}
+--         low_first, ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}
 --         is_holding: this process holds another claim; one_at_a_time: {queue: true} of the queues
 --         of which one job is claimed at a time; low_first: low priority before the others
 -- Returns {now in ms, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do; blocked:

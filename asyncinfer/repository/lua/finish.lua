@@ -1,16 +1,16 @@
 #!lua flags=allow-oom
 -- finish: stores the outcomes of jobs of one claim, and may claim next in the same step.
 -- KEYS    1 the claim's queue, 2.. the queues of the next claim (none: no next claim)
--- ARGV    1 {token, is_last, ttl_seconds, failed_ttl_seconds, keep_input, max_dead_letters,
---         next: ARGV 1 of claim}; then per job: id, outcome, body, meta with seq ("" for an
---         external job), delay in ms
+-- ARGV    1 {token, is_last, ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes,
+--         max_dead_letters, next: ARGV 1 of claim}; then per job: id, outcome, body, meta with seq
+--         ("" for an external job), delay in ms
 -- Returns {verdicts, reply of the claim or nil}; a verdict is completed | failed | cancelled |
 --         retry | dead | released | suspect, or stale: this claim does not own the job, or the job
 --         has ended otherwise (an external producer may put one id into two queues)
 -- Order   ownership is checked before all else; the lease goes only with `is_last`
 -- Retry   the verdicts are stale; the caller then reads from the record whether it holds this work
--- include: keys job_keys time fact_names facts doorbell log waiting_bytes ending
--- include: redelivery dead_letters claim
+-- include: keys job_keys time fact_names facts doorbell log stored_bytes
+-- include: waiting_bytes ending redelivery dead_letters claim
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local now, exact_now = now_ms()
@@ -31,7 +31,7 @@ end
 local function return_job(id, outcome, meta, delay_ms, facts)
   if meta ~= '' then
     redis.call('SET', job_key(id, 'meta'), meta)
-    freed_bytes = freed_bytes - input_bytes(id)
+    freed_bytes = freed_bytes - stored_bytes(id, 'data')
   end
   if outcome == 'suspect' or meta == '' then
     facts = facts or {}

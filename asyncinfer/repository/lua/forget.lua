@@ -5,7 +5,7 @@
 -- Returns per job "forgotten" | "absent" | the status of a job that has not ended, which is left
 -- Order   one step, so that a job that is retried meanwhile keeps its input
 -- Retry   a second call finds the job absent
--- include: keys job_keys
+-- include: keys job_keys kept_release
 
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 local WORDS = { 'data', 'status', 'result', 'error', 'meta' }
@@ -26,6 +26,7 @@ for i = 2, #ARGV do
   local verdict = verdict_of(id)
   if verdict == 'forgotten' then
     ids[#ids + 1], seen[id] = id, true
+    give_back_kept_bytes(q, id)
     for _, word in ipairs(WORDS) do names[#names + 1] = job_key(id, word) end
   end
   verdicts[i - 1] = verdict

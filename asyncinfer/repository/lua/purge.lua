@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- purge: ends waiting jobs as cancelled, at most 250 a call.
 -- KEYS    1 the queue
--- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input}
+-- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}
 -- Returns {ended, left}: numbers of jobs; left counts waiting and delayed ones
 -- Retry   goes on with the jobs that are left
--- include: keys job_keys facts waiting waiting_bytes counted_bytes ending
+-- include: keys job_keys facts waiting stored_bytes waiting_bytes counted_bytes ending
 
 local MAX_JOBS = 250
 
@@ -15,7 +15,7 @@ local ends, freed_bytes, read, seen = {}, 0, 0, {}
 -- does not wait. An external job may wait without a status. The caller takes the id off its list.
 local function collect_waiting(id, facts)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
-  if status == 'pending' or (not status and input_bytes(id) > 0) then
+  if status == 'pending' or (not status and stored_bytes(id, 'data') > 0) then
     freed_bytes = freed_bytes + counted_bytes(id)
     ends[#ends + 1] = { id = id, status = 'cancelled', facts = facts }
   end

@@ -2,7 +2,7 @@
 -- reap: one sweep of the queues: expired claims, due jobs, passed deadlines, bounds.
 -- KEYS    queues
 -- ARGV    1 {tick_ms, lease_ms, max_deliveries, max_dead_letters, dead_letter_ms, ttl_seconds,
---         failed_ttl_seconds, keep_input, log_jobs, is_continued}
+--         failed_ttl_seconds, keep_input, max_kept_bytes, log_jobs, is_continued}
 --         is_continued: go on past the gate with what the last call left
 -- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more}, or
 --         the error that kept it from being swept. Numbers of jobs; ended: of expired claims, the
@@ -20,7 +20,8 @@ local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 -- Notes the time of this sweep. A gap since the last sweep (an outage, a jump of the clock, no
 -- living process) says nothing about the workers, who could not renew either: no claim is reaped
 -- for the time of one lease, while q.hold exists. A lease that ends more than two leases from now,
--- as after a jump of the clock, ends one lease from now instead.
+-- as after a jump of the clock, ends one lease from now instead. Returns the time of the last sweep
+-- in ms, nil if that is not known.
 local function check_for_outage(q)
   local last = tonumber(value_at(q.swept))
   redis.call('SET', q.swept, now, 'PX', 2 * args.lease_ms)
@@ -31,6 +32,28 @@ local function check_for_outage(q)
   for _, token in ipairs(redis.call('ZRANGEBYSCORE', q.leases, too_far, '+inf')) do
     redis.call('ZADD', q.leases, now + args.lease_ms, token)
   end
+  return last
+end
+
+-- Drops the counts of kept bytes whose minute is over, and makes the sum of the others anew. Does
+-- that once a minute, since there may be a count for each minute of the longest TTL: nothing if
+-- `last`, the time of the last sweep in ms or nil, is in this minute.
+local function drop_expired_kept_bytes(q, last)
+  local minute, sum, over, fields_per_command = math.floor(now / 60000), 0, {}, 1000
+  if last and math.floor(last / 60000) == minute then return end
+  local counts = redis.pcall('HGETALL', q.kept)
+  for i = 1, #counts, 2 do
+    local bytes = tonumber(counts[i + 1]) or 0
+    if bytes > 0 and (tonumber(counts[i]) or 0) >= minute then
+      sum = sum + bytes
+    else
+      over[#over + 1] = counts[i]
+    end
+  end
+  for first = 1, #over, fields_per_command do
+    redis.call('HDEL', q.kept, unpack(over, first, math.min(first + fields_per_command - 1, #over)))
+  end
+  if sum > 0 then redis.call('SET', q.keptbytes, sum) else redis.call('DEL', q.keptbytes) end
 end
 
 -- Returns the claims whose lease has ended as a list of {token, ids}, with about 1,000 ids in all,
@@ -173,14 +196,14 @@ local function trim_log_and_dead_letters(q)
 end
 
 -- Sweeps one queue: reaps expired claims, promotes due jobs, expires jobs; and, unless this
--- continues the last call, checks for an outage and trims first. Returns false if it was swept less
--- than half a tick ago (a continued call is not refused); else six numbers, as the header lists
--- them. Raises if a key has another type.
+-- continues the last call, checks for an outage, drops old counts and trims first. Returns false if
+-- it was swept less than half a tick ago (a continued call is not refused); else six numbers, as
+-- the header lists them. Raises if a key has another type.
 local function sweep(q)
   if not args.is_continued then
     local gate_ms = math.ceil(args.tick_ms / 2)
     if not redis.call('SET', q.reapgate, '1', 'NX', 'PX', gate_ms) then return false end
-    check_for_outage(q)
+    drop_expired_kept_bytes(q, check_for_outage(q))
     trim_log_and_dead_letters(q)
   end
   local counts = { back = {}, dead = 0, promoted = 0, expired = 0, ended = 0, bytes = 0, stale = {} }

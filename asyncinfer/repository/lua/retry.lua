@@ -1,11 +1,12 @@
 #!lua flags=allow-oom
 -- retry: opens a new round of failed or cancelled jobs.
 -- KEYS    1 the queue, 2 the set of all queues
--- ARGV    1 {max_queue, max_bytes}; then per job: id, the meta it must still have, the meta of
---         the new round ("" for an external job), options as in submit
+-- ARGV    1 {max_queue, max_bytes, max_kept_bytes}; then per job: id, the meta it must still have,
+--         the meta of the new round ("" for an external job), options as in submit
 -- Returns per job "ok" | "changed" | "full" | "no_input" | "not_retryable" | "absent"
 -- Retry   the verdict is changed; the caller reads the record again and finds its new round
--- include: keys job_keys time value fact_names priority doorbell log waiting_bytes admission
+-- include: keys job_keys time value fact_names priority doorbell log stored_bytes
+-- include: waiting_bytes admission kept_release
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local free, free_bytes = free_capacity(q, args)
@@ -19,7 +20,7 @@ local function verdict_of(id, expected_meta)
   if not status then return 'absent' end
   if (value_at(job_key(id, 'meta')) or '') ~= expected_meta then return 'changed' end
   if status ~= 'failed' and status ~= 'cancelled' then return 'not_retryable' end
-  local size = input_bytes(id)
+  local size = stored_bytes(id, 'data')
   if size == 0 then return 'no_input' end
   if free < 1 or free_bytes < size then return 'full' end
   return 'ok', size
@@ -39,6 +40,7 @@ end
 -- delays it. `meta` is the new record, '' for an external job; `options` are unpacked or nil;
 -- `size` is the bytes of the input. Adds to `opened` and, unless it is external, to `added_bytes`.
 local function open_round(id, meta, options, size)
+  give_back_kept_bytes(q, id)
   redis.call('PERSIST', job_key(id, 'data'))
   redis.call('DEL', job_key(id, 'result'), job_key(id, 'error'))
   redis.call('SET', job_key(id, 'status'), 'pending')

@@ -1,10 +1,12 @@
 #!lua
 -- submit: takes new jobs into one queue, each whole or not at all.
 -- KEYS    1 queue, 2 the set of all queues
--- ARGV    1 {max_queue, max_bytes, idempotency_ttl_seconds}; then per job: id, data, meta without
---         seq, options: "" or {idempotency_key (its digest) and fingerprint, priority, ttl_seconds,
---         inbox, group (the list of its ids), start_within_ms, finish_within_ms, delay_ms}
--- Returns per job "ok" | "exists" | "full" | {"dup", job_id, fingerprint}
+-- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds}; then per job: id,
+--         data, meta without seq, options: "" or {idempotency_key (its digest) and fingerprint, priority,
+--         ttl_seconds, inbox, group (the list of its ids), start_within_ms, finish_within_ms,
+--         delay_ms}
+-- Returns per job "ok" | "exists" | "full" | "kept_full": ended jobs keep max_kept_bytes |
+--         {"dup", job_id, fingerprint}
 -- Order   the idempotency key is checked before the id, the id before the capacity. No allow-oom:
 --         with memory full a submit is refused whole.
 -- include: keys job_keys time value doorbell log sequence waiting admission
@@ -18,6 +20,7 @@ local statuses = {}
 for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job_key(ARGV[i], 'status') end
 local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.stale, unpack(statuses)) == 0
 local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
+local free, free_bytes, free_kept_bytes = free_capacity(q, args, is_usual)
 
 -- True if the id is taken, by an earlier job of this call or by one in Redis; else false.
 local function exists(id)
@@ -37,13 +40,14 @@ local function duplicate(key)
   end
 end
 
--- Returns the verdict on a new job: ok, exists, full, or a table that names an earlier job (see
--- `duplicate`); stores nothing. `options` are unpacked or nil, `size` is the bytes of the input,
--- `free` and `free_bytes` what the queue can still take.
+-- Returns the verdict on a new job: ok, exists, full, kept_full, or a table that names an earlier
+-- job (see `duplicate`); stores nothing. `options` are unpacked or nil, `size` is the bytes of the
+-- input, `free` and `free_bytes` what the queue can still take.
 local function verdict_of(id, options, size, free, free_bytes)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end
   if exists(id) then return 'exists' end
+  if free_kept_bytes <= 0 then return 'kept_full' end
   if free < 1 or free_bytes < size then return 'full' end
   return 'ok'
 end
@@ -58,7 +62,6 @@ local function add_to_group(list, ids)
   redis.call('EXPIRE', list, ttl_seconds)
 end
 
-local free, free_bytes = free_capacity(q, args, is_usual)
 local accepted_bytes = 0
 for i = 2, #ARGV, 4 do
   local id, data, options = ARGV[i], ARGV[i + 1], ARGV[i + 3]
