@@ -53,9 +53,9 @@ local function remove_from_tables(q, ids)
   redis.call('ZREM', q.delayed, unpack(ids))
 end
 
--- Returns how many bytes of inputs may still be kept with jobs that end. The other half of what is
--- kept is for results and errors, which are always kept: otherwise a client that submits and cancels
--- large jobs would make the queue refuse the jobs of all others.
+-- Returns how many bytes of inputs may still be kept with jobs that end: up to half of the bound, as
+-- results and errors, which are always kept, need the other half. Otherwise a client that submits
+-- and cancels large jobs would make the queue refuse the jobs of all others.
 local function room_for_inputs(q, args)
   return args.max_kept_bytes / 2 - (tonumber(redis.call('MGET', q.keptbytes)[1] or 0) or 0)
 end

@@ -35,13 +35,10 @@ local function check_for_outage(q)
   return last
 end
 
--- Drops the counts of kept bytes whose minute is over, and makes the sum of the others anew. Does
--- that once a minute, since there may be a count for each minute of the longest TTL: nothing if
--- `last`, the time of the last sweep in ms or nil, is in this minute.
-local function drop_expired_kept_bytes(q, last)
-  local minute, sum, over, fields_per_command = math.floor(now / 60000), 0, {}, 1000
-  if last and math.floor(last / 60000) == minute then return end
-  local counts = redis.pcall('HGETALL', q.kept)
+-- Drops the counts of kept bytes of all minutes before `minute`, and makes the sum of the others
+-- anew. There may be a count for each minute of the longest TTL: 40,000 of them take some 80 ms.
+local function recount_kept_bytes(q, minute)
+  local counts, sum, over, fields_per_command = redis.pcall('HGETALL', q.kept), 0, {}, 1000
   for i = 1, #counts, 2 do
     local bytes = tonumber(counts[i + 1]) or 0
     if bytes > 0 and (tonumber(counts[i]) or 0) >= minute then
@@ -54,6 +51,22 @@ local function drop_expired_kept_bytes(q, last)
     redis.call('HDEL', q.kept, unpack(over, first, math.min(first + fields_per_command - 1, #over)))
   end
   if sum > 0 then redis.call('SET', q.keptbytes, sum) else redis.call('DEL', q.keptbytes) end
+end
+
+-- Drops the counts of kept bytes whose minute is over since `last`, the time of the last sweep in
+-- ms. Counts anew if that is nil, as after an outage, or long ago, and if the sum is damaged.
+local function drop_expired_kept_bytes(q, last)
+  local max_minutes, minute, over = 100, math.floor(now / 60000), {}
+  local first = last and math.floor(last / 60000) or 0
+  if first >= minute then return end
+  local sum = tonumber(value_at(q.keptbytes))
+  if not sum or minute - first > max_minutes then return recount_kept_bytes(q, minute) end
+  for past = first, minute - 1 do over[#over + 1] = past end
+  local counts = redis.pcall('HMGET', q.kept, unpack(over))
+  for i = 1, #counts do sum = sum - (tonumber(counts[i] or 0) or 0) end
+  redis.pcall('HDEL', q.kept, unpack(over))
+  if sum <= 0 or redis.call('EXISTS', q.kept) == 0 then return recount_kept_bytes(q, minute) end
+  redis.call('SET', q.keptbytes, sum)
 end
 
 -- Returns the claims whose lease has ended as a list of {token, ids}, with about 1,000 ids in all,
