@@ -39,7 +39,7 @@ INSIDE = {
     ),
     "repository": (
         ("keys", "policy", "redis_errors", "scripts", "wire"),
-        ("endpoint",),
+        ("endpoint", "link"),
         ("store",),
         ("announcements", "claims", "doorbell", "leases", "stored_jobs"),
         ("maintenance", "submissions"),

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Final
 
 import redis.exceptions as redis_errors
-from redis.asyncio import Redis
 
 from asyncinfer.errors import (
     RedisRefused,
@@ -36,6 +35,26 @@ WRONG_TYPE_WARNING: Final = (
     "The key {} in Redis has another type than it should, so nothing is read from it. Rename or "
     "delete it."
 )
+
+
+_CLASSES: Final[dict[str, type[Exception]]] = {
+    "LOADING": redis_errors.BusyLoadingError,
+    "MASTERDOWN": redis_errors.MasterDownError,
+    "NOAUTH": redis_errors.AuthenticationError,
+    "NOPERM": redis_errors.NoPermissionError,
+    "NOSCRIPT": redis_errors.NoScriptError,
+    "OOM": redis_errors.OutOfMemoryError,
+    "READONLY": redis_errors.ReadOnlyError,
+    "WRONGPASS": redis_errors.AuthenticationError,
+}
+"""redis-py's classes by the code of an error; their messages are without it, as redis-py's are."""
+
+
+def error_of_reply(text: str) -> Exception:
+    """redis-py's exception for an error reply."""
+    code, _, message = text.partition(" ")
+    kind = _CLASSES.get(code)
+    return kind(message) if kind else redis_errors.ResponseError(text)
 
 
 @contextmanager
@@ -98,9 +117,6 @@ def wrong_type_error(which: str = "") -> WrongKeyType:
     )
 
 
-async def translate_and_reconnect(client: Redis, error: Exception) -> Exception:
-    """As `translate`, and disconnects from a server that has become a replica: its address may
-    lead to another server by now."""
-    if isinstance(error, _NOT_PRIMARY_ERRORS):
-        await client.connection_pool.disconnect(inuse_connections=False)
-    return translate(error)
+def is_not_primary(error: Exception) -> bool:
+    """Whether the server has become a replica: its address may lead to another server by now."""
+    return isinstance(error, _NOT_PRIMARY_ERRORS)

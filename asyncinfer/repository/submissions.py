@@ -25,6 +25,8 @@ MAX_BYTES_PER_CALL: Final = 1 << 20
 """Bounds of one script call; a call of a single job may be larger."""
 
 _CALLS_AT_ONCE: Final = 4
+_MAX_SECONDS: Final = 30.0
+"""How long a submit is kept while Redis gives signs of life."""
 
 
 class NewJob(Struct, frozen=True):
@@ -59,19 +61,31 @@ _Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 
 class _Tick:
-    """The submits of one tick of the event loop, with one deadline for all."""
+    """The submits of one tick of the event loop. All are given up once Redis has been silent for a
+    while, not while it takes in others, or bytes of a large one."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, store: Store) -> None:
         self.entries: list[_Entry] = []
+        self.under_way: set[str] = set()
+        """The jobs of the call that is under way."""
         self.is_over = False
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._seconds = 1.2 * store.call_seconds
+        self._began_at = self._loop.time()
         # One timer for all: asyncio.timeout for each submit took 16 % more of the API's CPU time.
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
+        self._timer = self._loop.call_later(self._seconds, self._look)
 
-    def _give_up(self) -> None:
+    def _look(self) -> None:
+        """Gives up, or looks again when Redis may have been silent for long enough."""
+        now = self._loop.time()
+        silent_seconds = now - max(self._store.moved_at, self._began_at)
+        if silent_seconds < self._seconds and now - self._began_at < _MAX_SECONDS:
+            self._timer = self._loop.call_later(self._seconds - silent_seconds, self._look)
+            return
         self.is_over = True
-        for _, future in self.entries:
-            if not future.done():
-                future.set_exception(TimeoutError())
+        for job, future in self.unanswered():
+            future.set_exception(_given_up(job, was_sent=job.job_id in self.under_way))
 
     def unanswered(self) -> list[_Entry]:
         """The submits that have not been given up."""
@@ -79,6 +93,20 @@ class _Tick:
 
     def close(self) -> None:
         self._timer.cancel()
+
+
+def _given_up(job: NewJob, *, was_sent: bool) -> RedisUnavailable:
+    """The error of a submit without an answer; its `job_id` is set if the job may be stored."""
+    if was_sent:
+        return RedisUnavailable(
+            "Redis did not answer in time; the job may or may not be stored.",
+            retry_after_seconds=1,
+            job_id=job.job_id,
+        )
+    return RedisUnavailable(
+        "Redis did not answer in time. Nothing was stored; send the request again in a moment.",
+        retry_after_seconds=1,
+    )
 
 
 class Submissions:
@@ -107,20 +135,16 @@ class Submissions:
         `job_id` is set if the job may have been stored."""
         future: asyncio.Future[SubmitReply] = asyncio.get_running_loop().create_future()
         if self._tick is None or self._tick.is_over:
-            self._tick = _Tick(1.2 * self._store.call_seconds)
+            self._tick = _Tick(self._store)
             self._arrived.set()
         self._tick.entries.append((job, future))
-        try:
-            return await future
-        except TimeoutError as error:
-            raise RedisUnavailable(
-                "Redis did not answer in time; the job may or may not be stored.",
-                retry_after_seconds=1,
-                job_id=job.job_id,
-            ) from error
+        return await future
 
     async def _send(self, tick: _Tick) -> None:
         for part in _split_by_queue(tick.unanswered()):
+            if tick.is_over:
+                break  # those that were given up must not be stored
+            tick.under_way = {job.job_id for job, _ in part}
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:

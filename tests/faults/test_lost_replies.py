@@ -76,7 +76,7 @@ async def _read(load_client: LoadClient, job_id: str) -> StoredJob:
 async def loaded_store(proxied_store: Store) -> Store:
     """A store behind the proxy; the server has its scripts."""
     for name in NAMES:
-        await proxied_store.redis.script_load(script(name).text)
+        await proxied_store.command("SCRIPT LOAD", script(name).text)
     return proxied_store
 
 
