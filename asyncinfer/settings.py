@@ -64,6 +64,16 @@ class Settings(Struct, frozen=True, kw_only=True):
             unset="`asyncinfer` in the user's state folder",
         ),
     ] = None
+    embedded_maxmemory: Annotated[
+        Annotated[int, Meta(ge=16 << 20, le=1 << 50)] | None,
+        _about(
+            "Memory of the embedded Valkey (its maxmemory), above which submits are refused.",
+            unit="bytes",
+            unset="a quarter of the memory of the machine or control group; at a start 1.25 times "
+            "what is stored, if that is more",
+            allowed="a whole number from 16777216 to 1125899906842624",
+        ),
+    ] = None
 
     # --- what is served
     model_dir: Annotated[

@@ -33,6 +33,7 @@ ANY_SETTINGS = st.builds(
     prediction_timeout=numbers(0.001, 86400),
     lease_seconds=numbers(0.1, 3600),
     max_queue_bytes=st.integers(1024, 1 << 40),
+    embedded_maxmemory=st.none() | st.integers(16 << 20, 1 << 50),
     max_ttl=st.integers(24 * 3600, 365 * 24 * 3600),
 )
 
