@@ -80,6 +80,7 @@ def test_a_serve_that_starts_above_its_limit_runs_what_it_has_and_says_what_to_d
                 client.submit(IRIS)
             client.resume("iris")
             wait_until_completed(client, ids)
+            eventually_sync(lambda: client.health().workers == 1, "its worker is announced")
             told = run_command("doctor", "--url", url, *argv).out
             assert "MiB of 16 MiB, its maxmemory: full memory refuses submits" in told
             assert "-> raise EMBEDDED_MAXMEMORY" in told
