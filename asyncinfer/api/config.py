@@ -27,6 +27,8 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """How long the file must be unchanged before its content is used."""
     max_body_bytes: int = 16 << 20
     max_json_bytes: int = 2 << 20
+    max_ttl_seconds: int = 7 * 24 * 3600
+    """The longest `ttl_seconds` that a job may ask for."""
     max_header_bytes: int = 32 << 10
     header_timeout_seconds: float = 10.0
     body_timeout_seconds: float = 30.0

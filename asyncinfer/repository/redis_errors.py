@@ -71,7 +71,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
     if isinstance(error, redis_errors.OutOfMemoryError):
         return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
-            "run. Retry later, or give Redis more memory."
+            "run. Retry later, or raise maxmemory (of the embedded Valkey: EMBEDDED_MAXMEMORY)."
         )
     if reason := write_refusal(error):
         refused = WritesRefused(

@@ -30,6 +30,7 @@ NAMES: Final = (
     "forget",
     "default",
     "retract",
+    "announce",
 )
 
 _INCLUDE: Final = "-- include: "

@@ -224,7 +224,7 @@ async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -
     text = json.dumps(body).encode()
 
     alone = await read_body_for(signature, text, {})
-    of_a_line, _ = read_line(text, RequestOptions(), served(signature))
+    of_a_line, _ = read_line(text, RequestOptions(), served(signature), 60)
 
     for taken in (alone, of_a_line):
         if taken.payload == "json":

@@ -227,8 +227,8 @@ def rows(*names: str) -> set[Row]:
 
 
 WRITTEN_BY_PROCESSES: Final = rows(
-    *(keys.inbox(Q, "api"), keys.worker(Q, "w"), keys.workers(Q), keys.models(Q)),
-    *(keys.model(Q, "iris"), keys.pace(Q, "iris"), keys.default_model(Q)),
+    *(keys.inbox(Q, "api"), keys.models(Q), keys.model(Q, "iris")),
+    *(keys.pace(Q, "iris"), keys.default_model(Q)),
 )
 """Rows of keys that APIs and workers write without a script."""
 
@@ -286,6 +286,7 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     driver.redis.mset({keys.data("nowhere"): b"[]", keys.status("nowhere"): b"pending"})
     await driver.maintenance.repair(600)
     await driver.announcements.announce_default_versions({"iris": "1"})
+    await driver.announcements.announce_worker("w", {}, 15)
     after_each()
     await driver.run_all()
     await driver.operations.purge(OTHER)

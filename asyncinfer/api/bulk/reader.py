@@ -16,7 +16,12 @@ from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
 from asyncinfer.api.inputs.new_job import new_job
-from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
+from asyncinfer.api.inputs.request_input import (
+    check_query_ttl,
+    is_slow_to_parse,
+    read_line,
+    read_long_line,
+)
 from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
@@ -55,6 +60,7 @@ async def predict_lines(services: Services, request: Request[RequestOptions]) ->
             "Idempotency-Key does not go with one request a line: give each line a member "
             "`idempotency_key` of its own."
         )
+    check_query_ttl(request.query, services.config.max_ttl_seconds)
     wait_seconds = preferred_wait(request)
     await services.catalog.find(request.path("model"))
     request.keep_body_open()
@@ -279,12 +285,12 @@ class BulkReader:
             )
         if isinstance(served, RequestError):
             raise served
-        query = self._request.query
+        query, max_ttl_seconds = self._request.query, self._services.config.max_ttl_seconds
         if is_slow_to_parse(line.text):
             limiter = self._services.long_reads
-            parsed, key = await read_long_line(line.text, query, served, limiter)
+            parsed, key = await read_long_line(line.text, query, served, max_ttl_seconds, limiter)
         else:
-            parsed, key = read_line(line.text, query, served)
+            parsed, key = read_line(line.text, query, served, max_ttl_seconds)
         return new_job(self._request.tenant, served.queue, parsed, key)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
