@@ -68,7 +68,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
             retry_after_seconds=1,
         )
-    if str(error).startswith(_TRANSIENT_CODES):
+    if is_transient(error):
         return RedisUnavailable(
             f"Redis cannot do this just now ({error}). Retry in a moment.", retry_after_seconds=1
         )
@@ -78,6 +78,11 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether a refusal passes by itself, so that the call can be sent again in a moment."""
+    return isinstance(error, _NOT_PRIMARY_ERRORS) or str(error).startswith(_TRANSIENT_CODES)
 
 
 def write_refusal(error: Exception) -> str | None:

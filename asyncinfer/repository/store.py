@@ -20,6 +20,7 @@ from asyncinfer.errors import (
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.functions import Functions
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import (
     CALL_ERRORS,
@@ -141,6 +142,7 @@ class Store:
         self.name = name
         self.call_seconds = call_seconds
         self.redis = endpoint.client(name, reply_seconds=None)
+        self.functions = Functions(queue_name)
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._clock_behind_ms: float | None = None
         self.writes_refused: WritesRefused | None = None
@@ -169,21 +171,27 @@ class Store:
         A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
         or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
         """
-        keys_and_args = (len(names), *names, *args)
-
-        async def run() -> Any:
-            try:
-                return await exchange(self.redis, ("EVALSHA", verb.sha, *keys_and_args))
-            except redis_errors.NoScriptError:
-                return await exchange(self.redis, ("EVAL", verb.text, *keys_and_args))
-
         try:
-            reply = await self._with_retry(run)
+            reply = await self._with_retry(lambda: self._run(verb, names, args))
         except WrongKeyType as error:
             raise await self.wrong_keys_error(names) from error
         # To Redis every script of this package is one that writes.
         self.writes_refused = None
         return reply
+
+    async def _run(self, verb: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
+        call = self.functions.call(verb, names, args)
+        command = next(call)
+        try:
+            while True:
+                try:
+                    reply = await exchange(self.redis, command)
+                except redis_errors.ResponseError as error:
+                    command = call.throw(error)
+                else:
+                    command = call.send(reply)
+        except StopIteration as end:
+            return end.value
 
     async def command(self, *command: Any) -> Any:
         """Runs one command; raises as `call` does."""
