@@ -55,10 +55,12 @@ class Functions:
         """Loads the library; returns whether the server has it then. It has not if it refuses
         functions, and while its memory is full: scripts run even then."""
         try:
-            yield ("FUNCTION", "LOAD", "REPLACE", library().text)
+            yield ("FUNCTION", "LOAD", library().text)
         except redis_errors.OutOfMemoryError:
             return False
         except redis_errors.ResponseError as error:
+            if _is_loaded(error):
+                return True
             if write_refusal(error) or is_transient(error):
                 raise
             self._refuse(error)
@@ -79,12 +81,14 @@ class Functions:
         return self.are_refused
 
     def _refuse(self, error: redis_errors.ResponseError) -> None:
+        # Several calls of this process may have been sent before the first refusal came.
+        if not self.are_refused:
+            _log.warning(
+                "Redis refuses functions (%s), so that scripts are called by EVALSHA, which takes "
+                "more of its CPU time. Allow this user FCALL and FUNCTION, then start again.",
+                error,
+            )
         self.are_refused = True
-        _log.warning(
-            "Redis refuses functions (%s), so that scripts are called by EVALSHA, which takes more "
-            "of its CPU time. Allow this user FCALL and FUNCTION, then start again.",
-            error,
-        )
 
 
 def _evaluate(verb: Script, keys_and_args: tuple[Any, ...]) -> Call:
@@ -92,6 +96,11 @@ def _evaluate(verb: Script, keys_and_args: tuple[Any, ...]) -> Call:
         return (yield ("EVALSHA", verb.sha, *keys_and_args))
     except redis_errors.NoScriptError:
         return (yield ("EVAL", verb.text, *keys_and_args))
+
+
+def _is_loaded(error: redis_errors.ResponseError) -> bool:
+    """Whether a load was refused since another call has loaded the library in the meantime."""
+    return str(error) == f"Library '{library().name}' already exists"
 
 
 def _is_missing(error: redis_errors.ResponseError) -> bool:
