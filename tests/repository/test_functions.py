@@ -1,8 +1,9 @@
 """Scripts are called as functions of one library, or by EVALSHA where Redis refuses functions."""
 
+import asyncio
 import logging
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from asyncinfer.errors import RedisRefused
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES, library, script
-from asyncinfer.repository.store import Store
+from asyncinfer.repository.store import Store, encode_args
 from tests.faults.harness import assert_at_rest
 from tests.queue_driver import Q, QueueDriver
 from tests.redis_server import wait_for_server
 from tests.restricted_user import restricted_user, without_commands
+
+CLAIM = {"lease_ms": 1, "not_after_ms": 1 << 50, "is_holding": False, "max_jobs": 1, "max_bytes": 1}
 
 
 def libraries_on(server: redis.Redis) -> set[str]:
@@ -83,6 +86,27 @@ async def test_releases_side_by_side_have_a_library_each(
     assert libraries_on(bare) == {library().name, other}
 
 
+async def claim_with_new_tokens(store: Store, first: int) -> None:
+    for number in range(first, first + 300):
+        args = {**CLAIM, "token": f"{number:010000}"}
+        await store.call(script("claim"), [Q], [encode_args(args)])
+
+
+async def gauge_new_queues(store: Store, first: int) -> None:
+    for start in range(first, first + 5000, 500):
+        queues = [f"{Q}:{number:0100}" for number in range(start, start + 500)]
+        await store.call(script("gauge"), ["workers", *queues], [encode_args({})])
+
+
+@pytest.mark.parametrize("use", [claim_with_new_tokens, gauge_new_queues])
+async def test_the_library_needs_no_more_memory_the_longer_it_is_used(
+    use: Callable[[Store, int], Awaitable[None]], bare: Any, store: Store
+) -> None:
+    for number in range(4):
+        await use(store, 10_000 * number)
+        assert bare.info("memory")["used_memory_vm_functions"] < 10_000_000
+
+
 async def test_a_flushed_server_still_has_the_library(
     bare: redis.Redis, hands: QueueDriver
 ) -> None:
@@ -90,6 +114,17 @@ async def test_a_flushed_server_still_has_the_library(
     bare.flushall()
     await run_a_job(hands)
     assert calls_of(bare, "function|load") == 1
+
+
+async def test_calls_that_miss_the_library_at_the_same_moment_load_it_once(
+    bare: redis.Redis, hands: QueueDriver
+) -> None:
+    await asyncio.gather(*(hands.submit_one() for _ in range(10)))
+    assert len(hands.waiting_ids()) == 10
+    stats: Any = bare.info("commandstats")
+    loads = stats["cmdstat_function|load"]
+    assert loads["calls"] - loads["failed_calls"] == 1
+    assert calls_of(bare, "eval") == calls_of(bare, "evalsha") == 0
 
 
 async def test_a_library_that_vanishes_between_its_load_and_the_call_costs_no_call(
@@ -185,7 +220,8 @@ async def test_a_user_who_may_not_use_functions_runs_jobs_by_evalsha_and_is_told
 ) -> None:
     caplog.set_level(logging.INFO, "asyncinfer")
     async with open_driver(forbidden) as hands:
-        await run_a_job(hands)
+        await asyncio.gather(*(hands.submit_one() for _ in range(10)))
+        assert len(await hands.run_all()) == 10
         await run_a_job(hands)
         await hands.submit_one()
         claim = await hands.claim_jobs()
@@ -226,6 +262,6 @@ async def test_a_key_that_the_user_may_not_use_is_named_and_functions_stay_in_us
 ) -> None:
     with restricted_user(server, redis_url, "~other*", "&*", "+@all") as url:
         async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
-            with pytest.raises(RedisRefused, match="No permissions to access a key"):
+            with pytest.raises(RedisRefused, match="o permissions to access"):
                 await QueueDriver(store, server).submit_one()
             assert not store.functions.are_refused
