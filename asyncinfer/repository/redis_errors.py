@@ -38,6 +38,7 @@ WRONG_TYPE_WARNING: Final = (
 
 
 _CLASSES: Final[dict[str, type[Exception]]] = {
+    "ERR": redis_errors.ResponseError,
     "LOADING": redis_errors.BusyLoadingError,
     "MASTERDOWN": redis_errors.MasterDownError,
     "NOAUTH": redis_errors.AuthenticationError,
@@ -53,6 +54,8 @@ _CLASSES: Final[dict[str, type[Exception]]] = {
 def error_of_reply(text: str) -> Exception:
     """redis-py's exception for an error reply."""
     code, _, message = text.partition(" ")
+    if message == "max number of clients reached":
+        return redis_errors.MaxConnectionsError(message)
     kind = _CLASSES.get(code)
     return kind(message) if kind else redis_errors.ResponseError(text)
 
@@ -87,7 +90,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
             retry_after_seconds=1,
         )
-    if str(error).startswith(_TRANSIENT_CODES):
+    if is_transient(error):
         return RedisUnavailable(
             f"Redis cannot do this just now ({error}). Retry in a moment.", retry_after_seconds=1
         )
@@ -97,6 +100,11 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether a refusal passes by itself, so that the call can be sent again in a moment."""
+    return isinstance(error, _NOT_PRIMARY_ERRORS) or str(error).startswith(_TRANSIENT_CODES)
 
 
 def write_refusal(error: Exception) -> str | None:

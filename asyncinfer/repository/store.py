@@ -19,6 +19,7 @@ from asyncinfer.errors import (
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.functions import Functions
 from asyncinfer.repository.link import Command, Lanes, new_link
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import (
@@ -142,6 +143,7 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
+        self.functions = Functions(queue_name)
         self._client = endpoint.client(name)
         self._parsers: dict[Any, Any] = dict(self._client.response_callbacks)
         self._lanes = Lanes(self._client)
@@ -184,14 +186,21 @@ class Store:
         A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
         or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
         """
-        keys_and_args = (len(names), *names, *args)
         ask = self._lanes.ask if _is_large(args) else self._link.ask
 
         async def run(seconds: float) -> Any:
+            call = self.functions.call(verb, names, args)
+            command = next(call)
             try:
-                return await ask(("EVALSHA", verb.sha, *keys_and_args), seconds)
-            except redis_errors.NoScriptError:
-                return await ask(("EVAL", verb.text, *keys_and_args), seconds)
+                while True:
+                    try:
+                        reply = await ask(command, seconds)
+                    except redis_errors.ResponseError as error:
+                        command = call.throw(error)
+                    else:
+                        command = call.send(reply)
+            except StopIteration as end:
+                return end.value
 
         try:
             reply = await self._with_retry(run)
