@@ -33,6 +33,7 @@ from asyncinfer.api.http.messages import (
     send_stream,
 )
 from asyncinfer.api.http.problems import internal_error, problem_reply
+from asyncinfer.api.http.upload_budget import UploadBudget
 from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
@@ -47,6 +48,7 @@ from asyncinfer.errors import (
     RequestError,
     RouteNotFound,
     StorageFull,
+    TooManyUploads,
 )
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
@@ -75,6 +77,11 @@ class Api:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
+        self.uploads = UploadBudget(
+            max(config.max_inflight_bytes, config.max_body_bytes, config.max_json_bytes),
+            body_seconds=config.body_timeout_seconds,
+            wait_seconds=config.upload_wait_seconds,
+        )
         resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
         self._by_plain_path = {
             path: resource for path, resource in resources.items() if "{" not in path
@@ -105,7 +112,7 @@ class Api:
         except StreamBroken:
             # The server closes a connection whose answer is incomplete, which tells the client.
             _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
-        except BodyTooLarge as error:
+        except (BodyTooLarge, TooManyUploads) as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
             await end_reply(send)
@@ -136,9 +143,18 @@ class Api:
         query = read_query(scope, route.query)
         reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
         request = Request(
-            scope, receive, headers=headers, query=query, admission=admission, reach=reach
+            scope,
+            receive,
+            headers=headers,
+            query=query,
+            admission=admission,
+            reach=reach,
+            uploads=self.uploads,
         )
-        answer = await route.handler(self._services, request)
+        try:
+            answer = await route.handler(self._services, request)
+        finally:
+            request.release_body()
         if isinstance(answer, Stream) and admission.revocable:
             return msgspec.structs.replace(answer, revoked=admission.revoked)
         return answer

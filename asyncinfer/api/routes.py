@@ -52,6 +52,7 @@ from asyncinfer.errors import (
     ResultDamaged,
     StorageFull,
     TooManyStreams,
+    TooManyUploads,
     VersionNotFound,
     WritesRefused,
 )
@@ -162,6 +163,7 @@ _READING: Final[Errors] = (
     InvalidHeader,
     VersionNotFound,
     BodyTooLarge,
+    TooManyUploads,
     MediaTypeRefused,
     EncodingRefused,
     InvalidInput,
@@ -250,7 +252,7 @@ ROUTES: Final = (
         {200: RetryResult},
         (
             *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
-            *(InvalidInput, RedisUnavailable),
+            *(TooManyUploads, InvalidInput, RedisUnavailable),
             *_FULL,
         ),
         query=RetryQuery,

@@ -59,26 +59,38 @@ _Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 
 class _Tick:
-    """The submits of one tick of the event loop, with one deadline for all."""
+    """The submits of one tick of the event loop, with one deadline for all. Each job is dropped
+    once it is answered or given up: a large body must not be in memory while others are sent."""
 
     def __init__(self, seconds: float) -> None:
         self.entries: list[_Entry] = []
         self.is_over = False
+        self._futures: list[asyncio.Future[SubmitReply]] = []
+        self._parts: list[list[_Entry]] = []
         # One timer for all: asyncio.timeout for each submit took 16 % more of the API's CPU time.
         self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
         self.is_over = True
-        for _, future in self.entries:
+        for future in (*self._futures, *(future for _, future in self.entries)):
             if not future.done():
                 future.set_exception(TimeoutError())
+        self.entries, self._parts = [], []
 
-    def unanswered(self) -> list[_Entry]:
-        """The submits that have not been given up."""
-        return [entry for entry in self.entries if not entry[1].done()]
+    def parts(self) -> Iterator[list[_Entry]]:
+        """Yields the submits in parts for one script call, until they are given up. The caller must
+        refer to one part at a time. No submit may be added any more."""
+        self._futures = [future for _, future in self.entries]
+        self._parts = list(_split_by_queue(self.entries))
+        self.entries = []
+        while self._parts:
+            yield self._parts.pop(0)
 
     def close(self) -> None:
+        """Drops the futures too, whose exceptions refer to the jobs: `run` refers to its last tick
+        until the next one."""
         self._timer.cancel()
+        self._futures = []
 
 
 class Submissions:
@@ -118,9 +130,12 @@ class Submissions:
                 retry_after_seconds=1,
                 job_id=job.job_id,
             ) from error
+        finally:
+            # Its exception refers to this frame: a cycle, which would keep the job in memory.
+            del future
 
     async def _send(self, tick: _Tick) -> None:
-        for part in _split_by_queue(tick.unanswered()):
+        for part in tick.parts():
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:
