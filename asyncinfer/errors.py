@@ -15,7 +15,7 @@ AsyncinferError
 |   |-- InvalidInput, JobFailed, IdempotencyConflict, TooManyRefusedLines                 422
 |   |-- QueueFull, HeadersTooLarge                                                   429, 431
 |   |-- ServerStopping, TooManyConnections, TooManyStreams, TooManyUploads              503
-|   |-- NotReady, StorageFull                                                           503
+|   |-- TooManyDownloads, NotReady, StorageFull                                         503
 |   |-- RedisUnavailable      503
 |   |   |-- WritesRefused
 |   |   `-- RedisRefused
@@ -246,6 +246,12 @@ class TooManyUploads(RequestError):
     """There is no room for a large body; or this one came too slowly while others waited."""
 
     code, status, title = "too_many_uploads", 503, "Too many large bodies are being received"
+
+
+class TooManyDownloads(RequestError):
+    """There is no room for a large answer: others are being sent, and their clients are slow."""
+
+    code, status, title = "too_many_downloads", 503, "Too many large answers are being sent"
 
 
 class RedisUnavailable(RequestError):

@@ -130,7 +130,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_inflight_bytes: Annotated[
         int,
         _about(
-            "Largest total size of the large request bodies that an API process holds at a time.",
+            "Largest total size of the large bodies that an API process holds at a time, in each "
+            "direction.",
             unit="bytes",
             ge=1024,
             le=1 << 40,

@@ -18,6 +18,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget, Reservation
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
     ABORT_CONNECTION,
@@ -29,11 +30,11 @@ from asyncinfer.api.http.messages import (
     StreamBroken,
     end_reply,
     read_query,
+    send_large_reply,
     send_reply,
     send_stream,
 )
 from asyncinfer.api.http.problems import internal_error, problem_reply
-from asyncinfer.api.http.upload_budget import UploadBudget
 from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
@@ -48,6 +49,7 @@ from asyncinfer.errors import (
     RequestError,
     RouteNotFound,
     StorageFull,
+    TooManyDownloads,
     TooManyUploads,
 )
 from asyncinfer.repository.announcements import Announcements
@@ -77,10 +79,16 @@ class Api:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
-        self.uploads = UploadBudget(
+        self.uploads = ByteBudget(
             max(config.max_inflight_bytes, config.max_body_bytes, config.max_json_bytes),
             body_seconds=config.body_timeout_seconds,
             wait_seconds=config.upload_wait_seconds,
+        )
+        self.downloads = ByteBudget(
+            config.max_inflight_bytes,
+            body_seconds=config.body_timeout_seconds,
+            wait_seconds=config.upload_wait_seconds,
+            error=TooManyDownloads,
         )
         resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
         self._by_plain_path = {
@@ -159,6 +167,16 @@ class Api:
             return msgspec.structs.replace(answer, revoked=admission.revoked)
         return answer
 
+    async def send_large(
+        self, reply: Reply, reservation: Reservation, scope: Scope, send: Send
+    ) -> None:
+        """Sends a large answer, and releases its reservation once it is not in memory any more.
+        Raises ClientTooSlow."""
+        try:
+            await send_large_reply(reply, scope, send, self._config.body_timeout_seconds)
+        finally:
+            reservation.release()
+
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Opens the store and runs the background tasks. Raises StartError if the Redis server
@@ -218,8 +236,29 @@ class Resource:
         answer = await self._api.answer(route, scope, receive)
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
-        else:
+            return
+        size_bytes = len(answer.body)
+        if size_bytes <= SMALL_BODY_BYTES or TooManyDownloads not in route.errors:
             await send_reply(answer, scope, send)
+        elif reservation := self._api.downloads.try_reserve(size_bytes):
+            await self._api.send_large(answer, reservation, scope, send)
+        else:
+            # It is made again once there is room: while it waits it must not be in memory.
+            del answer
+            reservation = await self._api.downloads.reserve_complete(size_bytes)
+            await self._answer_again(route, reservation, scope, receive, send)
+
+    async def _answer_again(
+        self, route: Route, reservation: Reservation, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answers a request whose first answer had no room; releases the reservation. Raises as
+        `__call__` does."""
+        try:
+            answer = await self._api.answer(route, scope, receive)
+            assert isinstance(answer, Reply), "no route with large answers has streams"
+            await self._api.send_large(answer, reservation, scope, send)
+        finally:
+            reservation.release()
 
 
 def check_head(scope: Scope) -> None:

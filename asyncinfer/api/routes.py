@@ -51,6 +51,7 @@ from asyncinfer.errors import (
     RequestError,
     ResultDamaged,
     StorageFull,
+    TooManyDownloads,
     TooManyStreams,
     TooManyUploads,
     VersionNotFound,
@@ -200,14 +201,19 @@ ROUTES: Final = (
         )
         for path in ("/predict", "/predict/{model}")
     ),
-    Route("GET", "/job/{id}", read_job, "read", {200: Job}, _JOB, query=WaitQuery),
+    Route(
+        "GET", "/job/{id}", read_job, "read", {200: Job}, (*_JOB, TooManyDownloads), query=WaitQuery
+    ),
     Route(
         "GET",
         "/job/{id}/result",
         read_result,
         "read",
         {200: None},
-        (*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
+        (
+            *(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
+            TooManyDownloads,
+        ),
         query=ResultQuery,
         binary_answers=_BINARY,
     ),

@@ -14,9 +14,9 @@ from asyncinfer.api.bulk.submitter import BatchSubmitter, NumberedJob
 from asyncinfer.api.bulk.writer import ResponseWriter, problem_line
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
-from asyncinfer.api.http.upload_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.inputs.new_job import new_job
 from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
 from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect

@@ -10,8 +10,8 @@ from msgspec import Struct
 from starlette.types import Receive
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import OWS, ClientGone, Request
-from asyncinfer.api.http.upload_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
 
 JSON_LENGTH_HEADER: Final = b"inference-header-content-length"

@@ -11,7 +11,7 @@ from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from asyncinfer.api.admission import Admission, Reach
-from asyncinfer.api.http.upload_budget import Reservation, UploadBudget
+from asyncinfer.api.http.byte_budget import ByteBudget, Reservation
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
 
@@ -64,7 +64,7 @@ class Request(Generic[Query]):
         query: Query,
         admission: Admission,
         reach: Reach,
-        uploads: UploadBudget,
+        uploads: ByteBudget,
     ) -> None:
         self._scope = scope
         self.receive = receive
@@ -171,6 +171,17 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
     )
     body = b"" if scope["method"] == "HEAD" else reply.body
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_large_reply(reply: Reply, scope: Scope, send: Send, max_seconds: float) -> None:
+    """Sends the whole reply, and returns once the client has read nearly all of it. Raises
+    ClientTooSlow if it has not within `max_seconds`."""
+    await send_reply(reply, scope, send, more=True)
+    try:
+        with anyio.fail_after(max_seconds):
+            await end_reply(send)
+    except TimeoutError:
+        raise ClientTooSlow(f"the client had not read its answer after {max_seconds:g} s") from None
 
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:

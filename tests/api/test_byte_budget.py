@@ -14,13 +14,13 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.http.upload_budget import SMALL_BODY_BYTES, UploadBudget
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 
-from .harness import QUEUE, ROW, ManualWorker, announce, client_of, hosted, running_server
+from .harness import QUEUE, ROW, ManualWorker, announce, client_of, hosted, running_server, submit
 
 LIMIT_BYTES = 450_000
 """Room for two bodies of `BODY`."""
@@ -28,13 +28,17 @@ LINE_BYTES = 200_000
 
 
 class Uploads(NamedTuple):
-    """An API for uploads."""
+    """An API with its budgets for requests and for answers."""
 
     port: int
-    budget: UploadBudget
+    budget: ByteBudget
+    downloads: ByteBudget
 
     async def all_given_back(self) -> None:
-        await eventually(lambda: self.budget.taken_bytes == 0, "all bytes are given back")
+        await eventually(
+            lambda: self.budget.taken_bytes == self.downloads.taken_bytes == 0,
+            "all bytes are given back",
+        )
 
 
 def npy_of(rows: int) -> bytes:
@@ -74,7 +78,7 @@ async def uploads(limits: ApiConfig, store: Store) -> AsyncIterator[Uploads]:
 async def serving(config: ApiConfig, store: Store) -> AsyncIterator[Uploads]:
     await announce(store, "iris", default="iris")
     async with running_server(config) as (server, port):
-        yield Uploads(port, server._app.uploads)
+        yield Uploads(port, server._app.uploads, server._app.downloads)
 
 
 def chunk_of(part: bytes) -> bytes:
@@ -97,6 +101,13 @@ class Upload:
         async with asyncio.timeout(20):
             head = await self.reader.readuntil(b"\r\n\r\n")
         return int(head.split()[1]), head
+
+    async def read_chunks(self) -> None:
+        """Reads the rest of an answer that is sent in chunks."""
+        last = b""
+        async with asyncio.timeout(20):
+            while not last.endswith(b"\r\n0\r\n\r\n"):
+                last = last[-10:] + await self.reader.read(65_536)
 
     async def code(self) -> str:
         """The code of a problem whose head was read."""
@@ -332,6 +343,8 @@ async def test_lines_take_room_only_while_a_long_one_is_received(uploads: Upload
         await eventually(lambda: uploads.budget.taken_bytes == LINE_BYTES, "the line is admitted")
         upload.send(chunk_of(long[100_000:] + b"\n"))
         await uploads.all_given_back()
+        upload.send(b"0\r\n\r\n")
+        await upload.read_chunks()
 
 
 async def test_a_long_line_that_comes_too_slowly_ends_for_others(
@@ -351,3 +364,70 @@ async def test_a_long_line_that_comes_too_slowly_ends_for_others(
         assert (await faster.answer())[0] == 200
         assert await faster.code() == "invalid_input"
         await uploads.all_given_back()
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+RESULT = bytes(9_000_000)
+"""More than the buffers of both sockets hold."""
+
+
+async def completed(uploads: Uploads, worker: ManualWorker) -> bytes:
+    """The request for the result of a job that was completed with `RESULT`."""
+    async with client_of(uploads.port) as client:
+        job_id = await submit(client)
+    await worker.complete(body=b'"%b"' % RESULT.replace(b"\0", b"x"))
+    return b"GET /job/%b/result HTTP/1.1\r\nHost: localhost\r\n\r\n" % job_id.encode()
+
+
+async def read_all(download: Upload) -> None:
+    status, _ = await download.answer()
+    assert status == 200
+    async with asyncio.timeout(20):
+        assert len(await download.reader.readexactly(len(RESULT) + 2)) == len(RESULT) + 2
+
+
+async def test_a_result_takes_room_until_its_client_has_read_it(
+    limits: ApiConfig, store: Store, manual_worker: ManualWorker
+) -> None:
+    async with serving(limits, store) as uploads:
+        request = await completed(uploads, manual_worker)
+        async with connection(uploads.port, request) as first:
+            await eventually(lambda: uploads.downloads.taken_bytes > 0, "the result is sent")
+            async with connection(uploads.port, request) as second:
+                await read_all(first)
+                await read_all(second)
+            first.send(request)
+            await read_all(first)
+            await uploads.all_given_back()
+
+
+async def test_a_result_without_room_is_refused_and_small_answers_are_not(
+    limits: ApiConfig, store: Store, manual_worker: ManualWorker
+) -> None:
+    impatient = msgspec.structs.replace(limits, upload_wait_seconds=0.2)
+    async with serving(impatient, store) as uploads:
+        request = await completed(uploads, manual_worker)
+        async with connection(uploads.port, request):
+            await eventually(lambda: uploads.downloads.taken_bytes > 0, "the result is sent")
+            async with connection(uploads.port, request) as refused:
+                status, head = await refused.answer()
+                assert status == 503
+                assert b"retry-after: 1\r\n" in head
+                assert await refused.code() == "too_many_downloads"
+            await uploaded(uploads.port)
+        await uploads.all_given_back()
+
+
+async def test_a_client_that_does_not_read_its_result_is_disconnected(
+    limits: ApiConfig, store: Store, manual_worker: ManualWorker
+) -> None:
+    strict = msgspec.structs.replace(limits, body_timeout_seconds=0.3)
+    async with serving(strict, store) as uploads:
+        request = await completed(uploads, manual_worker)
+        async with connection(uploads.port, request) as slow:
+            await eventually(lambda: uploads.downloads.taken_bytes > 0, "the result is sent")
+            await uploads.all_given_back()
+            with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+                await read_all(slow)

@@ -1,11 +1,11 @@
-"""A byte budget for the large request bodies that an API process holds at a time."""
+"""A byte budget for the large bodies that an API process holds at a time."""
 
 import asyncio
 import logging
 from collections.abc import Callable
 from typing import Final
 
-from asyncinfer.errors import TooManyUploads
+from asyncinfer.errors import TooManyDownloads, TooManyUploads
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.timeouts import done_within
 
@@ -25,7 +25,7 @@ class Reservation:
 
     __slots__ = ("_admitted_at", "_budget", "_on_end", "_received_bytes", "is_ended", "size_bytes")
 
-    def __init__(self, budget: "UploadBudget", size_bytes: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, budget: "ByteBudget", size_bytes: int, on_end: Callable[[], None]) -> None:
         self._budget = budget
         self._on_end = on_end
         self._admitted_at = 0.0
@@ -68,15 +68,23 @@ class Reservation:
         self._on_end()
 
 
-class UploadBudget:
+class ByteBudget:
     """Admits large bodies while their sizes fit into `max_bytes`, and lets others wait. If others
     wait, a body that comes so slowly that it would miss its deadline is ended, the slowest first.
-    One object for each API process."""
+    An API process has one for the bodies of requests and one for those of answers."""
 
-    def __init__(self, max_bytes: int, *, body_seconds: float, wait_seconds: float) -> None:
-        """`max_bytes` must be at least the size of the largest body; `body_seconds` is how long a
-        body may take, `wait_seconds` how long it may wait for room."""
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        body_seconds: float,
+        wait_seconds: float,
+        error: type[TooManyUploads | TooManyDownloads] = TooManyUploads,
+    ) -> None:
+        """`body_seconds` is how long a body may take, `wait_seconds` how long it may wait for room;
+        `error` is raised if there is none then."""
         self._max_bytes = max_bytes
+        self._error_class = error
         self._body_seconds = body_seconds
         self._wait_seconds = wait_seconds
         self._held: set[Reservation] = set()
@@ -93,6 +101,21 @@ class UploadBudget:
         """The loop's clock."""
         return asyncio.get_running_loop().time()
 
+    def try_reserve(self, size_bytes: int) -> Reservation | None:
+        """Reserves room for a body that is complete; None if there is no room at once."""
+        reservation = Reservation(self, size_bytes, _ignore)
+        if self._waiting or not self._fits(reservation):
+            return None
+        self._admit(reservation)
+        self._receiving.discard(reservation)
+        return reservation
+
+    async def reserve_complete(self, size_bytes: int) -> Reservation:
+        """`reserve` for a body that is not received: it is not ended for others."""
+        reservation = await self.reserve(size_bytes, _ignore)
+        self._receiving.discard(reservation)
+        return reservation
+
     async def reserve(self, size_bytes: int, on_end: Callable[[], None]) -> Reservation:
         """Reserves room for a body, after waiting for it for a while; raises TooManyUploads if
         there is none then, or if 64 others wait. `on_end` is called if the reservation is ended
@@ -104,7 +127,7 @@ class UploadBudget:
             await self._wait(reservation)
         return reservation
 
-    def too_slow_error(self) -> TooManyUploads:
+    def too_slow_error(self) -> TooManyUploads | TooManyDownloads:
         """Makes the error of a body whose reservation was ended."""
         return self._error("This body came too slowly while others waited for its room.")
 
@@ -126,7 +149,8 @@ class UploadBudget:
         self._admit_waiting()
 
     def _fits(self, reservation: Reservation) -> bool:
-        return self.taken_bytes + reservation.size_bytes <= self._max_bytes
+        taken_bytes = self.taken_bytes + reservation.size_bytes
+        return taken_bytes <= self._max_bytes or not self._held
 
     def _admit(self, reservation: Reservation) -> None:
         self.taken_bytes += reservation.size_bytes
@@ -182,16 +206,20 @@ class UploadBudget:
     def _behind_at(self, reservation: Reservation) -> float:
         return reservation.behind_at(self._body_seconds)
 
-    def _error(self, reason: str) -> TooManyUploads:
-        """Makes the error, which also says that the connection closes; logs that bodies are
-        refused."""
+    def _error(self, reason: str) -> TooManyUploads | TooManyDownloads:
+        """Makes the error; logs that bodies are refused."""
         _log.warning(
-            f"Large request bodies are refused: MAX_INFLIGHT_BYTES is {self._max_bytes}, and so "
-            "much is being received."
+            f"{self._error_class.title}: some are refused, since MAX_INFLIGHT_BYTES is "
+            f"{self._max_bytes}."
         )
-        return TooManyUploads(
-            f"The API holds up to {self._max_bytes} bytes of large bodies at a time. {reason} Send "
-            "the body again.",
+        return self._error_class(
+            f"The API holds up to {self._max_bytes} bytes of them at a time. {reason} Send the "
+            "request again.",
             retry_after_seconds=1,
-            headers=[("connection", "close")],
+            # The rest of a body that is refused is not read as a request.
+            headers=[("connection", "close")] if self._error_class is TooManyUploads else (),
         )
+
+
+def _ignore() -> None:
+    """Called if a reservation is ended that nobody reads."""
