@@ -137,6 +137,16 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_json: Annotated[
         int, _about("Largest request body in JSON.", unit="bytes", ge=1024, le=1 << 30)
     ] = 2 << 20
+    max_inflight_bytes: Annotated[
+        int,
+        _about(
+            "Largest total size of the large bodies that an API process holds at a time, in each "
+            "direction.",
+            unit="bytes",
+            ge=1024,
+            le=1 << 40,
+        ),
+    ] = 128 << 20
 
     # --- a worker
     concurrency: Annotated[

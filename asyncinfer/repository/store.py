@@ -285,10 +285,15 @@ class Store:
             except NO_REPLY_ERRORS as lost:
                 return await self._send_again(send, lost)
         except CALL_ERRORS as error:
-            failure = await self._translate(error)
-            if isinstance(failure, WritesRefused):
-                self.writes_refused = failure
-            raise failure from error
+            raise await self._failure(error) from error
+
+    async def _failure(self, error: Exception) -> Exception:
+        """What to raise for an error of a call. As a local variable of the frame that raises it, it
+        would keep the call's arguments in memory until the garbage collector finds the cycle."""
+        failure = await self._translate(error)
+        if isinstance(failure, WritesRefused):
+            self.writes_refused = failure
+        return failure
 
     async def _send_again(self, send: Callable[[float], Awaitable[Any]], lost: Exception) -> Any:
         try:

@@ -62,13 +62,17 @@ _Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 class _Tick:
     """The submits of one tick of the event loop. All are given up once Redis has been silent for a
-    while, not while it takes in others, or bytes of a large one."""
+    while, not while it takes in others, or bytes of a large one. Each job is dropped once it is
+    answered or given up: a large body must not be in memory while others are sent."""
 
     def __init__(self, store: Store) -> None:
         self.entries: list[_Entry] = []
-        self.under_way: set[str] = set()
-        """The jobs of the call that is under way."""
         self.is_over = False
+        self._unanswered: list[tuple[str, asyncio.Future[SubmitReply]]] = []
+        """By id of the job, once the submits are split into parts."""
+        self._parts: list[list[_Entry]] = []
+        self._ids_under_way: set[str] = set()
+        """The jobs of the call that is under way."""
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._seconds = 1.2 * store.call_seconds
@@ -84,24 +88,37 @@ class _Tick:
             self._timer = self._loop.call_later(self._seconds - silent_seconds, self._look)
             return
         self.is_over = True
-        for job, future in self.unanswered():
-            future.set_exception(_given_up(job, was_sent=job.job_id in self.under_way))
+        unsent = [(job.job_id, future) for job, future in self.entries]
+        for job_id, future in (*self._unanswered, *unsent):
+            if not future.done():
+                was_sent = job_id in self._ids_under_way
+                future.set_exception(_given_up(job_id, was_sent=was_sent))
+        self.entries, self._parts = [], []
 
-    def unanswered(self) -> list[_Entry]:
-        """The submits that have not been given up."""
-        return [entry for entry in self.entries if not entry[1].done()]
+    def parts(self) -> Iterator[list[_Entry]]:
+        """Yields the submits in parts for one script call, until they are given up. The caller must
+        refer to one part at a time. No submit may be added any more."""
+        self._unanswered = [(job.job_id, future) for job, future in self.entries]
+        self._parts = list(_split_by_queue(self.entries))
+        self.entries = []
+        while self._parts:
+            self._ids_under_way = {job.job_id for job, _ in self._parts[0]}
+            yield self._parts.pop(0)
 
     def close(self) -> None:
+        """Drops the futures too, whose exceptions refer to the jobs: `run` refers to its last tick
+        until the next one."""
         self._timer.cancel()
+        self._unanswered = []
 
 
-def _given_up(job: NewJob, *, was_sent: bool) -> RedisUnavailable:
+def _given_up(job_id: str, *, was_sent: bool) -> RedisUnavailable:
     """The error of a submit without an answer; its `job_id` is set if the job may be stored."""
     if was_sent:
         return RedisUnavailable(
             "Redis did not answer in time; the job may or may not be stored.",
             retry_after_seconds=1,
-            job_id=job.job_id,
+            job_id=job_id,
         )
     return RedisUnavailable(
         "Redis did not answer in time. Nothing was stored; send the request again in a moment.",
@@ -138,13 +155,14 @@ class Submissions:
             self._tick = _Tick(self._store)
             self._arrived.set()
         self._tick.entries.append((job, future))
-        return await future
+        try:
+            return await future
+        finally:
+            # Its exception refers to this frame: a cycle, which would keep the job in memory.
+            del future
 
     async def _send(self, tick: _Tick) -> None:
-        for part in _split_by_queue(tick.unanswered()):
-            if tick.is_over:
-                break  # those that were given up must not be stored
-            tick.under_way = {job.job_id for job, _ in part}
+        for part in tick.parts():
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:

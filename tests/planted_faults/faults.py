@@ -243,7 +243,7 @@ FAULTS: Final = (
     Fault(
         "a_chunked_body_may_have_any_length",
         "asyncinfer/api/http/body.py",
-        "if size > limit.max_bytes:",
+        "if len(content) > limit.max_bytes:",
         "if len(chunk) > limit.max_bytes:",
         ("tests/api/test_bad_input.py::test_a_chunked_body_is_counted_while_it_is_read",),
     ),
