@@ -15,7 +15,8 @@ AsyncinferError
 |   |-- InvalidInput, JobFailed, IdempotencyConflict, TooManyRefusedLines                 422
 |   |-- QueueFull, HeadersTooLarge                                                   429, 431
 |   |   `-- KeptFull          429
-|   |-- ServerStopping, TooManyConnections, TooManyStreams, NotReady, StorageFull         503
+|   |-- ServerStopping, TooManyConnections, TooManyStreams, TooManyUploads              503
+|   |-- TooManyDownloads, NotReady, StorageFull                                         503
 |   |-- RedisUnavailable      503
 |   |   |-- WritesRefused
 |   |   `-- RedisRefused
@@ -246,6 +247,18 @@ class TooManyConnections(RequestError):
 
 class TooManyStreams(RequestError):
     code, status, title = "too_many_streams", 503, "There are too many event streams"
+
+
+class TooManyUploads(RequestError):
+    """There is no room for a large body; or this one came too slowly while others waited."""
+
+    code, status, title = "too_many_uploads", 503, "Too many large bodies are being received"
+
+
+class TooManyDownloads(RequestError):
+    """There is no room for a large answer: others are being sent, and their clients are slow."""
+
+    code, status, title = "too_many_downloads", 503, "Too many large answers are being sent"
 
 
 class RedisUnavailable(RequestError):

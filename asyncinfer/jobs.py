@@ -35,7 +35,8 @@ PATTERN_END: Final = "$(?!\\n)"
 GROUP_PATTERN: Final = f"^[A-Za-z0-9][A-Za-z0-9_.:-]{{0,127}}{PATTERN_END}"
 NAME_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
-_MAX_OPTION_SECONDS: Final = 30 * 24 * 3600
+MAX_OPTION_SECONDS: Final = 30 * 24 * 3600
+"""The largest time that an option may have, whatever the settings allow."""
 
 
 class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,25 +47,30 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Priority, Meta(description="High is served before normal, normal before low.")
     ] = "normal"
     delay_seconds: Annotated[
-        float, Meta(ge=0, le=_MAX_OPTION_SECONDS, description="Do not start before this.")
+        float, Meta(ge=0, le=MAX_OPTION_SECONDS, description="Do not start before this.")
     ] = 0.0
     start_within_seconds: (
         Annotated[
             float,
-            Meta(gt=0, le=_MAX_OPTION_SECONDS, description="Fail as `expired` if not started."),
+            Meta(gt=0, le=MAX_OPTION_SECONDS, description="Fail as `expired` if not started."),
         ]
         | None
     ) = None
     finish_within_seconds: (
         Annotated[
             float,
-            Meta(gt=0, le=_MAX_OPTION_SECONDS, description="Fail as `expired` if not finished."),
+            Meta(gt=0, le=MAX_OPTION_SECONDS, description="Fail as `expired` if not finished."),
         ]
         | None
     ) = None
     ttl_seconds: (
         Annotated[
-            int, Meta(ge=1, le=_MAX_OPTION_SECONDS, description="How long the ended job is kept.")
+            int,
+            Meta(
+                ge=1,
+                le=MAX_OPTION_SECONDS,
+                description="How long the ended job is kept; at most the server's MAX_TTL.",
+            ),
         ]
         | None
     ) = None

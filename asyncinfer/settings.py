@@ -64,6 +64,16 @@ class Settings(Struct, frozen=True, kw_only=True):
             unset="`asyncinfer` in the user's state folder",
         ),
     ] = None
+    embedded_maxmemory: Annotated[
+        Annotated[int, Meta(ge=16 << 20, le=1 << 50)] | None,
+        _about(
+            "Memory of the embedded Valkey (its maxmemory), above which submits are refused.",
+            unit="bytes",
+            unset="a quarter of the memory of the machine or control group; at a start 1.25 times "
+            "what is stored, if that is more",
+            allowed="a whole number from 16777216 to 1125899906842624",
+        ),
+    ] = None
 
     # --- what is served
     model_dir: Annotated[
@@ -127,6 +137,16 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_json: Annotated[
         int, _about("Largest request body in JSON.", unit="bytes", ge=1024, le=1 << 30)
     ] = 2 << 20
+    max_inflight_bytes: Annotated[
+        int,
+        _about(
+            "Largest total size of the large bodies that an API process holds at a time, in each "
+            "direction.",
+            unit="bytes",
+            ge=1024,
+            le=1 << 40,
+        ),
+    ] = 128 << 20
 
     # --- a worker
     concurrency: Annotated[
@@ -233,6 +253,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     failed_ttl: Annotated[
         int, _about("Time that a failed job is kept.", unit="seconds", ge=1, le=_YEAR_SECONDS)
     ] = _DAY_SECONDS
+    max_ttl: Annotated[
+        int,
+        _about(
+            "Longest `ttl_seconds` of a job; JOB_TTL and FAILED_TTL may not be longer.",
+            unit="seconds",
+            ge=1,
+            le=_YEAR_SECONDS,
+        ),
+    ] = 7 * _DAY_SECONDS
     keep_input: Annotated[bool, _about("Keep the input of completed jobs too.")] = False
     lease_seconds: Annotated[
         float,
@@ -341,7 +370,8 @@ def _allowed(kind: types.Type) -> str:
 def read(environ: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
     """The settings from flags, by field name, and from the environment; flags win.
 
-    An empty variable counts as unset. Raises InvalidSetting for a value that is not allowed.
+    An empty variable counts as unset. Raises InvalidSetting for a value that is not allowed, and
+    for a JOB_TTL or FAILED_TTL above MAX_TTL.
     """
     values = {}
     for knob in knobs():
@@ -349,7 +379,9 @@ def read(environ: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
             values[knob.name] = _parse(knob, knob.flag, flags[knob.name])
         elif value := environ.get(knob.variable):
             values[knob.name] = _parse(knob, knob.variable, value)
-    return Settings(**values)
+    found = Settings(**values)
+    _check_ttls(found)
+    return found
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
@@ -371,6 +403,16 @@ def text(value: Any) -> str:
             return ",".join(value)
         case _:
             return str(value)
+
+
+def _check_ttls(found: Settings) -> None:
+    """Raises InvalidSetting if jobs that ask for nothing would be kept longer than MAX_TTL."""
+    for name, seconds in (("JOB_TTL", found.job_ttl), ("FAILED_TTL", found.failed_ttl)):
+        if seconds > found.max_ttl:
+            raise InvalidSetting(
+                f"{name} is {seconds} s, but MAX_TTL lets no job be kept longer than "
+                f"{found.max_ttl} s. Lower {name}, or raise MAX_TTL."
+            )
 
 
 def _parse(knob: Knob, source: str, value: str) -> Any:

@@ -39,9 +39,9 @@ INSIDE = {
     ),
     "repository": (
         ("keys", "policy", "redis_errors", "scripts", "wire"),
-        ("endpoint",),
+        ("endpoint", "functions", "link"),
         ("store",),
-        ("announcements", "claims", "doorbell", "leases", "stored_jobs"),
+        ("announcements", "claims", "doorbell", "leases", "libraries", "stored_jobs"),
         ("maintenance", "submissions"),
         ("operations", "reaper"),
         ("inspect",),

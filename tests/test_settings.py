@@ -33,6 +33,8 @@ ANY_SETTINGS = st.builds(
     prediction_timeout=numbers(0.001, 86400),
     lease_seconds=numbers(0.1, 3600),
     max_queue_bytes=st.integers(1024, 1 << 40),
+    embedded_maxmemory=st.none() | st.integers(16 << 20, 1 << 50),
+    max_ttl=st.integers(24 * 3600, 365 * 24 * 3600),
 )
 
 
@@ -91,6 +93,20 @@ def test_a_wrong_redis_url_does_not_show_its_password() -> None:
         settings.read({"REDIS_URL": "http://user:hunter2@host"}, {})
 
     assert "hunter2" not in raised.value.detail
+
+
+@pytest.mark.parametrize("variable", ["JOB_TTL", "FAILED_TTL"])
+def test_no_job_may_be_kept_longer_than_max_ttl(variable: str) -> None:
+    times = {"JOB_TTL": "60", "FAILED_TTL": "60", "MAX_TTL": "60"}
+    assert settings.read(times, {}).max_ttl == 60
+
+    with pytest.raises(InvalidSetting) as raised:
+        settings.read({**times, variable: "61"}, {})
+
+    assert raised.value.detail == (
+        f"{variable} is 61 s, but MAX_TTL lets no job be kept longer than 60 s. Lower {variable}, "
+        "or raise MAX_TTL."
+    )
 
 
 def test_every_default_is_an_allowed_value() -> None:

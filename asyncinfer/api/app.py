@@ -18,6 +18,7 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget, Reservation
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
     ABORT_CONNECTION,
@@ -29,6 +30,7 @@ from asyncinfer.api.http.messages import (
     StreamBroken,
     end_reply,
     read_query,
+    send_large_reply,
     send_reply,
     send_stream,
 )
@@ -47,6 +49,8 @@ from asyncinfer.errors import (
     RequestError,
     RouteNotFound,
     StorageFull,
+    TooManyDownloads,
+    TooManyUploads,
 )
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
@@ -75,6 +79,17 @@ class Api:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
+        self.uploads = ByteBudget(
+            max(config.max_inflight_bytes, config.max_body_bytes, config.max_json_bytes),
+            body_seconds=config.body_timeout_seconds,
+            wait_seconds=config.upload_wait_seconds,
+        )
+        self.downloads = ByteBudget(
+            config.max_inflight_bytes,
+            body_seconds=config.body_timeout_seconds,
+            wait_seconds=config.upload_wait_seconds,
+            error=TooManyDownloads,
+        )
         resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
         self._by_plain_path = {
             path: resource for path, resource in resources.items() if "{" not in path
@@ -105,7 +120,7 @@ class Api:
         except StreamBroken:
             # The server closes a connection whose answer is incomplete, which tells the client.
             _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
-        except BodyTooLarge as error:
+        except (BodyTooLarge, TooManyUploads) as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
             await end_reply(send)
@@ -136,12 +151,31 @@ class Api:
         query = read_query(scope, route.query)
         reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
         request = Request(
-            scope, receive, headers=headers, query=query, admission=admission, reach=reach
+            scope,
+            receive,
+            headers=headers,
+            query=query,
+            admission=admission,
+            reach=reach,
+            uploads=self.uploads,
         )
-        answer = await route.handler(self._services, request)
+        try:
+            answer = await route.handler(self._services, request)
+        finally:
+            request.release_body()
         if isinstance(answer, Stream) and admission.revocable:
             return msgspec.structs.replace(answer, revoked=admission.revoked)
         return answer
+
+    async def send_large(
+        self, reply: Reply, reservation: Reservation, scope: Scope, send: Send
+    ) -> None:
+        """Sends a large answer, and releases its reservation once it is not in memory any more.
+        Raises ClientTooSlow."""
+        try:
+            await send_large_reply(reply, scope, send, self._config.body_timeout_seconds)
+        finally:
+            reservation.release()
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -202,8 +236,29 @@ class Resource:
         answer = await self._api.answer(route, scope, receive)
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
-        else:
+            return
+        size_bytes = len(answer.body)
+        if size_bytes <= SMALL_BODY_BYTES or TooManyDownloads not in route.errors:
             await send_reply(answer, scope, send)
+        elif reservation := self._api.downloads.try_reserve(size_bytes):
+            await self._api.send_large(answer, reservation, scope, send)
+        else:
+            # It is made again once there is room: while it waits it must not be in memory.
+            del answer
+            reservation = await self._api.downloads.reserve_complete(size_bytes)
+            await self._answer_again(route, reservation, scope, receive, send)
+
+    async def _answer_again(
+        self, route: Route, reservation: Reservation, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answers a request whose first answer had no room; releases the reservation. Raises as
+        `__call__` does."""
+        try:
+            answer = await self._api.answer(route, scope, receive)
+            assert isinstance(answer, Reply), "no route with large answers has streams"
+            await self._api.send_large(answer, reservation, scope, send)
+        finally:
+            reservation.release()
 
 
 def check_head(scope: Scope) -> None:

@@ -52,7 +52,9 @@ from asyncinfer.errors import (
     RequestError,
     ResultDamaged,
     StorageFull,
+    TooManyDownloads,
     TooManyStreams,
+    TooManyUploads,
     VersionNotFound,
     WritesRefused,
 )
@@ -163,6 +165,7 @@ _READING: Final[Errors] = (
     InvalidHeader,
     VersionNotFound,
     BodyTooLarge,
+    TooManyUploads,
     MediaTypeRefused,
     EncodingRefused,
     InvalidInput,
@@ -200,14 +203,19 @@ ROUTES: Final = (
         )
         for path in ("/predict", "/predict/{model}")
     ),
-    Route("GET", "/job/{id}", read_job, "read", {200: Job}, _JOB, query=WaitQuery),
+    Route(
+        "GET", "/job/{id}", read_job, "read", {200: Job}, (*_JOB, TooManyDownloads), query=WaitQuery
+    ),
     Route(
         "GET",
         "/job/{id}/result",
         read_result,
         "read",
         {200: None},
-        (*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
+        (
+            *(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
+            TooManyDownloads,
+        ),
         query=ResultQuery,
         binary_answers=_BINARY,
     ),
@@ -252,7 +260,7 @@ ROUTES: Final = (
         {200: RetryResult},
         (
             *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
-            *(InvalidInput, RedisUnavailable),
+            *(TooManyUploads, InvalidInput, RedisUnavailable),
             *_FULL,
         ),
         query=RetryQuery,

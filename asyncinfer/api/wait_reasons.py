@@ -28,7 +28,8 @@ _DISK_FULL: Final = WaitingFor(
 _STORAGE_FULL: Final = WaitingFor(
     "storage_full",
     "Redis has reached its maxmemory. Accepted jobs are run in their turn, but no new ones are "
-    "accepted. Give Redis more memory, or let jobs expire sooner (JOB_TTL).",
+    "accepted. Raise maxmemory (of the embedded Valkey: EMBEDDED_MAXMEMORY), or let jobs expire "
+    "sooner (JOB_TTL).",
 )
 _NO_ENDS: Final = frozenset({"disk_full", "redis_refuses_writes"})
 """Codes of a Redis that stores no ends of jobs."""

@@ -96,7 +96,8 @@ class SettingsCommand(click.Command):
 
 def _help(knob: Knob) -> str:
     """The text of a setting in --help, with its default and its variable."""
-    default = f"{setting_text(knob.default)} {knob.unit}".strip() or knob.unset
+    default = setting_text(knob.default)
+    default = f"{default} {knob.unit}".strip() if default else knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
 

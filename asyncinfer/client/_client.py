@@ -79,7 +79,7 @@ class Client:
     - `priority`: "high", "normal" or "low".
     - `delay_seconds`: The job does not start earlier.
     - `start_within_seconds`, `finish_within_seconds`: Else it fails with the code `expired`.
-    - `ttl_seconds`: How long the job is kept after it has ended.
+    - `ttl_seconds`: How long the job is kept after it has ended, at most the server's MAX_TTL.
     - `version`: The version of the model; without it the served one.
     - `group`: A name that jobs share, to count, follow, cancel and resume them together.
     - `answer`: "json" or "tensors", the form of the result.
@@ -194,7 +194,8 @@ class Client:
 
         Leaving early, also by Ctrl-C, cancels what has not run; `with client.map(rows) as
         results:` does so too if the body of the loop raises. The same rows with the same `group`
-        (and `batch`) within a day go on where a map stopped, and run nothing twice.
+        (and `batch`) within a day, or the server's MAX_TTL if that is shorter, go on where a map
+        stopped, and run nothing twice.
 
         >>> rows = [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]
         >>> [row["class_name"] for row in client.map(rows, "iris", progress=False)]

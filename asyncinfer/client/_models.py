@@ -83,6 +83,8 @@ class Model(Struct, frozen=True, kw_only=True):
     batching: str = ""
     max_rows: int = 10_000
     """The most rows that one job may have."""
+    max_ttl_seconds: int = 30 * 24 * 3600
+    """The longest `ttl_seconds` of a job; servers of earlier releases do not tell it."""
     sha256: str = ""
     """The SHA-256 of the model file, in hexadecimal."""
     paused: bool = False

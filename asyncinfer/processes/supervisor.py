@@ -39,6 +39,8 @@ class ServePlan(Struct, frozen=True, kw_only=True):
     redis_url: str | None = None
     """None: an embedded Valkey with its data under `data_dir`."""
     data_dir: Path
+    embedded_max_bytes: int | None = None
+    """The maxmemory of that Valkey; None: as `valkey.default_max_bytes`."""
     worker: tuple[str, ...] = ()
     """The worker's command; empty: no worker."""
     environ: Mapping[str, str] = {}
@@ -152,7 +154,10 @@ async def _redis(plan: ServePlan) -> AsyncIterator[str]:
     if plan.redis_url:
         yield plan.redis_url
         return
-    async with valkey.embedded(plan.data_dir) as server, anyio.create_task_group() as group:
+    async with (
+        valkey.embedded(plan.data_dir, plan.embedded_max_bytes) as server,
+        anyio.create_task_group() as group,
+    ):
         group.start_soon(Restarter("Valkey", server.child, server.start).run)
         yield server.url
         group.cancel_scope.cancel()

@@ -11,8 +11,10 @@ DATA_DIR/valkey/            for this user alone (0700)
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import platform
+import re
 import signal
 import socket
 import stat
@@ -26,13 +28,16 @@ from typing import Final
 from urllib.parse import quote
 
 import anyio
+from msgspec import Struct
 
 from asyncinfer.errors import DataDirBusy, StartError
-from asyncinfer.processes import child_process
+from asyncinfer.processes import child_process, memory
 from asyncinfer.processes.child_process import Child
 
 if sys.platform != "win32":
     import fcntl
+
+_log = logging.getLogger(__name__)
 
 _SOCKET_PATH_MAX_BYTES: Final = 103
 """macOS's limit; Linux's is 107."""
@@ -46,6 +51,7 @@ _POLL_SECONDS: Final = 0.005
 """Neither a lock nor a socket can be waited for with a timeout, so a start polls them."""
 
 _LOG_LINES: Final = 5
+_USED_MEMORY: Final = re.compile(rb"^used_memory:(\d+)", re.MULTILINE)
 
 # glibc caches seven freed chunks of each size, but a batch of jobs frees hundreds: the allocator's
 # search for free space was a quarter of a job's cost with half a million jobs waiting.
@@ -54,9 +60,14 @@ _MALLOC: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000:glibc.malloc
 
 @asynccontextmanager
 async def embedded(
-    data_dir: Path, *, predecessor_seconds: float = _PREDECESSOR_SECONDS
+    data_dir: Path,
+    max_bytes: int | None = None,
+    *,
+    predecessor_seconds: float = _PREDECESSOR_SECONDS,
+    memory_bytes: int | None = None,
 ) -> AsyncIterator["EmbeddedValkey"]:
-    """Runs a server, ready for commands, and stops it on leaving.
+    """Runs a server, ready for commands, and stops it on leaving. `max_bytes` is its maxmemory,
+    by default `default_max_bytes` of `memory_bytes`, which is by default all that may be used.
 
     Raises DataDirBusy if another `serve` uses the folder (at once), or if the server of a killed
     one has not ended within `predecessor_seconds`. Raises StartError if the server cannot start, if
@@ -72,7 +83,8 @@ async def embedded(
     ):
         _take(serve_lock, data_dir)
         await _take_when_free(valkey_lock, data_dir, predecessor_seconds)
-        server = EmbeddedValkey(binary, home, folder / "valkey.sock", valkey_lock)
+        limit = MemoryLimit(max_bytes, memory_bytes or memory.usable_bytes())
+        server = EmbeddedValkey(binary, home, folder / "valkey.sock", valkey_lock, limit)
         await server.start()
         try:
             yield server
@@ -93,19 +105,45 @@ def running_url(data_dir: Path) -> str | None:
     return _url(path)
 
 
+class MemoryLimit(Struct, frozen=True):
+    """`max_bytes` as it was set, None if it was not; and the memory that may be used."""
+
+    max_bytes: int | None
+    memory_bytes: int
+
+    def above(self, stored_bytes: int) -> int:
+        """The maxmemory of a server that has `stored_bytes` at its start."""
+        return self.max_bytes or default_max_bytes(stored_bytes, self.memory_bytes)
+
+
+def default_max_bytes(stored_bytes: int, memory_bytes: int) -> int:
+    """The maxmemory of a server that has `stored_bytes` at its start: a quarter of the memory, or
+    1.25 times what is stored, so that a restart does not make a server refuse submits that it took
+    before.
+
+    For what is stored it is at most three quarters of the memory: it would grow with each restart
+    of a full server, and the system kills what needs more than there is.
+    """
+    return max(memory_bytes // 4, min(stored_bytes * 5 // 4, memory_bytes * 3 // 4))
+
+
 class EmbeddedValkey:
     """A Valkey process, which may be started again on the same data. `home` is its folder,
-    DATA_DIR/valkey, `path` that of its socket; `lock` is taken, and each process inherits it."""
+    DATA_DIR/valkey, `path` that of its socket; `lock` is taken, and each process inherits it.
+    `limit` is that of its memory."""
 
     child: Child
 
-    def __init__(self, binary: Path, home: Path, path: Path, lock: "_Lock") -> None:
+    def __init__(
+        self, binary: Path, home: Path, path: Path, lock: "_Lock", limit: MemoryLimit
+    ) -> None:
         self.url = _url(str(path))
         self.log_path = home / "valkey.log"
         self._binary = binary
         self._home = home
         self._path = path
         self._lock = lock
+        self._limit = limit
 
     async def start(self) -> Child:
         """Starts the process; returns once it replies to commands. Raises StartError with the end
@@ -113,7 +151,8 @@ class EmbeddedValkey:
         self.child = self._spawn()
         self._lock.sign(self.child.pid)
         try:
-            await self._wait_until_ready()
+            await self._ask("PING")
+            await self._limit_memory()
         except BaseException:
             await self.stop()
             raise
@@ -139,14 +178,30 @@ class EmbeddedValkey:
                 keep_fds=(self._lock.fd,),
             )
 
-    async def _wait_until_ready(self) -> None:
-        """Polls until the server replies to a PING; raises StartError if it ends or is silent for
-        10 s."""
+    async def _limit_memory(self) -> None:
+        """Sets maxmemory, which depends on what the server has loaded. Raises StartError as `_ask`.
+
+        A server that has more than it may have gets a warning in the log.
+        """
+        stored_bytes = int(_USED_MEMORY.findall(await self._ask("INFO memory"))[0])
+        max_bytes = self._limit.above(stored_bytes)
+        await self._ask(f"CONFIG SET maxmemory {max_bytes}")
+        if stored_bytes > max_bytes:
+            _log.warning(
+                "Valkey stores %d MiB, and may have %d MiB (EMBEDDED_MAXMEMORY): stored jobs are "
+                "run, and new ones are refused until enough of them have expired.",
+                stored_bytes >> 20,
+                max_bytes >> 20,
+            )
+
+    async def _ask(self, command: str) -> bytes:
+        """Sends a command again and again until the server replies with something else than an
+        error, and returns that. Raises StartError if it ends or is silent for 10 s."""
         silent_until = time.monotonic() + _MAX_SILENT_SECONDS
         while time.monotonic() < silent_until and self.child.is_alive:
-            answer = await _ping(self._path)
-            if answer == b"+PONG\r\n":
-                return
+            answer = await _call(self._path, command)
+            if answer and not answer.startswith(b"-"):
+                return answer
             if answer:
                 silent_until = time.monotonic() + _MAX_SILENT_SECONDS
             await anyio.sleep(_POLL_SECONDS)
@@ -178,15 +233,18 @@ def _url(path: str) -> str:
     return f"unix://{quote(path)}"
 
 
-async def _ping(path: Path) -> bytes:
-    """The server's reply to a PING, which is an error while it loads its data; empty if there is
-    none within 1 s. Raises nothing."""
-    with contextlib.suppress(OSError, TimeoutError):
+async def _call(path: Path, command: str) -> bytes:
+    """The server's reply to a command: its line, or the text behind it. An error, such as that of a
+    PING while it loads its data, begins with `-`; empty if there is no reply within 1 s. Raises
+    nothing."""
+    with contextlib.suppress(OSError, TimeoutError, EOFError):
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_unix_connection(path)
             with contextlib.closing(writer):
-                writer.write(b"PING\r\n")
-                return await reader.readline()
+                writer.write(f"{command}\r\n".encode())
+                line = await reader.readline()
+                is_text = line.startswith(b"$")
+                return await reader.readexactly(int(line[1:])) if is_text else line
     return b""
 
 

@@ -7,7 +7,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.store import Store
+from asyncinfer.repository.scripts import script
+from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.untrusted import decoding
 
@@ -172,16 +173,12 @@ class Announcements:
     async def announce_worker(
         self, worker_id: str, about: Mapping[str, Any], ttl_seconds: float
     ) -> None:
-        """Announces a live worker; the announcement expires after `ttl_seconds`."""
+        """Announces a live worker, also with full memory; the announcement expires after
+        `ttl_seconds`."""
         n = self._store.queue_name
-        ttl_ms = int(ttl_seconds * 1000)
-        body = msgspec.json.encode(about)
-        await self._store.command("SET", keys.worker(n, worker_id), body, "PX", ttl_ms)
-        seconds = await self._store.time_ms() // 1000
-        await self._store.command("ZADD", keys.workers(n), seconds, worker_id)
-        await self._store.command(
-            "ZREMRANGEBYSCORE", keys.workers(n), "-inf", int(seconds - 2 * ttl_seconds - 1)
-        )
+        names = [keys.worker(n, worker_id), keys.workers(n)]
+        args = encode_args({"worker": worker_id, "ttl_ms": int(ttl_seconds * 1000)})
+        await self._store.call(script("announce"), names, [args, msgspec.json.encode(about)])
 
     async def announce_paces(self, seconds_per_job: Mapping[str, float]) -> None:
         """Stores the slot time of a job by model, for 30 days: the backlog of a queue is estimated

@@ -200,7 +200,7 @@ class QueueConsumer:
         stale = [job for job, verdict in zip(finished, verdicts, strict=True) if verdict == "stale"]
         key_makers = (keys.status, keys.meta, keys.result, keys.error)
         names = [id_bytes(key_of(job.job_id)) for job in stale for key_of in key_makers]
-        values = iter(await self._store.command("MGET", *names))
+        values = iter(await self._store.command("MGET", *names, is_large=True))
         states = zip(values, values, values, values, strict=True)
         own_ids = {
             job.job_id

@@ -15,7 +15,6 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from asyncinfer.errors import InvalidSetting
-from asyncinfer.repository import wire
 
 _SENTINEL_PORT: Final = 26379
 _CONNECT_SECONDS: Final = 0.5
@@ -32,8 +31,6 @@ class Endpoint(Struct, frozen=True):
     sentinels: tuple[tuple[str, int], ...] = ()
     service: str = ""
     options: dict[str, Any] = {}
-    is_direct: bool = True
-    """Whether commands go past redis-py's client, if it is as expected."""
 
     @classmethod
     def parse(cls, url: str) -> "Endpoint":
@@ -48,28 +45,23 @@ class Endpoint(Struct, frozen=True):
             "sentinel://host:26379,host2:26379/service."
         )
 
-    def client(self, name: str, *, reply_seconds: float | None) -> AsyncRedis:
-        """An asyncio client that repeats no command by itself; with None it waits for a reply
-        without a bound."""
+    def client(self, name: str) -> AsyncRedis:
+        """An asyncio client whose pool makes connections that repeat no command by themselves."""
         options = {
             **self._common(name),
-            "socket_timeout": reply_seconds,
+            "socket_timeout": None,
             "retry": AsyncRetry(NoBackoff(), 0),
         }
-        pool, sentinel_pool = wire.pools(self.is_direct and wire.is_as_expected())
         if not self.sentinels:
-            return wire.keep_replies(AsyncRedis.from_pool(pool.from_url(self.url, **options)))
+            return AsyncRedis.from_url(self.url, **options)
         sentinel_options = {
             **_SENTINEL_OPTIONS,
             **driver_options(),
             "retry": AsyncRetry(NoBackoff(), 0),
         }
         sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        return wire.keep_replies(
-            sentinel.master_for(
-                self.service, connection_pool_class=sentinel_pool, **{**self.options, **options}
-            )
-        )
+        client: AsyncRedis = sentinel.master_for(self.service, **{**self.options, **options})
+        return client
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
         """A blocking client, for the thread that renews leases."""
@@ -109,8 +101,6 @@ _SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2
 async def close(client: AsyncRedis) -> None:
     """Closes a client and its connections to sentinels, if any."""
     pool = client.connection_pool
-    if isinstance(pool, wire.Pool):
-        await pool.close()
     await client.aclose()
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:

@@ -191,6 +191,11 @@ def out_of_place(n: str) -> str:
     return f"{{{n}}}:odd"
 
 
+def libraries(n: str) -> str:
+    """Hash, no TTL: by library of scripts, when a process last named it as in use, by its clock."""
+    return f"{{{n}}}:libraries"
+
+
 def write_probe(n: str) -> str:
     """Never exists: SET ... XX writes nothing to it, and shows whether Redis takes writes."""
     return f"{{{n}}}:writeprobe"

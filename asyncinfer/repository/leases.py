@@ -9,6 +9,7 @@ import redis.exceptions as redis_errors
 from msgspec import Struct
 
 from asyncinfer.jobs import id_text
+from asyncinfer.repository.functions import Call
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import translate_errors
 from asyncinfer.repository.scripts import script
@@ -34,6 +35,7 @@ class Leases:
         self._client: redis.Redis = store.endpoint.sync_client(
             f"{store.name}:renew", reply_seconds=seconds
         )
+        self._functions = store.functions
         self._policy: Policy = store.policy
 
     def renew(self, tokens: dict[str, list[str]]) -> Renewal:
@@ -42,13 +44,22 @@ class Leases:
             encode_args({"lease_ms": self._policy.lease_ms}),
             *(encode_args(held) for held in tokens.values()),
         ]
-        renew = script("renew")
         with translate_errors(), self._reconnect_after_failover():
-            try:
-                reply: Any = self._client.evalsha(renew.sha, len(tokens), *tokens, *args)
-            except redis_errors.NoScriptError:
-                reply = self._client.eval(renew.text, len(tokens), *tokens, *args)
+            reply = self._run(self._functions.call(script("renew"), list(tokens), args))
         return Renewal(*(tuple(id_text(raw) for raw in part) for part in reply))
+
+    def _run(self, call: Call) -> Any:
+        command = next(call)
+        try:
+            while True:
+                try:
+                    reply = self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+                except redis_errors.ResponseError as error:
+                    command = call.throw(error)
+                else:
+                    command = call.send(reply)
+        except StopIteration as end:
+            return end.value
 
     @contextmanager
     def _reconnect_after_failover(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The background task that sweeps and repairs every queue."""
+"""The background task that sweeps and repairs every queue, and tidies the libraries."""
 
 import asyncio
 import logging
@@ -8,6 +8,7 @@ from typing import Final
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository.libraries import ROUND_SECONDS, Libraries
 from asyncinfer.repository.maintenance import Maintenance, SweepCounts
 from asyncinfer.repository.store import Store
 
@@ -18,16 +19,20 @@ REPAIR_SECONDS: Final = 600.0
 
 
 async def reap_forever(store: Store) -> None:
-    """Sweeps every tick and repairs every 10 minutes, until it is cancelled. However many processes
-    run it, each sweep is done once."""
-    maintenance = Maintenance(store)
+    """Sweeps every tick, tidies the libraries every minute and repairs every 10 minutes, until it
+    is cancelled. However many processes run it, each sweep is done once."""
+    maintenance, libraries = Maintenance(store), Libraries(store)
     tick_seconds = store.policy.tick_ms / 1000
-    repaired_at = time.monotonic()
+    repaired_at, tidied_at = time.monotonic(), -ROUND_SECONDS
     is_away = False
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
             _report(await maintenance.sweep())
+            if time.monotonic() - tidied_at > ROUND_SECONDS:
+                tidied_at = time.monotonic()
+                for name in await libraries.tidy():
+                    _log.info("No process uses the library %s any more: it was deleted.", name)
             if time.monotonic() - repaired_at > REPAIR_SECONDS:
                 repaired_at = time.monotonic()
                 if restored := await maintenance.repair(REPAIR_SECONDS):

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Final
 
 import redis.exceptions as redis_errors
-from redis.asyncio import Redis
 
 from asyncinfer.errors import (
     RedisRefused,
@@ -38,6 +37,29 @@ WRONG_TYPE_WARNING: Final = (
 )
 
 
+_CLASSES: Final[dict[str, type[Exception]]] = {
+    "ERR": redis_errors.ResponseError,
+    "LOADING": redis_errors.BusyLoadingError,
+    "MASTERDOWN": redis_errors.MasterDownError,
+    "NOAUTH": redis_errors.AuthenticationError,
+    "NOPERM": redis_errors.NoPermissionError,
+    "NOSCRIPT": redis_errors.NoScriptError,
+    "OOM": redis_errors.OutOfMemoryError,
+    "READONLY": redis_errors.ReadOnlyError,
+    "WRONGPASS": redis_errors.AuthenticationError,
+}
+"""redis-py's classes by the code of an error; their messages are without it, as redis-py's are."""
+
+
+def error_of_reply(text: str) -> Exception:
+    """redis-py's exception for an error reply."""
+    code, _, message = text.partition(" ")
+    if message == "max number of clients reached":
+        return redis_errors.MaxConnectionsError(message)
+    kind = _CLASSES.get(code)
+    return kind(message) if kind else redis_errors.ResponseError(text)
+
+
 @contextmanager
 def translate_errors() -> Iterator[None]:
     """Raises exceptions of redis-py as StorageFull or a kind of RedisUnavailable."""
@@ -52,7 +74,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
     if isinstance(error, redis_errors.OutOfMemoryError):
         return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
-            "run. Retry later, or give Redis more memory."
+            "run. Retry later, or raise maxmemory (of the embedded Valkey: EMBEDDED_MAXMEMORY)."
         )
     if reason := write_refusal(error):
         refused = WritesRefused(
@@ -68,7 +90,7 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
             retry_after_seconds=1,
         )
-    if str(error).startswith(_TRANSIENT_CODES):
+    if is_transient(error):
         return RedisUnavailable(
             f"Redis cannot do this just now ({error}). Retry in a moment.", retry_after_seconds=1
         )
@@ -78,6 +100,11 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether a refusal passes by itself, so that the call can be sent again in a moment."""
+    return isinstance(error, _NOT_PRIMARY_ERRORS) or str(error).startswith(_TRANSIENT_CODES)
 
 
 def write_refusal(error: Exception) -> str | None:
@@ -98,9 +125,6 @@ def wrong_type_error(which: str = "") -> WrongKeyType:
     )
 
 
-async def translate_and_reconnect(client: Redis, error: Exception) -> Exception:
-    """As `translate`, and disconnects from a server that has become a replica: its address may
-    lead to another server by now."""
-    if isinstance(error, _NOT_PRIMARY_ERRORS):
-        await client.connection_pool.disconnect(inuse_connections=False)
-    return translate(error)
+def is_not_primary(error: Exception) -> bool:
+    """Whether the server has become a replica: its address may lead to another server by now."""
+    return isinstance(error, _NOT_PRIMARY_ERRORS)

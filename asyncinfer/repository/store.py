@@ -1,6 +1,5 @@
 """The store: the connections of one process to Redis, and calls of scripts on them."""
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,25 +19,27 @@ from asyncinfer.errors import (
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.functions import Functions
+from asyncinfer.repository.link import Command, Lanes, new_link
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import (
     CALL_ERRORS,
     NO_REPLY_ERRORS,
     WRONG_TYPE_WARNING,
-    translate_and_reconnect,
+    is_not_primary,
+    translate,
     translate_errors,
     write_refusal,
     wrong_type_error,
 )
 from asyncinfer.repository.scripts import Script, script
-from asyncinfer.repository.wire import exchange
 from asyncinfer.untrusted import decoding
 
-_AT_ONCE: Final = 16
-"""The most commands of one process in flight; more wait in the process, not in Redis."""
+_TRY_SHARE: Final = 0.6
+"""How long Redis may be silent in each of two tries, of `call_seconds`."""
 
-_FIRST_TRY_SHARE: Final = 0.45
-"""The share of a call's time for its first try."""
+_LARGE_BYTES: Final = 64 << 10
+"""Calls with more than this go beside the small ones, which would have to wait for them."""
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -56,6 +57,7 @@ class BlockingConnection:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._link = new_link(client)
         self._skipped_until: dict[str, float] = {}
         """{key of the wrong type: when it is tried again}."""
         self.closed = False
@@ -68,7 +70,7 @@ class BlockingConnection:
         usable = self._usable(lists, "list") if self._skipped_until else lists
         pop = ("BRPOP", *usable, wait_seconds)
         try:
-            reply = await self._with_timeout(wait_seconds, exchange(self._client, pop))
+            reply = await self._ask(pop, wait_seconds)
         except WrongKeyType:
             await self._skip_wrong_types(usable, b"list")
             return None
@@ -90,7 +92,7 @@ class BlockingConnection:
             *(streams[name] for name in usable),
         )
         try:
-            reply = await self._with_timeout(wait_seconds, exchange(self._client, read))
+            reply = await self._ask(read, wait_seconds)
         except WrongKeyType:
             await self._skip_wrong_types(usable, b"stream")
             return []
@@ -110,22 +112,23 @@ class BlockingConnection:
 
     async def _skip_wrong_types(self, names: Sequence[str], kind: bytes) -> None:
         for name in names:
-            found = await self._with_timeout(0.0, exchange(self._client, ("TYPE", name)))
+            found = await self._ask(("TYPE", name), 0.0)
             if found not in (kind, b"none"):
                 _log.warning(WRONG_TYPE_WARNING.format(repr(name)))
                 self._skipped_until[name] = time.monotonic() + _SKIP_SECONDS
 
-    async def _with_timeout(self, wait_seconds: float, call: Awaitable[Any]) -> Any:
+    async def _ask(self, command: Command, wait_seconds: float) -> Any:
         try:
-            async with asyncio.timeout(wait_seconds + self._MARGIN_SECONDS):
-                return await call
+            return await self._link.ask(command, wait_seconds + self._MARGIN_SECONDS)
         except CALL_ERRORS as error:
-            raise await translate_and_reconnect(self._client, error) from error
+            if is_not_primary(error):
+                await self._link.disconnect()
+            raise translate(error) from error
 
     async def close(self) -> None:
         """Closes the connection; a call in progress raises RedisUnavailable."""
         self.closed = True
-        await self._client.connection_pool.disconnect()
+        await self._link.close()
         await close(self._client)
 
 
@@ -140,8 +143,11 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
-        self.redis = endpoint.client(name, reply_seconds=None)
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self.functions = Functions(queue_name)
+        self._client = endpoint.client(name)
+        self._parsers: dict[Any, Any] = dict(self._client.response_callbacks)
+        self._lanes = Lanes(self._client)
+        self._link = new_link(self._client, self._lanes.open_ahead)
         self._clock_behind_ms: float | None = None
         self.writes_refused: WritesRefused | None = None
         """Why the server takes no writes, as far as the last call shows."""
@@ -151,17 +157,28 @@ class Store:
     async def open(
         cls, url: str, *, queue_name: str, policy: Policy, name: str, call_seconds: float = 1.0
     ) -> AsyncIterator["Store"]:
-        """Opens a store without connecting yet. `call_seconds` bounds one call: waiting for a
-        connection, connecting and the reply. Raises InvalidSetting for a bad URL."""
+        """Opens a store without connecting yet. `call_seconds` bounds the silence of
+        Redis during a call, also while it is connected. Raises InvalidSetting for a bad URL."""
         store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds)
         try:
             yield store
         finally:
-            await close(store.redis)
+            await store.close()
+
+    async def close(self) -> None:
+        """Closes all connections; calls in progress raise RedisUnavailable."""
+        await self._link.close()
+        await self._lanes.close()
+        await close(self._client)
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
-        return BlockingConnection(self.endpoint.client(self.name, reply_seconds=None))
+        return BlockingConnection(self.endpoint.client(self.name))
+
+    @property
+    def moved_at(self) -> float:
+        """When Redis last gave a sign of life, on the clock of the event loop."""
+        return max(self._link.moved_at, self._lanes.moved_at)
 
     async def call(self, verb: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
         """Runs a script and returns its reply.
@@ -169,13 +186,21 @@ class Store:
         A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
         or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
         """
-        keys_and_args = (len(names), *names, *args)
+        ask = self._lanes.ask if _is_large(args) else self._link.ask
 
-        async def run() -> Any:
+        async def run(seconds: float) -> Any:
+            call = self.functions.call(verb, names, args)
+            command = next(call)
             try:
-                return await exchange(self.redis, ("EVALSHA", verb.sha, *keys_and_args))
-            except redis_errors.NoScriptError:
-                return await exchange(self.redis, ("EVAL", verb.text, *keys_and_args))
+                while True:
+                    try:
+                        reply = await ask(command, seconds)
+                    except redis_errors.ResponseError as error:
+                        command = call.throw(error)
+                    else:
+                        command = call.send(reply)
+            except StopIteration as end:
+                return end.value
 
         try:
             reply = await self._with_retry(run)
@@ -185,10 +210,14 @@ class Store:
         self.writes_refused = None
         return reply
 
-    async def command(self, *command: Any) -> Any:
-        """Runs one command; raises as `call` does."""
+    async def command(self, *command: Any, is_large: bool = False) -> Any:
+        """Runs one command and returns its reply as redis-py parses it; raises as `call` does.
+        `is_large` says that the reply may be large, so that small calls must not wait for it."""
+        ask = self._lanes.ask if is_large else self._link.ask
+        packable = _packable(command)
         try:
-            return await self._with_retry(lambda: self.redis.execute_command(*command))  # type: ignore[no-untyped-call]
+            reply = await self._with_retry(lambda seconds: ask(packable, seconds))
+            return self._parse(command, reply)
         except WrongKeyType as error:
             raise wrong_type_error(f": {command[1]!r}") from error
 
@@ -219,15 +248,14 @@ class Store:
         Without a reply all are sent once more, so that they may run twice. Raises as `call` does,
         also if a single command fails; the others may have run then.
         """
+        packable = [_packable(command) for command in commands]
+        replies = await self._with_retry(lambda seconds: self._link.ask_together(packable, seconds))
+        return [self._parse(*pair) for pair in zip(commands, replies, strict=True)]
 
-        async def run() -> list[Any]:
-            pipeline = self.redis.pipeline(transaction=True)
-            for command in commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute()
-
-        replies: list[Any] = await self._with_retry(run)
-        return replies
+    def _parse(self, command: Command, reply: Any) -> Any:
+        """A reply as redis-py returns it."""
+        parser = self._parsers.get(command[0])
+        return parser(reply) if parser else reply
 
     async def wrong_keys_error(self, queues: Sequence[str]) -> WrongKeyType:
         """An error that names those keys of the queues that have the wrong type."""
@@ -248,33 +276,41 @@ class Store:
         ]
         return wrong_type_error(f": {'; '.join(wrong[:3])}" if wrong else "")
 
-    async def _with_retry(self, send: Callable[[], Awaitable[Any]]) -> Any:
+    async def _with_retry(self, send: Callable[[float], Awaitable[Any]]) -> Any:
         """Sends once more a call that got no reply. redis-py's own retry would use the address that
         it had, and not ask the sentinels which server is primary by now (redis-py issue 3874)."""
         try:
             try:
-                return await self._with_timeout(send, self.call_seconds * _FIRST_TRY_SHARE)
+                return await send(self.call_seconds * _TRY_SHARE)
             except NO_REPLY_ERRORS as lost:
                 return await self._send_again(send, lost)
         except CALL_ERRORS as error:
-            failure = await translate_and_reconnect(self.redis, error)
-            if isinstance(failure, WritesRefused):
-                self.writes_refused = failure
-            raise failure from error
+            raise await self._failure(error) from error
 
-    async def _send_again(self, send: Callable[[], Awaitable[Any]], lost: Exception) -> Any:
+    async def _failure(self, error: Exception) -> Exception:
+        """What to raise for an error of a call. As a local variable of the frame that raises it, it
+        would keep the call's arguments in memory until the garbage collector finds the cycle."""
+        failure = await self._translate(error)
+        if isinstance(failure, WritesRefused):
+            self.writes_refused = failure
+        return failure
+
+    async def _send_again(self, send: Callable[[float], Awaitable[Any]], lost: Exception) -> Any:
         try:
-            return await self._with_timeout(send, self.call_seconds * (1 - _FIRST_TRY_SHARE))
+            return await send(self.call_seconds * _TRY_SHARE)
         except redis_errors.ResponseError as error:
             if write_refusal(error) is None:
                 raise
             # The second call did nothing, but the first one may have run.
-            await translate_and_reconnect(self.redis, error)
+            await self._translate(error)
             raise lost from error
 
-    async def _with_timeout(self, send: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-        async with asyncio.timeout(seconds), self._slots:
-            return await send()
+    async def _translate(self, error: Exception) -> Exception:
+        """As `translate`; disconnects from a server that is no primary any more."""
+        if is_not_primary(error):
+            await self._link.disconnect()
+            await self._lanes.disconnect()
+        return translate(error)
 
     # --- the server's clock ------------------------------------------------------------------
 
@@ -328,15 +364,14 @@ class Store:
         """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
         refuses the login, RedisUnavailable if it does not answer."""
         with translate_errors():
-            async with asyncio.timeout(self.call_seconds):
-                try:
-                    info = await self.redis.info("everything")
-                except redis_errors.AuthenticationError as error:
-                    raise ServerRefused(
-                        f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
-                        "redis://user:password@host:6379."
-                    ) from error
-        return check_info(info)
+            try:
+                reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
+            except redis_errors.AuthenticationError as error:
+                raise ServerRefused(
+                    f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
+                    "redis://user:password@host:6379."
+                ) from error
+        return check_info(self._parse(("INFO",), reply))
 
     async def default_model(self) -> str | None:
         """The name of the default model, whose queue is QUEUE_NAME itself; None if there is none,
@@ -401,6 +436,15 @@ class Store:
             f"DEFAULT_MODEL={current}; let them end, or end them with `asyncinfer cancel --model "
             f"{which}`; then start with DEFAULT_MODEL={name} again."
         )
+
+
+def _is_large(args: Sequence[Any]) -> bool:
+    return sum(len(arg) for arg in args if type(arg) is bytes) > _LARGE_BYTES
+
+
+def _packable(command: Command) -> Command:
+    """The command with its words apart, as Redis takes them, such as `XINFO` and `STREAM`."""
+    return (*command[0].split(), *command[1:])
 
 
 def _job_keys(queue: str) -> tuple[str, ...]:

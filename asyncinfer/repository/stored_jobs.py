@@ -78,7 +78,8 @@ async def read_jobs(store: Store, job_ids: Sequence[str]) -> list[StoredJob | No
     if not job_ids:
         return []
     key_makers = (keys.status, keys.result, keys.error, keys.meta)
-    reply = await store.command("MGET", *(key(job_id) for job_id in job_ids for key in key_makers))
+    names = [key(job_id) for job_id in job_ids for key in key_makers]
+    reply = await store.command("MGET", *names, is_large=True)
     return [parse_job(job_id, *reply[4 * i : 4 * i + 4]) for i, job_id in enumerate(job_ids)]
 
 

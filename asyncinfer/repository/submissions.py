@@ -25,6 +25,8 @@ MAX_BYTES_PER_CALL: Final = 1 << 20
 """Bounds of one script call; a call of a single job may be larger."""
 
 _CALLS_AT_ONCE: Final = 4
+_MAX_SECONDS: Final = 30.0
+"""How long a submit is kept while Redis gives signs of life."""
 
 
 class NewJob(Struct, frozen=True):
@@ -60,26 +62,69 @@ _Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 
 class _Tick:
-    """The submits of one tick of the event loop, with one deadline for all."""
+    """The submits of one tick of the event loop. All are given up once Redis has been silent for a
+    while, not while it takes in others, or bytes of a large one. Each job is dropped once it is
+    answered or given up: a large body must not be in memory while others are sent."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, store: Store) -> None:
         self.entries: list[_Entry] = []
         self.is_over = False
+        self._unanswered: list[tuple[str, asyncio.Future[SubmitReply]]] = []
+        """By id of the job, once the submits are split into parts."""
+        self._parts: list[list[_Entry]] = []
+        self._ids_under_way: set[str] = set()
+        """The jobs of the call that is under way."""
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._seconds = 1.2 * store.call_seconds
+        self._began_at = self._loop.time()
         # One timer for all: asyncio.timeout for each submit took 16 % more of the API's CPU time.
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
+        self._timer = self._loop.call_later(self._seconds, self._look)
 
-    def _give_up(self) -> None:
+    def _look(self) -> None:
+        """Gives up, or looks again when Redis may have been silent for long enough."""
+        now = self._loop.time()
+        silent_seconds = now - max(self._store.moved_at, self._began_at)
+        if silent_seconds < self._seconds and now - self._began_at < _MAX_SECONDS:
+            self._timer = self._loop.call_later(self._seconds - silent_seconds, self._look)
+            return
         self.is_over = True
-        for _, future in self.entries:
+        unsent = [(job.job_id, future) for job, future in self.entries]
+        for job_id, future in (*self._unanswered, *unsent):
             if not future.done():
-                future.set_exception(TimeoutError())
+                was_sent = job_id in self._ids_under_way
+                future.set_exception(_given_up(job_id, was_sent=was_sent))
+        self.entries, self._parts = [], []
 
-    def unanswered(self) -> list[_Entry]:
-        """The submits that have not been given up."""
-        return [entry for entry in self.entries if not entry[1].done()]
+    def parts(self) -> Iterator[list[_Entry]]:
+        """Yields the submits in parts for one script call, until they are given up. The caller must
+        refer to one part at a time. No submit may be added any more."""
+        self._unanswered = [(job.job_id, future) for job, future in self.entries]
+        self._parts = list(_split_by_queue(self.entries))
+        self.entries = []
+        while self._parts:
+            self._ids_under_way = {job.job_id for job, _ in self._parts[0]}
+            yield self._parts.pop(0)
 
     def close(self) -> None:
+        """Drops the futures too, whose exceptions refer to the jobs: `run` refers to its last tick
+        until the next one."""
         self._timer.cancel()
+        self._unanswered = []
+
+
+def _given_up(job_id: str, *, was_sent: bool) -> RedisUnavailable:
+    """The error of a submit without an answer; its `job_id` is set if the job may be stored."""
+    if was_sent:
+        return RedisUnavailable(
+            "Redis did not answer in time; the job may or may not be stored.",
+            retry_after_seconds=1,
+            job_id=job_id,
+        )
+    return RedisUnavailable(
+        "Redis did not answer in time. Nothing was stored; send the request again in a moment.",
+        retry_after_seconds=1,
+    )
 
 
 class Submissions:
@@ -108,20 +153,17 @@ class Submissions:
         `job_id` is set if the job may have been stored."""
         future: asyncio.Future[SubmitReply] = asyncio.get_running_loop().create_future()
         if self._tick is None or self._tick.is_over:
-            self._tick = _Tick(1.2 * self._store.call_seconds)
+            self._tick = _Tick(self._store)
             self._arrived.set()
         self._tick.entries.append((job, future))
         try:
             return await future
-        except TimeoutError as error:
-            raise RedisUnavailable(
-                "Redis did not answer in time; the job may or may not be stored.",
-                retry_after_seconds=1,
-                job_id=job.job_id,
-            ) from error
+        finally:
+            # Its exception refers to this frame: a cycle, which would keep the job in memory.
+            del future
 
     async def _send(self, tick: _Tick) -> None:
-        for part in _split_by_queue(tick.unanswered()):
+        for part in tick.parts():
             try:
                 verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
             except RequestError as error:

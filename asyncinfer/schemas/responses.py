@@ -229,6 +229,9 @@ class Model(Struct, frozen=True, kw_only=True):
     batched: Annotated[bool, Meta(description="Whether several jobs may run as one batch.")]
     batching: Annotated[str, Meta(description="Why jobs may or may not be batched.")]
     max_rows: Annotated[int, Meta(description="The largest number of rows of one job.")]
+    max_ttl_seconds: Annotated[
+        int, Meta(description="The longest `ttl_seconds` of a job: MAX_TTL of this server.")
+    ]
     sha256: Annotated[str, Meta(description="The SHA-256 of the model file.")]
     example: Annotated[Any, Meta(description="A request body that works; null if none is known.")]
     paused: Annotated[bool, Meta(description="True: jobs are accepted, but none is run.")]

@@ -16,6 +16,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
 from tests.process import REPOSITORY
 from tests.queue_driver import QueueDriver, ids_of, new_job
 
@@ -105,6 +106,8 @@ async def test_dead_letters_are_listed_newest_first_with_their_error(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     first = await submit_failed(hands, outcome="dead")
+    failed_ms = hands.now_ms()
+    await eventually(lambda: hands.now_ms() > failed_ms, "the next one fails in a later ms")
     await submit_failed(hands)
     second = await submit_failed(hands, outcome="dead", queue=DIGITS)
     dead = (await ok_body(await api.get("/jobs?dead=true")))["jobs"]

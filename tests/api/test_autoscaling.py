@@ -197,7 +197,9 @@ async def calls_of_a_gauge(hands: QueueDriver) -> dict[str, int]:
     await read_load(hands.store, "iris", "predict_queue")
     found = hands.redis.info("commandstats")
     ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
-    return {name: calls for name, calls in ours.items() if not name.startswith(("config", "info"))}
+    # The store may still be opening its connections for large calls.
+    others = ("client", "config", "info")
+    return {name: calls for name, calls in ours.items() if not name.startswith(others)}
 
 
 async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(
@@ -209,7 +211,7 @@ async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(
     for _ in range(8):
         await hands.submit_many(250)
     assert await calls_of_a_gauge(hands) == few
-    assert few["evalsha"] == 1
+    assert few["fcall"] == 1
     assert sum(few.values()) < 25
 
 
@@ -223,7 +225,7 @@ async def test_a_million_waiting_jobs_do_not_block_redis_for_longer(
         hands.redis.eval(fill, 1, "predict_queue", f"x{part}:")
     hands.redis.config_resetstat()
     assert (await scale(api))["waiting_jobs"] == 1_000_000 + len(jobs)
-    stats = hands.redis.info("commandstats")["cmdstat_evalsha"]
+    stats = hands.redis.info("commandstats")["cmdstat_fcall"]
     assert stats["usec_per_call"] < 2000
     hands.redis.delete("predict_queue")
 

@@ -1,19 +1,33 @@
 """Bad input is answered with a 4xx problem that names the place, and nothing is queued."""
 
 import codecs
+import io
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx2
 import msgspec
+import numpy as np
 import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository.store import Store
 
-from .harness import QUEUE, announce, assert_problem, client_of, hosted, raw_exchange, running
+from .harness import (
+    QUEUE,
+    announce,
+    assert_problem,
+    client_of,
+    hosted,
+    raw_exchange,
+    running,
+    running_client,
+)
+from .tensor_requests import binary
 
 JSON = {"content-type": "application/json"}
+NDJSON = {"content-type": "application/x-ndjson"}
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +126,137 @@ async def test_an_unknown_name_comes_with_the_nearest_known(api: httpx2.AsyncCli
     body = {"data": [[1, 2, 3, 4]], "options": {"prioritty": "low"}}
     reply = await api.post("/predict", json=body)
     assert "Did you mean `priority`?" in reply.json()["errors"][0]["detail"]
+
+
+# --- a job that asks to be kept too long -----------------------------------------------------
+
+MAX_TTL = 3600
+TOO_LONG = {"ttl_seconds": MAX_TTL + 1}
+DATA = [[1.0, 2.0, 3.0, 4.0]]
+TENSOR = {"name": "input", "shape": [1, 4], "datatype": "FP32"}
+
+
+@pytest.fixture
+async def short_lived(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API that keeps jobs for an hour at most."""
+    await announce(store, "iris", default="iris")
+    limited = msgspec.structs.replace(config, max_ttl_seconds=MAX_TTL)
+    async with hosted(running(limited)) as port, client_of(port) as client:
+        yield client
+
+
+def npy_of(data: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(data, np.float32))
+    return file.getvalue()
+
+
+def body_with_options(**more: Any) -> dict[str, Any]:
+    return {"json": {"options": TOO_LONG, **more}}
+
+
+WAYS_IN_A_BODY = {
+    "data": body_with_options(data=DATA),
+    "a body that is parsed in a thread": body_with_options(data=DATA * 10_000),
+    "tensors": body_with_options(inputs=[{**TENSOR, "data": DATA}]),
+    "binary tensors": dict(
+        zip(
+            ("content", "headers"),
+            binary(("input", np.ones((1, 4), np.float32)), options=TOO_LONG),
+            strict=True,
+        )
+    ),
+}
+WAYS_IN_A_QUERY: dict[str, dict[str, Any]] = {
+    "data": {"json": {"data": DATA}},
+    "tensors": {"json": {"inputs": [{**TENSOR, "data": DATA}]}},
+    "npy": {"content": npy_of(DATA), "headers": {"content-type": "application/x-npy"}},
+    "lines": {"content": b'{"data": [[1, 2, 3, 4]]}\n', "headers": NDJSON},
+    "lines with options of their own": {
+        "content": b'{"data": [[1, 2, 3, 4]], "options": {}}\n',
+        "headers": NDJSON,
+    },
+}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/iris", "/models/iris/validate"])
+@pytest.mark.parametrize("way", WAYS_IN_A_BODY)
+async def test_a_body_that_asks_for_more_than_max_ttl_is_422_at_its_place(
+    short_lived: httpx2.AsyncClient, way: str, path: str
+) -> None:
+    reply = await short_lived.post(path, **WAYS_IN_A_BODY[way])
+
+    (fault,) = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert fault["pointer"] == "/options/ttl_seconds"
+    assert fault["detail"] == (
+        "3601 s is longer than this server keeps a job, 3600 s at most. Ask for less, or raise "
+        "MAX_TTL."
+    )
+
+
+@pytest.mark.parametrize("way", WAYS_IN_A_QUERY)
+async def test_a_query_that_asks_for_more_than_max_ttl_is_400(
+    short_lived: httpx2.AsyncClient, way: str
+) -> None:
+    reply = await short_lived.post("/predict", params=TOO_LONG, **WAYS_IN_A_QUERY[way])
+
+    detail = assert_problem(reply, 400, "invalid_query")["detail"]
+    assert detail.startswith("Query parameter `ttl_seconds`: 3601 s is longer")
+    assert "MAX_TTL" in detail
+
+
+async def test_a_line_that_asks_for_more_than_max_ttl_is_refused_by_itself(
+    short_lived: httpx2.AsyncClient,
+) -> None:
+    """Also one that is so long that it is parsed in a thread."""
+    lines = [{"data": data, "options": TOO_LONG} for data in (DATA, DATA * 10_000)]
+    content = b"\n".join(map(msgspec.json.encode, lines))
+    reply = await short_lived.post("/predict", content=content, headers=NDJSON)
+
+    answers = [msgspec.json.decode(line) for line in reply.content.splitlines()]
+    assert [(answer["code"], answer["line"]) for answer in answers] == [
+        ("invalid_input", 1),
+        ("invalid_input", 2),
+    ]
+    assert {answer["errors"][0]["pointer"] for answer in answers} == {"/options/ttl_seconds"}
+
+
+async def test_parameters_of_the_open_inference_protocol_set_no_ttl(
+    short_lived: httpx2.AsyncClient,
+) -> None:
+    body = {"inputs": [{**TENSOR, "data": DATA}], "parameters": TOO_LONG}
+    reply = await short_lived.post("/predict", json=body)
+
+    (fault,) = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert fault["pointer"] == "/parameters/ttl_seconds"
+
+
+@pytest.mark.parametrize("seconds", [1, MAX_TTL])
+async def test_max_ttl_itself_may_be_asked_for(
+    short_lived: httpx2.AsyncClient, seconds: int
+) -> None:
+    body = {"data": DATA, "options": {"ttl_seconds": seconds}}
+    reply = await short_lived.post("/models/iris/validate", json=body)
+
+    assert reply.json()["options"] == {"ttl_seconds": seconds}
+
+
+async def test_a_model_tells_the_largest_ttl_that_a_job_may_have(
+    config: ApiConfig, store: Store
+) -> None:
+    """Not more than an option may have, whatever MAX_TTL is."""
+    await announce(store, "iris", default="iris")
+    for max_ttl, told in ((MAX_TTL, MAX_TTL), (365 * 24 * 3600, 30 * 24 * 3600)):
+        async with running_client(
+            msgspec.structs.replace(config, max_ttl_seconds=max_ttl)
+        ) as client:
+            model = (await client.get("/models/iris")).json()
+            assert model["max_ttl_seconds"] == told
+            body = {"data": DATA, "options": {"ttl_seconds": told}}
+            assert (await client.post("/models/iris/validate", json=body)).status_code == 200
+
+
+# --- media types, routes and methods -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -640,7 +640,7 @@ async def test_a_line_whose_submit_is_uncertain_names_its_job(
         await bulk.read_head()
         await bulk.send(GOOD + b"\n")
         assert (await bulk.read_line() or {})["status"] == "pending"
-        proxied_api.proxy.cut_reply_to(script("submit").sha.encode(), 3)
+        proxied_api.proxy.cut_reply_to(script("submit").function.encode(), 3)
         proxied_api.proxy.black_hole()
         await bulk.send((GOOD + b"\n") * 2000)
         refused = [await bulk.read_line() or {} for _ in range(2000)]

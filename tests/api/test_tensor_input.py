@@ -21,6 +21,7 @@ from asyncinfer import jobs
 from asyncinfer.api.admission import ANYBODY, Reach
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.byte_budget import ByteBudget
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.request_input import Input, read_input, read_line
 from asyncinfer.errors import InvalidInput, RequestError
@@ -75,7 +76,13 @@ async def read_body_for(
     raw = {name.encode(): value.encode() for name, value in headers.items()}
     asked = query or RequestOptions()
     request = Request(
-        {}, receive, headers=raw, query=asked, admission=ANYBODY, reach=Reach("t", across=False)
+        {},
+        receive,
+        headers=raw,
+        query=asked,
+        admission=ANYBODY,
+        reach=Reach("t", across=False),
+        uploads=ByteBudget(64 << 20, body_seconds=30, wait_seconds=5),
     )
     long_reads = anyio.CapacityLimiter(1)
     return await read_input(request, ApiConfig(redis_url=""), served(signature), long_reads)
@@ -224,7 +231,7 @@ async def test_floats_in_json_may_be_nan_or_infinite(form: str, datatype: str) -
     text = json.dumps(body).encode()
 
     alone = await read_body_for(signature, text, {})
-    of_a_line, _ = read_line(text, RequestOptions(), served(signature))
+    of_a_line, _ = read_line(text, RequestOptions(), served(signature), 60)
 
     for taken in (alone, of_a_line):
         if taken.payload == "json":

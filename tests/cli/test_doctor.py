@@ -13,6 +13,7 @@ from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.machine import examine_machine
 from asyncinfer.cli.doctor.redis import findings_of
+from asyncinfer.processes.memory import usable_bytes
 from asyncinfer.repository.inspect.server_info import ServerInfo
 from asyncinfer.settings import Settings
 from tests import zoo
@@ -71,6 +72,9 @@ def test_a_healthy_server_has_no_problem() -> None:
         ("Redis persistence", {"appends_when": "no"}, "warning", "appendfsync everysec"),
         ("Redis disk", {"write_error": "aof_last_write_status is err"}, "problem", "BGSAVE"),
         ("Redis memory", {"used_bytes": 900 << 20}, "problem", "CONFIG SET maxmemory"),
+        ("Redis memory", {"max_bytes": 0}, "warning", f"CONFIG SET maxmemory {4 << 30}"),
+        ("Redis memory", {"max_bytes": 0, "machine_bytes": 0}, "warning", "maxmemory 2gb"),
+        ("Redis memory", {"max_bytes": 0, "used_bytes": 7 << 30}, "problem", "lower JOB_TTL"),
         ("Redis round trip", {"round_trip_seconds": 0.02}, "warning", "latency"),
         ("Redis round trip", {"round_trip_seconds": 0.4}, "problem", "latency"),
         ("clock", {"clock_ahead_seconds": -30.0}, "warning", "set-ntp"),
@@ -218,6 +222,18 @@ def test_a_host_that_only_this_machine_reaches_needs_no_keys() -> None:
     found = examine_machine(Settings(host="127.0.0.2"), None)
 
     assert "API keys" not in [finding.about for finding in found]
+
+
+def test_more_memory_for_the_embedded_valkey_than_there_is_is_a_warning(tmp_path: Path) -> None:
+    def about(max_bytes: int | None) -> list[Finding]:
+        found = examine_machine(Settings(embedded_maxmemory=max_bytes), tmp_path)
+        return [finding for finding in found if finding.about == "EMBEDDED_MAXMEMORY"]
+
+    (finding,) = about(1 << 50)
+
+    assert finding.verdict == "warning"
+    assert finding.mend.startswith(f"EMBEDDED_MAXMEMORY={usable_bytes() // 4}")
+    assert about(usable_bytes() // 2) == about(None) == []
 
 
 def test_more_threads_than_cores_are_a_warning() -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from asyncinfer.client import (
     ModelNotFound,
     SlowMapWarning,
 )
+from asyncinfer.testing import service
 from tests.zoo.catalogue import ENTRIES
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
@@ -230,6 +232,29 @@ def test_the_same_rows_and_group_run_nothing_again(client: Client) -> None:
     assert list(client.map(rows, group="again", progress=False)) == first
     assert started(client, "again") == ran
     assert len(ran) == 8
+
+
+def names(results: Sequence[Any]) -> list[str]:
+    """The classes: probabilities differ in the last digit with the rows beside them."""
+    return [result["class_name"] for result in results]
+
+
+def test_a_map_goes_through_a_server_that_keeps_jobs_for_less_than_a_day(
+    shipped_models: Path,
+) -> None:
+    rows = iris_rows(600).tolist()
+    limited = service(shipped_models / "iris", max_ttl=3600, failed_ttl=3600)
+    with limited as running, Client(running.url) as client:
+        assert client.model().max_ttl_seconds == 3600
+        first = list(client.map(rows, group="short", progress=False))
+        one_by_one = list(client.map(rows[:20], batch=1, progress=False))
+        ran = started(client, "short")
+
+        assert names(first[:20]) == names(one_by_one)
+        assert list(client.map(rows, group="short", progress=False)) == first
+        assert started(client, "short") == ran
+        with pytest.raises(InvalidInput, match=r"3601 s is longer .* 3600 s at most.*MAX_TTL"):
+            next(client.map(rows, ttl_seconds=3601, progress=False))
 
 
 def test_a_map_left_early_cancels_what_waits_and_is_resumed(client: Client) -> None:

@@ -15,6 +15,7 @@ import redis
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
 from asyncinfer.repository import keys
 from asyncinfer.repository.leases import Leases
+from asyncinfer.repository.libraries import Libraries
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import NAMES
 from asyncinfer.repository.store import Store
@@ -22,6 +23,7 @@ from asyncinfer.settings import Settings
 from tests.faults.harness import eventually_sync
 from tests.process import REPOSITORY
 from tests.queue_driver import Q, QueueDriver
+from tests.restricted_user import restricted_user, without_commands
 from tests.serving import running_serve
 
 PAGE: Final = (files("asyncinfer") / "docs" / "protocol.md").read_text()
@@ -227,8 +229,8 @@ def rows(*names: str) -> set[Row]:
 
 
 WRITTEN_BY_PROCESSES: Final = rows(
-    *(keys.inbox(Q, "api"), keys.worker(Q, "w"), keys.workers(Q), keys.models(Q)),
-    *(keys.model(Q, "iris"), keys.pace(Q, "iris"), keys.default_model(Q)),
+    *(keys.inbox(Q, "api"), keys.models(Q), keys.model(Q, "iris")),
+    *(keys.pace(Q, "iris"), keys.default_model(Q)),
 )
 """Rows of keys that APIs and workers write without a script."""
 
@@ -286,6 +288,8 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     driver.redis.mset({keys.data("nowhere"): b"[]", keys.status("nowhere"): b"pending"})
     await driver.maintenance.repair(600)
     await driver.announcements.announce_default_versions({"iris": "1"})
+    await driver.announcements.announce_worker("w", {}, 15)
+    await Libraries(driver.store).tidy()
     after_each()
     await driver.run_all()
     await driver.operations.purge(OTHER)
@@ -313,11 +317,16 @@ async def _lose_cancel_and_expire(driver: QueueDriver, after_each: Callable[[], 
     after_each()
 
 
+@pytest.mark.parametrize("forbidden", [(), ("fcall", "function")])
 async def test_every_key_that_the_scripts_write_has_the_type_and_ttl_of_its_row(
-    driver: QueueDriver, key_check: KeyCheck
+    forbidden: tuple[str, ...], server: redis.Redis, redis_url: str, key_check: KeyCheck
 ) -> None:
-    await use_every_script(driver, key_check.run)
-    assert key_check.seen == set(ROWS) - WRITTEN_BY_PROCESSES - NEVER_WRITTEN
+    with without_commands(server, redis_url, *forbidden) as url:
+        async with Store.open(url, queue_name=Q, policy=LONG, name="test") as store:
+            await use_every_script(QueueDriver(store, server), key_check.run)
+            assert store.functions.are_refused is bool(forbidden)
+    of_functions = rows(keys.libraries(Q)) if forbidden else set()
+    assert key_check.seen == set(ROWS) - WRITTEN_BY_PROCESSES - NEVER_WRITTEN - of_functions
     key_check.assert_full_ttls(key_check.seen)
 
 
@@ -331,6 +340,24 @@ async def test_the_page_lists_all_fields_of_the_log_and_of_control_messages(
         named = set(code(chapter(title)))
         assert words <= named, title
         assert named - words <= {keys.control("Q")}, title
+
+
+async def test_the_user_of_redis_that_the_security_page_makes_may_do_all_that_is_needed(
+    server: redis.Redis, redis_url: str
+) -> None:
+    page = (files("asyncinfer") / "docs" / "security.md").read_text()
+    made = re.search(r"^ACL SETUSER asyncinfer on >PASSWORD (.*)$", page, re.MULTILINE)
+    assert made
+    with restricted_user(server, redis_url, *made[1].split()) as url:
+        async with Store.open(url, queue_name=Q, policy=LONG, name="test") as store:
+            await store.check_server()
+            await store.check_writes()
+            await use_every_script(QueueDriver(store, server), lambda: None)
+            assert not store.functions.are_refused
+            blocking = store.blocking_connection()
+            await blocking.pop([keys.wake(Q)], 0.01)
+            await blocking.read({keys.log(Q): b"0"}, 0.01)
+            await blocking.close()
 
 
 # --- packed records --------------------------------------------------------------------------

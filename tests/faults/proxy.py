@@ -1,13 +1,20 @@
-"""A TCP proxy in front of Redis that cuts replies, swallows requests, or refuses connections."""
+"""A TCP proxy in front of Redis that cuts replies, swallows requests, refuses connections, or is
+as slow as a distant or narrow link."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from tests.faults.harness import stop_listening
 
+from .lane import Lane, Pipe
+
 _CHUNK_BYTES = 1 << 16
+
+_RECEIVE_BUFFER_BYTES = 128 << 10
+"""Of the kernel, for each socket. Unbounded it takes in megabytes that the link has not sent."""
 
 
 class Proxy:
@@ -22,6 +29,9 @@ class Proxy:
         self._swallowed_words: list[bytes] = []
         self._cut_if: Callable[[], bool] = lambda: False
         self.port = 0
+        self.requests = Lane()
+        self.replies = Lane()
+        """The two directions of the link."""
         self.replies_cut = 0
         self.requests_swallowed = 0
         self._is_forwarding = asyncio.Event()
@@ -41,6 +51,23 @@ class Proxy:
             await stop_listening(self._server)
         for writer in list(self._connections):
             writer.transport.abort()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def limit_rate(self, bytes_per_second: float) -> None:
+        """Limits each direction to a rate, over all connections together; `math.inf` ends it."""
+        for lane in (self.requests, self.replies):
+            lane.limit_rate(bytes_per_second)
+
+    def drip(self) -> None:
+        """Lets one byte a second pass in each direction."""
+        self.limit_rate(1)
+
+    def add_latency(self, seconds: float) -> None:
+        """Lets every byte arrive later by `seconds` in each direction; 0 ends it. A new connection
+        sends nothing for one round trip more, the time of a TCP handshake."""
+        for lane in (self.requests, self.replies):
+            lane.latency_seconds = seconds
 
     def black_hole(self) -> None:
         """Forwards nothing more; connections stay open and new ones are accepted."""
@@ -65,8 +92,6 @@ class Proxy:
     async def close(self) -> None:
         self.restore()
         await self.down()
-        for task in list(self._tasks):
-            task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -86,10 +111,16 @@ class Proxy:
         up_reader, up_writer = await self._dial()
         self._connections |= {writer, up_writer}
         cuts_reply = asyncio.Event()
+        requests, replies = Pipe(self.requests, up_writer), Pipe(self.replies, writer)
         try:
+            for end in (writer, up_writer):
+                _bound_receive_buffer(end)
+            await asyncio.sleep(self.requests.latency_seconds + self.replies.latency_seconds)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward_requests(reader, up_writer, cuts_reply))
-                group.create_task(self._forward_replies(up_reader, writer, cuts_reply))
+                group.create_task(requests.deliver())
+                group.create_task(replies.deliver())
+                group.create_task(self._forward_requests(reader, requests, cuts_reply))
+                group.create_task(self._forward_replies(up_reader, replies, cuts_reply))
         except* OSError:
             pass
         finally:
@@ -103,7 +134,7 @@ class Proxy:
         return await asyncio.open_connection(parts.hostname, parts.port or 6379)
 
     async def _forward_requests(
-        self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, cuts_reply: asyncio.Event
+        self, reader: asyncio.StreamReader, requests: Pipe, cuts_reply: asyncio.Event
     ) -> None:
         while data := await reader.read(_CHUNK_BYTES):
             await self._is_forwarding.wait()
@@ -115,21 +146,26 @@ class Proxy:
                     self._cuts.remove(command)
                     cuts_reply.set()
                     break
-            up.write(data)
-            await up.drain()
+            await requests.send(data)
+        await requests.wait_until_delivered()
         raise ConnectionResetError
 
     async def _forward_replies(
-        self, up: asyncio.StreamReader, writer: asyncio.StreamWriter, cuts_reply: asyncio.Event
+        self, up: asyncio.StreamReader, replies: Pipe, cuts_reply: asyncio.Event
     ) -> None:
         while data := await up.read(_CHUNK_BYTES):
             await self._is_forwarding.wait()
             if cuts_reply.is_set() or self._cut_if():
                 self.replies_cut += 1
                 break
-            writer.write(data)
-            await writer.drain()
+            await replies.send(data)
+        await replies.wait_until_delivered()
         raise ConnectionResetError
+
+
+def _bound_receive_buffer(writer: asyncio.StreamWriter) -> None:
+    connection: socket.socket = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
 
 
 @asynccontextmanager

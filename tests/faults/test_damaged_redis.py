@@ -337,6 +337,8 @@ async def test_a_repair_still_requeues_the_jobs_of_other_queues(
     server.lrem(Q, 0, job_id)
     for _ in range(2):
         server.delete(keys.repair_gate(Q))
+        for _ in range(2):  # more than the pause, which is a millisecond
+            wait_for_next_millisecond()
         repaired = await maintenance.repair(0.001)
     assert (repaired, server.lrange(Q, 0, -1)) == (1, [job_id.encode()])
     server.flushall()

@@ -17,7 +17,7 @@ from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.operations import CancelCounts, Operations
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.scripts import NAMES, script
+from asyncinfer.repository.scripts import library, script
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
@@ -49,7 +49,7 @@ async def _call_until_answered(
 
     `name` is the script whose replies are cut.
     """
-    proxy.cut_reply_to(script(name).sha.encode(), times)
+    proxy.cut_reply_to(script(name).function.encode(), times)
     before = proxy.replies_cut
     while True:
         try:
@@ -74,9 +74,8 @@ async def _read(load_client: LoadClient, job_id: str) -> StoredJob:
 
 @pytest.fixture
 async def loaded_store(proxied_store: Store) -> Store:
-    """A store behind the proxy; the server has its scripts."""
-    for name in NAMES:
-        await proxied_store.redis.script_load(script(name).text)
+    """A store behind the proxy; the server has its library."""
+    await proxied_store.command("FUNCTION LOAD", "REPLACE", library().text)
     return proxied_store
 
 

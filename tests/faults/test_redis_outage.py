@@ -322,7 +322,7 @@ async def test_a_server_that_loses_its_scripts_under_load_loses_no_job(
         worker = workers.start()
         for number in range(60):
             await load_client.submit([float(number % 5)] * 5)
-            server.script_flush()
+            server.function_flush("SYNC")
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
     assert_one_end_each(server, load_client.queue)

@@ -107,11 +107,27 @@ FAULTS: Final = (
     Fault(
         "a_claim_takes_one_job_more_than_fits",
         f"{_LUA}/_claim.lua",
-        "#chosen.taken > 0 and chosen.bytes + entry.bytes > args.max_bytes",
-        "#chosen.taken > 0 and chosen.bytes > args.max_bytes",
+        "taken > 0 and chosen.bytes + bytes > args.max_bytes",
+        "taken > 0 and chosen.bytes > args.max_bytes",
         (
             "tests/repository/test_claims.py::test_a_claim_is_bounded_in_bytes_but_takes_one_at_least",
         ),
+    ),
+    Fault(
+        "a_library_that_the_server_lost_is_not_loaded_again",
+        "asyncinfer/repository/functions.py",
+        'return str(error) == "Function not found"',
+        "return False",
+        (
+            "tests/repository/test_functions.py::test_the_first_call_loads_the_library_and_no_later_one_does",
+        ),
+    ),
+    Fault(
+        "the_library_of_a_living_process_is_deleted",
+        "asyncinfer/repository/libraries.py",
+        "return rounds + 1 if before == value else 0",
+        "return rounds + 1",
+        ("tests/repository/test_libraries.py::test_the_library_of_a_living_process_is_kept",),
     ),
     # --- leases and redelivery
     Fault(
@@ -227,7 +243,7 @@ FAULTS: Final = (
     Fault(
         "a_chunked_body_may_have_any_length",
         "asyncinfer/api/http/body.py",
-        "if size > limit.max_bytes:",
+        "if len(content) > limit.max_bytes:",
         "if len(chunk) > limit.max_bytes:",
         ("tests/api/test_bad_input.py::test_a_chunked_body_is_counted_while_it_is_read",),
     ),

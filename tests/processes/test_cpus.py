@@ -35,8 +35,10 @@ def test_a_quota_on_the_process_or_a_group_above_it_limits_the_cores(
     assert usable_cores(tmp_path) == 1
 
 
-def test_a_quota_of_cgroup_version_1_limits_the_cores(tmp_path: Path) -> None:
-    write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000\n")
-    write(tmp_path, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+@pytest.mark.parametrize("folder", ["", "pod/", "pod/box/"])
+def test_a_quota_of_cgroup_version_1_limits_the_cores(tmp_path: Path, folder: str) -> None:
+    write(tmp_path, "proc/self/cgroup", "3:cpu,cpuacct:/pod/box\n0::/\n")
+    write(tmp_path, f"sys/fs/cgroup/cpu/{folder}cpu.cfs_quota_us", "100000\n")
+    write(tmp_path, f"sys/fs/cgroup/cpu/{folder}cpu.cfs_period_us", "100000\n")
 
     assert usable_cores(tmp_path) == 1

@@ -12,8 +12,11 @@ import redis
 
 from asyncinfer.errors import DataDirBusy, StartError
 from asyncinfer.processes import valkey
+from asyncinfer.processes.memory import usable_bytes
 from tests.faults.harness import eventually, eventually_sync
 from tests.process import PythonProcess, is_gone, python_process
+
+MIB: Final = 1 << 20
 
 SERVE: Final = """
 import asyncio, signal, sys
@@ -73,6 +76,65 @@ async def test_it_stores_every_write_on_disk(tmp_path: Path) -> None:
             "save": "",
             "maxmemory-policy": "noeviction",
         }
+
+
+# --- the limit of its memory -------------------------------------------------------------------
+
+
+def limit_of(url: str) -> int:
+    return int(connect(url).config_get("maxmemory")["maxmemory"])
+
+
+async def test_it_may_have_a_quarter_of_the_memory_unless_a_limit_is_given(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        assert limit_of(server.url) == usable_bytes() // 4
+
+    async with valkey.embedded(tmp_path, 50 * MIB) as server:
+        assert limit_of(server.url) == 50 * MIB
+        server.child.signal(signal.SIGKILL)
+        await server.child.wait()
+        await server.start()
+        assert limit_of(server.url) == 50 * MIB
+
+
+@pytest.mark.parametrize(
+    ("stored", "limit"),
+    [(0, 25), (19, 25), (20, 25), (40, 50), (60, 75), (70, 75), (200, 75)],
+)
+def test_a_restart_leaves_room_above_what_is_stored_but_not_all_memory(
+    stored: int, limit: int
+) -> None:
+    assert valkey.default_max_bytes(stored * MIB, 100 * MIB) == limit * MIB
+
+
+async def test_a_server_that_was_full_takes_writes_after_a_restart(tmp_path: Path) -> None:
+    async with valkey.embedded(tmp_path, memory_bytes=40 * MIB) as server:
+        client = connect(server.url)
+        client.setrange("job", 12 * MIB, "x")
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("more", "1")
+
+    async with valkey.embedded(tmp_path, memory_bytes=40 * MIB) as server:
+        assert connect(server.url).set("more", "1")
+
+
+async def test_a_start_with_more_than_the_limit_says_so_and_refuses_writes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with valkey.embedded(tmp_path) as server:
+        connect(server.url).setrange("job", 20 * MIB, "x")
+    assert not caplog.messages
+
+    async with valkey.embedded(tmp_path, 16 * MIB) as server:
+        client = connect(server.url)
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("more", "1")
+        assert client.strlen("job") == 20 * MIB + 1
+    (said,) = caplog.messages
+    assert "may have 16 MiB (EMBEDDED_MAXMEMORY)" in said
+
+
+# --- one `serve` at a time ---------------------------------------------------------------------
 
 
 async def test_a_worker_finds_it_through_the_folder(data_dir: Path) -> None:

@@ -935,7 +935,7 @@ async def test_renewing_works_after_the_server_forgot_its_scripts(
 ) -> None:
     await hands.submit_one()
     claim = await hands.claim_jobs()
-    hands.redis.script_flush()
+    hands.redis.function_flush("SYNC")
     assert renewals.renew({Q: [claim.token]}).lost == ()
 
 

@@ -1,6 +1,7 @@
 """Each script does what its header says and says all it does, and includes just what it uses."""
 
 import ast
+import hashlib
 import inspect
 import itertools
 import re
@@ -15,13 +16,13 @@ import redis
 from asyncinfer.jobs import SCHEMA, Facts, Options, Record
 from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.scripts import NAMES, script
+from asyncinfer.repository.scripts import LIBRARY_PREFIX, NAMES, library, script
 from asyncinfer.repository.submissions import NewJob, script_options
 
 PACKAGE = Path(inspect.getfile(keys)).parents[1]
 
 HOT = ("submit", "claim", "finish", "renew")
-"""Called for every job; Redis creates every function of a script again for every call."""
+"""Called for every job; as a script, Redis creates each of its functions again for every call."""
 
 MAX_UNUSED_FUNCTIONS = 2
 MAX_UNUSED_FUNCTIONS_IF_HOT = 1
@@ -140,6 +141,23 @@ def test_each_included_part_comes_once_and_behind_the_parts_that_it_includes() -
             if places[other] >= place
         ]
     assert offenders == []
+
+
+def test_the_library_has_each_part_once_and_each_script_as_a_function() -> None:
+    text = library().text
+    code = {name: re.sub(r"^-- include: .*\n", "", source(name), flags=re.M) for name in PARTS}
+    assert [name for name in PARTS if text.count(code[name]) != 1] == []
+    bodies = {name: re.sub(r"^-- include: .*\n", "", parted(name)[1], flags=re.M) for name in NAMES}
+    assert [name for name in NAMES if text.count(bodies[name]) != 1] == []
+    registered = re.findall(r"^redis\.register_function\{ function_name = '(\w+)'", text, re.M)
+    assert registered == [script(name).function for name in NAMES]
+
+
+def test_the_name_of_the_library_changes_with_its_text() -> None:
+    name, text = library().name, library().text
+    assert re.fullmatch(f"{LIBRARY_PREFIX}[0-9a-f]{{16}}", name)
+    unnamed = text.replace(name, "")
+    assert name == LIBRARY_PREFIX + hashlib.sha256(unnamed.encode()).hexdigest()[:16]
 
 
 def all_included_by(name: str) -> set[str]:
@@ -431,7 +449,15 @@ def test_the_text_that_redis_runs_can_be_printed() -> None:
 def test_the_scripts_are_listed_with_their_digests() -> None:
     listed = run_scripts()
     assert listed.returncode == 0
-    assert listed.stdout.splitlines() == [f"{script(name).sha}  {name}" for name in NAMES]
+    assert listed.stdout.splitlines() == [
+        f"{library().name}  library",
+        *(f"{script(name).sha}  {name}" for name in NAMES),
+    ]
+
+
+def test_the_library_that_redis_loads_can_be_printed() -> None:
+    printed = run_scripts("library")
+    assert (printed.returncode, printed.stdout) == (0, library().text)
 
 
 def test_an_unknown_script_exits_with_2_and_the_names() -> None:

@@ -33,6 +33,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
 from tests.faults.harness import assert_at_rest
 from tests.queue_driver import Q, QueueDriver, new_job, outcome_of
+from tests.restricted_user import without_commands
 
 T = TypeVar("T")
 
@@ -921,6 +922,13 @@ _COMMON: dict[str, Any] = {
 
 def test_no_interleaving_breaks_the_protocol(redis_url: str, server: redis.Redis) -> None:
     run(redis_url, server, settings(max_examples=12, stateful_step_count=40, **_COMMON))
+
+
+def test_no_interleaving_breaks_the_protocol_where_functions_are_refused(
+    redis_url: str, server: redis.Redis
+) -> None:
+    with without_commands(server, redis_url, "fcall", "function") as url:
+        run(url, server, settings(max_examples=6, stateful_step_count=40, **_COMMON))
 
 
 @pytest.mark.soak

@@ -2,19 +2,18 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import msgspec
 import pytest
 import redis
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import Connection, ConnectionPool
 
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.repository import keys, wire
 from asyncinfer.repository.claims import ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.endpoint import Endpoint, close
+from asyncinfer.repository.link import Link, new_link
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
@@ -23,58 +22,43 @@ from tests.queue_driver import Q, new_job
 
 @pytest.fixture(params=[True, False], ids=["directly", "through redis-py's client"])
 async def either_store(
-    request: pytest.FixtureRequest, redis_url: str, server: redis.Redis, policy: Policy
+    request: pytest.FixtureRequest,
+    redis_url: str,
+    server: redis.Redis,
+    policy: Policy,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Store]:
-    endpoint = msgspec.structs.replace(Endpoint.parse(redis_url), is_direct=request.param)
-    store = Store(endpoint, Q, policy, name="test", call_seconds=1.0)
-    assert isinstance(store.redis.connection_pool, wire.Pool) == request.param
-    yield store
-    await close(store.redis)
+    monkeypatch.setattr(wire, "is_as_expected", lambda: request.param)
+    async with Store.open(redis_url, queue_name=Q, policy=policy, name="test") as store:
+        assert isinstance(new_link(Endpoint.parse(redis_url).client("x")), Link) == request.param
+        yield store
 
 
 def test_redis_py_is_as_expected() -> None:
-    assert list(wire.unexpected(AbstractConnection, ConnectionPool)) == []
+    assert wire.unexpected(Connection(), ConnectionPool) == []
+    assert wire.is_as_expected()
 
 
-def test_our_pool_uses_no_name_of_redis_pys() -> None:
-    ours = vars(wire.Pool()).keys() - vars(ConnectionPool()).keys()
-    assert ours == {"_ready", "_lent", "_is_closed"}
-    assert not ours & set(dir(ConnectionPool))
+def test_what_has_changed_in_redis_py_is_named() -> None:
+    assert wire.unexpected(object(), object) == [
+        *("_reader", "_writer", "connect", "disconnect", "make_connection")
+    ]
 
 
-async def test_a_connection_that_is_made_while_its_pool_is_closed_is_closed_too(
+async def test_a_connection_that_is_made_while_its_link_is_closed_is_closed_too(
     redis_url: str, server: redis.Redis
 ) -> None:
-    client = Endpoint.parse(redis_url).client("late", reply_seconds=None)
-    call = asyncio.ensure_future(wire.exchange(client, ("PING",)))
+    client = Endpoint.parse(redis_url).client("late")
+    link = Link(client)
+    call = asyncio.ensure_future(link.ask(("PING",), 1))
     await asyncio.sleep(0)  # it has begun to connect
 
-    await close(client)
+    await link.close()
 
     with pytest.raises(redis.ConnectionError):
         await call
     assert not [connection for connection in server.client_list() if connection["name"] == "late"]
-
-
-def test_what_has_changed_in_redis_py_is_named() -> None:
-    class ChangedConnection:
-        is_connected = True
-
-        async def connect(self) -> None: ...
-        async def disconnect(self) -> None: ...
-        def pack_command(self, *args: Any) -> None: ...
-        async def send_packed_command(self, command: bytes) -> None: ...
-
-    found = [text.partition(" has ")[2] for text in wire.unexpected(ChangedConnection, object)]
-    assert found == [
-        "no ChangedConnection.send_packed_command(b'', False).",
-        "no ChangedConnection.read_response().",
-        "no object.make_connection().",
-        "no object.get_connection().",
-        "no object.release(None).",
-        "no object.disconnect(False).",
-        "no ChangedConnection.can_read().",
-    ]
+    await close(client)
 
 
 async def test_a_job_is_submitted_claimed_and_finished(
@@ -158,11 +142,3 @@ async def test_a_call_that_was_given_up_leaves_no_reply_for_another(either_store
             async with asyncio.timeout(0.0001 * number):
                 await either_store.command("ECHO", "late")
         assert await either_store.command("ECHO", str(number)) == str(number).encode()
-
-
-def test_the_public_way_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    wire.log_unexpected(["redis-py 99 has no Connection.read_response()."])
-    wire.log_unexpected([])
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "redis-py 99 has no Connection.read_response()." in record.getMessage()

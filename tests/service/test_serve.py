@@ -49,7 +49,7 @@ def test_the_version_flag_prints_the_version(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("command", ["serve", "work"])
-def test_help_shows_every_setting_with_its_flag_variable_and_unit(
+def test_help_shows_every_setting_with_its_flag_variable_and_default(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
@@ -57,7 +57,8 @@ def test_help_shows_every_setting_with_its_flag_variable_and_unit(
 
     for knob in settings.knobs():
         assert f" {knob.flag}" in shown
-        assert f"{knob.unit}. [{knob.variable}]" in shown
+        default = knob.unset if knob.default in (None, ()) else knob.unit
+        assert f"{default}. [{knob.variable}]" in shown
 
 
 def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """POST /predict with one request per line: reads and submits jobs while responses are sent."""
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final, TypeVar
@@ -13,10 +14,16 @@ from asyncinfer.api.bulk.submitter import BatchSubmitter, NumberedJob
 from asyncinfer.api.bulk.writer import ResponseWriter, problem_line
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
 from asyncinfer.api.inputs.new_job import new_job
-from asyncinfer.api.inputs.request_input import is_slow_to_parse, read_line, read_long_line
+from asyncinfer.api.inputs.request_input import (
+    check_query_ttl,
+    is_slow_to_parse,
+    read_line,
+    read_long_line,
+)
 from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
@@ -55,6 +62,7 @@ async def predict_lines(services: Services, request: Request[RequestOptions]) ->
             "Idempotency-Key does not go with one request a line: give each line a member "
             "`idempotency_key` of its own."
         )
+    check_query_ttl(request.query, services.config.max_ttl_seconds)
     wait_seconds = preferred_wait(request)
     await services.catalog.find(request.path("model"))
     request.keep_body_open()
@@ -97,6 +105,8 @@ class BulkReader:
         self._interruptible = anyio.CancelScope()
         """The cancel scope of waits that end when the API stops; never around a submit."""
         self._key_is_revoked = False
+        self._reservation: Reservation | None = None
+        """That of the line that has not ended, if it is long."""
         self._reading_ended = anyio.Event()
         """Set once no more lines are read."""
 
@@ -121,6 +131,7 @@ class BulkReader:
             except RequestError as error:
                 self._add([problem_line(error, self._last_line + 1)], "")
             finally:
+                self._release_line()
                 self._reading_ended.set()
                 group.cancel_scope.cancel()
         self._responses.end()
@@ -155,7 +166,33 @@ class BulkReader:
                 raise ClientGone
             more = message.get("more_body", False)
             await self._process(lines.cut(message.get("body", b"")))
+            await self._reserve_line(lines.partial_bytes)
         await self._process(lines.rest())
+
+    # --- room for long lines ---------------------------------------------------------------
+
+    async def _reserve_line(self, partial_bytes: int) -> None:
+        """Makes sure that the part of a line that was received has room in the budget of uploads if
+        it is long. Waits for the room; raises TooManyUploads, and as `_unless_stopped` does."""
+        if partial_bytes <= SMALL_BODY_BYTES:
+            self._release_line()
+            return
+        if self._reservation is None:
+            self._reservation = await self._unless_stopped(self._long_line, math.inf)
+        assert self._reservation is not None, "there is no limit of time"
+        self._reservation.received(partial_bytes)
+
+    async def _long_line(self) -> Reservation:
+        """Reserves room for a line of any allowed length. If it comes too slowly while others wait,
+        what this object waits for is ended."""
+        max_bytes = self._services.config.max_json_bytes
+        return await self._request.uploads.reserve(max_bytes, lambda: self._interruptible.cancel())
+
+    def _release_line(self) -> None:
+        """Gives back the room of the line that has ended, if it had any."""
+        if self._reservation is not None:
+            self._reservation.release()
+            self._reservation = None
 
     # --- waiting for the client ------------------------------------------------------------
 
@@ -195,13 +232,17 @@ class BulkReader:
 
     async def _unless_stopped(self, call: Callable[[], Awaitable[T]], seconds: float) -> T | None:
         """The result of `call`, or None if it takes longer than `seconds` and is cancelled. Raises
-        ServerStopping if the API stops, and _KeyRevoked if the key is revoked, before or during the
-        call."""
-        if not (self._key_is_revoked or self._services.inbox.closing.is_set()):
+        ServerStopping if the API stops, _KeyRevoked if the key is revoked, and TooManyUploads if a
+        long line came too slowly, before or during the call."""
+        if not (
+            self._key_is_revoked or self._is_too_slow() or self._services.inbox.closing.is_set()
+        ):
             with anyio.move_on_after(seconds) as self._interruptible:
                 return await call()
         if self._key_is_revoked:
             raise _KeyRevoked
+        if self._is_too_slow():
+            raise self._request.uploads.too_slow_error()
         if self._services.inbox.closing.is_set():
             raise ServerStopping(
                 "The server is stopping, and did not read this line or those after it. Send them "
@@ -209,6 +250,10 @@ class BulkReader:
                 retry_after_seconds=1,
             )
         return None
+
+    def _is_too_slow(self) -> bool:
+        """Whether the long line that is being received was ended for other requests."""
+        return self._reservation is not None and self._reservation.is_ended
 
     # --- from lines to answers -------------------------------------------------------------
 
@@ -279,12 +324,12 @@ class BulkReader:
             )
         if isinstance(served, RequestError):
             raise served
-        query = self._request.query
+        query, max_ttl_seconds = self._request.query, self._services.config.max_ttl_seconds
         if is_slow_to_parse(line.text):
             limiter = self._services.long_reads
-            parsed, key = await read_long_line(line.text, query, served, limiter)
+            parsed, key = await read_long_line(line.text, query, served, max_ttl_seconds, limiter)
         else:
-            parsed, key = read_line(line.text, query, served)
+            parsed, key = read_line(line.text, query, served, max_ttl_seconds)
         return new_job(self._request.tenant, served.queue, parsed, key)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:

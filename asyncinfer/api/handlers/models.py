@@ -13,6 +13,7 @@ from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.inputs.request_input import read_input
 from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
+from asyncinfer.jobs import MAX_OPTION_SECONDS
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import WorkerAnnouncement
@@ -163,13 +164,22 @@ async def _views(services: Services, served: Sequence[Served], workers: Workers)
     """The models as answers show them, in the order of `served`. Raises RedisUnavailable."""
     paused = await services.inspection.paused([model.queue for model in served])
     default = services.catalog.default_model
+    max_ttl_seconds = min(services.config.max_ttl_seconds, MAX_OPTION_SECONDS)
     return [
-        _view(model, workers, is_default=model.signature.model == default, paused=is_paused)
+        _view(
+            model,
+            workers,
+            is_default=model.signature.model == default,
+            paused=is_paused,
+            max_ttl_seconds=max_ttl_seconds,
+        )
         for model, is_paused in zip(served, paused, strict=True)
     ]
 
 
-def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -> Model:
+def _view(
+    served: Served, workers: Workers, *, is_default: bool, paused: bool, max_ttl_seconds: int
+) -> Model:
     signature = served.signature
     name = signature.model
     return Model(
@@ -187,6 +197,7 @@ def _view(served: Served, workers: Workers, *, is_default: bool, paused: bool) -
         batched=signature.batched,
         batching=signature.batching,
         max_rows=signature.max_rows,
+        max_ttl_seconds=max_ttl_seconds,
         sha256=signature.sha256,
         version_sha256={version: served.signatures[version].sha256 for version in served.versions},
         symbols=_symbols(signature),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
@@ -13,6 +13,7 @@ from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
 from asyncinfer.api.inputs.request_input import read_input
 from asyncinfer.api.job_lookup import job_absent_error
+from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import accepted_view, job_view, url_of
@@ -50,13 +51,19 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     if wait_seconds is None:
         return await _submitted_reply(services, job, await _submit(services, job))
     form = _requested_form(request, job)
-    stored, job_id = await _submit_and_wait(services, request, job, wait_seconds)
+    record = job.record
+    with services.inbox.expect(job.job_id) as ticket:
+        submitted = await _submit(services, replace(job, inbox=services.inbox.name))
+        # The body is stored, and would else be in memory for as long as its client waits.
+        del job
+        request.release_body()
+        stored = await _wait(services, request, submitted, ticket, wait_seconds)
     applied = (b"preference-applied", b"wait=%d" % wait_seconds)
     if stored and stored.has_ended:
         return _ended_reply(services, stored, form, applied)
     status = stored.status if stored else "pending"
-    record = (stored and stored.record) or job.record
-    return _accepted_reply(services, job_id, status, record, applied)
+    record = (stored and stored.record) or record
+    return _accepted_reply(services, submitted.job_id, status, record, applied)
 
 
 def idempotency_key(request: Request[Any]) -> str | None:
@@ -105,32 +112,32 @@ async def _submitted_reply(services: Services, job: NewJob, submitted: SubmitRep
     return _accepted_reply(services, submitted.job_id, status, record)
 
 
-async def _submit_and_wait(
-    services: Services, request: Request[Any], job: NewJob, seconds: int
-) -> tuple[StoredJob | None, str]:
-    """Returns the job as it is when it has ended or after `seconds`, and its id, which is the
-    earlier job's for a repetition. The job is None if the client has disconnected or Redis fails
-    after the submit. Raises as `_submit` does, and Unauthorized or Forbidden with the id if the key
-    is revoked."""
-    with services.inbox.expect(job.job_id) as ticket:
-        job = msgspec.structs.replace(job, inbox=services.inbox.name)
-        submitted = await _submit(services, job)
-        ticket.was_stored = True
-        if submitted.verdict == "dup":
-            existing = await _existing_job(services, submitted.job_id)
-            waiting = services.inbox.wait(existing, seconds)
-        elif stored := await ticket.wait_briefly(seconds):
-            return stored, submitted.job_id
-        else:
-            waiting = ticket.wait(seconds)
-        try:
-            stored = await while_client_stays(request, waiting)
-        except RedisUnavailable:
-            # The job was accepted even if the wait fails, and the client needs its id.
-            stored = None
-        except (Unauthorized, Forbidden) as error:
-            raise with_job_id(error, submitted.job_id) from None
-    return stored, submitted.job_id
+async def _wait(
+    services: Services,
+    request: Request[Any],
+    submitted: SubmitReply,
+    ticket: Ticket,
+    seconds: int,
+) -> StoredJob | None:
+    """Returns the submitted job, or the earlier one that it repeats, as it is when it has ended or
+    after `seconds`. None if the client has disconnected or Redis fails. Raises Unauthorized or
+    Forbidden with the job's id if the key is revoked; for a repetition also JobNotFound or
+    JobExpired."""
+    ticket.was_stored = True
+    if submitted.verdict == "dup":
+        existing = await _existing_job(services, submitted.job_id)
+        waiting = services.inbox.wait(existing, seconds)
+    elif stored := await ticket.wait_briefly(seconds):
+        return stored
+    else:
+        waiting = ticket.wait(seconds)
+    try:
+        return await while_client_stays(request, waiting)
+    except RedisUnavailable:
+        # The job was accepted even if the wait fails, and the client needs its id.
+        return None
+    except (Unauthorized, Forbidden) as error:
+        raise with_job_id(error, submitted.job_id) from None
 
 
 async def _existing_job(services: Services, job_id: str) -> StoredJob:

@@ -1,5 +1,6 @@
 """Reading a request's body: its kind, its encoding and its size limit."""
 
+import io
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -9,6 +10,7 @@ from msgspec import Struct
 from starlette.types import Receive
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import OWS, ClientGone, Request
 from asyncinfer.errors import BodyTooLarge, EncodingRefused, InvalidHeader, MediaTypeRefused
 
@@ -40,15 +42,17 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
     tensors follow its JSON, since clients of the Open Inference Protocol send any Content-Type, or
     none.
 
-    Raises BodyTooLarge, MediaTypeRefused, EncodingRefused, InvalidHeader or ClientGone, and the
-    errors of `Admission.check` if the key was revoked meanwhile.
+    A large body takes room in the budget of uploads, until `Request.release_body`.
+
+    Raises BodyTooLarge, TooManyUploads, MediaTypeRefused, EncodingRefused, InvalidHeader or
+    ClientGone, and the errors of `Admission.check` if the key was revoked meanwhile.
     """
     if _is_plain_json(request.headers):
         json_bytes, npy, limit = None, False, _json_limit(config)
     else:
         json_bytes, npy, limit = _kind(request, config)
-    _check_announced_length(request.header(b"content-length"), limit)
-    content = await _read(request, limit)
+    announced_bytes = _announced_bytes(request.header(b"content-length"), limit)
+    content = await _read(request, limit, announced_bytes)
     # The key may have been revoked while the body was being received.
     request.admission.check()
     if json_bytes is not None and json_bytes > len(content):
@@ -137,23 +141,66 @@ def _json_limit(config: ApiConfig) -> _Limit:
     return _Limit(config.max_json_bytes, "MAX_JSON")
 
 
-async def _read(request: Request[Any], limit: _Limit) -> bytes:
-    """The whole body; raises BodyTooLarge as soon as more than the limit was received, or
-    ClientGone."""
-    chunks: list[bytes] = []
-    size = 0
+async def _read(request: Request[Any], limit: _Limit, announced_bytes: int | None) -> bytes:
+    """The whole body, whose announced size is None if it comes in chunks. Raises BodyTooLarge as
+    soon as more than the limit was received, TooManyUploads or ClientGone."""
+    if announced_bytes is not None and announced_bytes > SMALL_BODY_BYTES:
+        return await _read_large(request, limit, announced_bytes, b"")
+    content = b""
     more = True
     while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit.max_bytes:
+        chunk, more = await _receive(request)
+        content = content + chunk if content else chunk
+        if len(content) > limit.max_bytes:
             raise limit.error()
-        chunks.append(chunk)
-        more = message.get("more_body", False)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if more and len(content) > SMALL_BODY_BYTES:
+            return await _read_large(request, limit, None, content)
+    return content
+
+
+async def _read_large(
+    request: Request[Any], limit: _Limit, announced_bytes: int | None, begun: bytes
+) -> bytes:
+    """The whole body, of which `begun` was received, within a reservation of its announced size,
+    else of the limit; raises as `_read` does. Reads nothing before there is room.
+
+    The bytes are collected in a buffer of the announced size, whose pages take memory only once
+    they are written: a list of chunks took up to twice as much. It is closed in any case, since an
+    error would keep it in memory for as long as the answer is sent.
+    """
+    reading = anyio.CancelScope()
+    reserved_bytes = announced_bytes or limit.max_bytes
+    request.reservation = await request.uploads.reserve(reserved_bytes, reading.cancel)
+    with io.BytesIO(bytes(announced_bytes or 0)) as content:
+        content.write(begun)
+        with reading:
+            await _receive_rest(request, request.reservation, limit, content)
+        if request.reservation.is_ended:
+            raise request.uploads.too_slow_error()
+        request.reservation.complete()
+        content.truncate()
+        return content.getvalue()
+
+
+async def _receive_rest(
+    request: Request[Any], reservation: Reservation, limit: _Limit, content: io.BytesIO
+) -> None:
+    """Adds the rest of the body to `content`; raises BodyTooLarge or ClientGone."""
+    more = True
+    while more:
+        chunk, more = await _receive(request)
+        content.write(chunk)
+        if content.tell() > limit.max_bytes:
+            raise limit.error()
+        reservation.received(content.tell())
+
+
+async def _receive(request: Request[Any]) -> tuple[bytes, bool]:
+    """The next bytes of the body, and whether more follow; raises ClientGone."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _json_bytes(value: str | None, max_json_bytes: int) -> int | None:
@@ -225,8 +272,12 @@ def _check_encoding(value: str | None) -> None:
         )
 
 
-def _check_announced_length(value: str | None, limit: _Limit) -> None:
-    """Raises BodyTooLarge by the Content-Length, before the body is read; `_read` counts bytes all
-    the same."""
-    if value is not None and value.isdecimal() and int(value[:20]) > limit.max_bytes:
+def _announced_bytes(value: str | None, limit: _Limit) -> int | None:
+    """The Content-Length, None without one. Raises BodyTooLarge by it, before the body is read;
+    `_read` counts bytes all the same."""
+    if value is None or not value.isdecimal():
+        return None
+    announced_bytes = int(value[:20])
+    if announced_bytes > limit.max_bytes:
         raise limit.error()
+    return announced_bytes

@@ -11,6 +11,7 @@ from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from asyncinfer.api.admission import Admission, Reach
+from asyncinfer.api.http.byte_budget import ByteBudget, Reservation
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
 
@@ -39,9 +40,20 @@ class ClientGone(Exception):
 
 class Request(Generic[Query]):
     """A request that passed the guard, with its caller and query. `tenant` is the caller's own,
-    `reach` says whose jobs the request is about. Its body is read with `receive`, once."""
+    `reach` says whose jobs the request is about. Its body is read with `receive`, once; a large one
+    has a reservation in `uploads`."""
 
-    __slots__ = ("_scope", "admission", "headers", "query", "reach", "receive", "tenant")
+    __slots__ = (
+        "_scope",
+        "admission",
+        "headers",
+        "query",
+        "reach",
+        "receive",
+        "reservation",
+        "tenant",
+        "uploads",
+    )
 
     def __init__(
         self,
@@ -52,6 +64,7 @@ class Request(Generic[Query]):
         query: Query,
         admission: Admission,
         reach: Reach,
+        uploads: ByteBudget,
     ) -> None:
         self._scope = scope
         self.receive = receive
@@ -60,6 +73,15 @@ class Request(Generic[Query]):
         self.admission = admission
         self.tenant = admission.tenant
         self.reach = reach
+        self.uploads = uploads
+        self.reservation: Reservation | None = None
+        """That of the whole body; None if it is small or not read."""
+
+    def release_body(self) -> None:
+        """Gives back what the body takes of the budget: call it once the body is in memory no more.
+        Does nothing without a reservation, or the second time."""
+        if self.reservation is not None:
+            self.reservation.release()
 
     def path(self, name: str) -> str | None:
         """The path parameter `name`, decoded, or None if the route has none of that name."""
@@ -149,6 +171,17 @@ async def send_reply(reply: Reply, scope: Scope, send: Send, *, more: bool = Fal
     )
     body = b"" if scope["method"] == "HEAD" else reply.body
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_large_reply(reply: Reply, scope: Scope, send: Send, max_seconds: float) -> None:
+    """Sends the whole reply, and returns once the client has read nearly all of it. Raises
+    ClientTooSlow if it has not within `max_seconds`."""
+    await send_reply(reply, scope, send, more=True)
+    try:
+        with anyio.fail_after(max_seconds):
+            await end_reply(send)
+    except TimeoutError:
+        raise ClientTooSlow(f"the client had not read its answer after {max_seconds:g} s") from None
 
 
 async def send_stream(stream: Stream, scope: Scope, send: Send) -> None:

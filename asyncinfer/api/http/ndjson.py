@@ -28,6 +28,11 @@ class LineSplitter:
         """The pieces of the line that has not ended yet."""
         self._partial_bytes = 0
 
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes held of the line that has not ended yet."""
+        return min(self._partial_bytes, self._max_bytes) if self._partial else 0
+
     def cut(self, data: bytes) -> Iterator[Line]:
         """Yields the lines that end in `data`, without line ends; take them all before the next
         call. Blank lines are counted, but not yielded."""

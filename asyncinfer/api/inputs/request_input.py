@@ -12,7 +12,12 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http import npy
 from asyncinfer.api.http.body import Body, read_body
 from asyncinfer.api.http.messages import Request
-from asyncinfer.api.inputs.envelope import ParsedBody, read_envelope, read_line_envelope
+from asyncinfer.api.inputs.envelope import (
+    ParsedBody,
+    read_envelope,
+    read_line_envelope,
+    reject_input,
+)
 from asyncinfer.api.inputs.tensor_input import read_outputs, read_tensors
 from asyncinfer.errors import InputError, InvalidInput, InvalidQuery
 from asyncinfer.jobs import Options
@@ -69,12 +74,22 @@ async def read_input(
     A body that takes long to parse is parsed in a thread, of which `long_reads` allows one: a
     second one would only compete for the interpreter.
     """
+    max_ttl_seconds = config.max_ttl_seconds
+    check_query_ttl(request.query, max_ttl_seconds)
     body = await read_body(request, config)
     if body.npy:
         return _from_npy(body.content, request.query, served)
     if is_slow_to_parse(body.content) and _has_much_to_parse(body):
-        return await to_thread.run_sync(_read, body, request.query, served, limiter=long_reads)
-    return _read(body, request.query, served)
+        return await to_thread.run_sync(
+            _read, body, request.query, served, max_ttl_seconds, limiter=long_reads
+        )
+    return _read(body, request.query, served, max_ttl_seconds)
+
+
+def check_query_ttl(query: RequestOptions, max_ttl_seconds: int) -> None:
+    """Raises InvalidQuery if the query asks for a `ttl_seconds` above the limit."""
+    if problem := _ttl_problem(query, max_ttl_seconds):
+        raise InvalidQuery(f"Query parameter `ttl_seconds`: {problem}")
 
 
 def is_slow_to_parse(line: bytes) -> bool:
@@ -83,18 +98,27 @@ def is_slow_to_parse(line: bytes) -> bool:
 
 
 async def read_long_line(
-    line: bytes, defaults: RequestOptions, served: Served, long_reads: CapacityLimiter
+    line: bytes,
+    defaults: RequestOptions,
+    served: Served,
+    max_ttl_seconds: int,
+    long_reads: CapacityLimiter,
 ) -> tuple[Input, str | None]:
     """`read_line` in a thread, while the event loop continues; waits while `long_reads` allows no
     thread."""
-    return await to_thread.run_sync(read_line, line, defaults, served, limiter=long_reads)
+    return await to_thread.run_sync(
+        read_line, line, defaults, served, max_ttl_seconds, limiter=long_reads
+    )
 
 
-def read_line(line: bytes, defaults: RequestOptions, served: Served) -> tuple[Input, str | None]:
+def read_line(
+    line: bytes, defaults: RequestOptions, served: Served, max_ttl_seconds: int
+) -> tuple[Input, str | None]:
     """The input of a line of a bulk request, and its idempotency key (None without one); raises
     InvalidJSON, InvalidInput, VersionNotFound or ModelLoading. `defaults` are the options of a line
-    without its own."""
+    without its own, of which `check_query_ttl` has checked the `ttl_seconds`."""
     parsed = read_line_envelope(line)
+    _check_body_ttl(parsed, max_ttl_seconds)
     options = parsed.options if parsed.has_options else defaults
     return _check_parsed(parsed, Body(line, None), options, served), parsed.key
 
@@ -108,11 +132,12 @@ def _has_much_to_parse(body: Body) -> bool:
     return body.content.find(b'"BYTES"', 0, head_bytes) >= 0
 
 
-def _read(body: Body, query: RequestOptions, served: Served) -> Input:
+def _read(body: Body, query: RequestOptions, served: Served, max_ttl_seconds: int) -> Input:
     """The input of a body that is not `.npy`; raises as `read_input` does. Runs in a thread for
     long bodies."""
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
     parsed = read_envelope(json_text)
+    _check_body_ttl(parsed, max_ttl_seconds)
     return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
@@ -123,6 +148,23 @@ def _check_parsed(parsed: ParsedBody, body: Body, options: RequestOptions, serve
     if parsed.inputs:
         return _from_tensors(parsed, body, options, signature)
     return _from_data(parsed, body, options, signature)
+
+
+def _check_body_ttl(parsed: ParsedBody, max_ttl_seconds: int) -> None:
+    """Raises InvalidInput if the body's own options have a `ttl_seconds` above the limit."""
+    if problem := _ttl_problem(parsed.options, max_ttl_seconds):
+        reject_input(InputError("/options/ttl_seconds", problem))
+
+
+def _ttl_problem(options: RequestOptions, max_ttl_seconds: int) -> str:
+    """What is wrong with `ttl_seconds`, and what to do; empty if it is within the limit."""
+    wanted = options.ttl_seconds
+    if wanted is None or wanted <= max_ttl_seconds:
+        return ""
+    return (
+        f"{wanted} s is longer than this server keeps a job, {max_ttl_seconds} s at most. Ask for "
+        "less, or raise MAX_TTL."
+    )
 
 
 def _options(parsed: ParsedBody, query: RequestOptions) -> RequestOptions:

@@ -52,6 +52,7 @@ def with_embedded_fixes(found: Sequence[Finding], data_dir: Path | None) -> list
         return list(found)
     fixes = {
         "Redis": "read the log of `asyncinfer serve`, or restart it",
+        "Redis memory": "raise EMBEDDED_MAXMEMORY or lower JOB_TTL, and restart `asyncinfer serve`",
         "Redis disk": f"free the disk of {data_dir}; then the jobs go on by themselves",
     }
     return [

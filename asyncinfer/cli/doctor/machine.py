@@ -12,6 +12,7 @@ from asyncinfer.cli.addresses import is_loopback
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import KeyFileRefused
+from asyncinfer.processes import memory
 from asyncinfer.processes.cpus import usable_cores
 from asyncinfer.settings import Settings
 
@@ -22,6 +23,9 @@ _FULL_DISK_BYTES: Final = 16 << 20
 
 _MIN_MEMORY_BYTES: Final = 400 << 20
 """API, worker and Valkey take 250 MiB before the first model is loaded."""
+
+_HIGH_MEMORY_SHARE: Final = 0.75
+"""What the embedded Valkey may take at most: API, worker and models need the rest."""
 
 _CONNECT_SECONDS: Final = 0.5
 _MAX_BROKEN_LINES: Final = 5
@@ -36,6 +40,7 @@ def examine_machine(settings: Settings, data_dir: Path | None) -> Iterator[Findi
     yield from _memory()
     yield from _open_files()
     if data_dir:
+        yield from _embedded_maxmemory(settings.embedded_maxmemory)
         yield _disk(data_dir)
     if settings.api_keys:
         yield from _keys(settings.api_keys)
@@ -71,12 +76,9 @@ def _threads(settings: Settings) -> Finding:
     return ok("cores", found)
 
 
-def _memory(root: Path = Path("/")) -> Iterator[Finding]:
-    """A finding on the memory limit of the control group; none if there is no limit.
-
-    `root` is the root of the file system, which tests replace.
-    """
-    limit = _cgroup_memory_bytes(root)
+def _memory() -> Iterator[Finding]:
+    """A finding on the memory limit of the control group; none if there is no limit."""
+    limit = memory.group_limit_bytes()
     if limit is None:
         return
     found = f"the control group allows {size(limit)}"
@@ -87,19 +89,16 @@ def _memory(root: Path = Path("/")) -> Iterator[Finding]:
         yield ok("memory", found)
 
 
-def _cgroup_memory_bytes(root: Path) -> int | None:
-    """The memory limit of the control group, version 2 or 1; None if there is none.
-
-    `root` is the folder in which `sys/fs/cgroup` is.
-    """
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (root / "sys/fs/cgroup" / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 1 << 60:
-            return int(text)
-    return None
+def _embedded_maxmemory(max_bytes: int | None) -> Iterator[Finding]:
+    """A warning if the embedded Valkey may take nearly all memory; else nothing."""
+    usable = memory.usable_bytes()
+    if max_bytes and max_bytes > _HIGH_MEMORY_SHARE * usable:
+        found = (
+            f"{size(max_bytes)} of the {size(usable)} that there are: the system kills Valkey "
+            "before that refuses submits"
+        )
+        mend = f"EMBEDDED_MAXMEMORY={usable // 4}, or unset it"
+        yield warning("EMBEDDED_MAXMEMORY", found, mend)
 
 
 def _open_files() -> Iterator[Finding]:

@@ -94,16 +94,27 @@ def _persistence(info: ServerInfo, url: str) -> Finding:
 
 
 def _memory(info: ServerInfo, url: str) -> Finding:
-    """A problem if more than 80 % of its limit, or of its machine's memory, is used; else ok."""
+    """A problem if more than 80 % of its maxmemory is used; a warning if it has none."""
     about = "Redis memory"
-    limit = info.max_bytes or info.machine_bytes
-    used = f"{size(info.used_bytes)} of {size(limit)} {'' if info.max_bytes else 'in its machine'}"
-    if limit and info.used_bytes > _HIGH_MEMORY_SHARE * limit:
-        mend = f"{_cli(url)} CONFIG SET maxmemory {2 * limit}, or lower JOB_TTL"
-        return problem(about, f"{used}: full memory refuses submits", mend)
     if not info.max_bytes:
-        return ok(about, f"{used}, no maxmemory: MAX_QUEUE_BYTES and MAX_KEPT_BYTES bound it")
+        return _unlimited_memory(info, url)
+    used = f"{size(info.used_bytes)} of {size(info.max_bytes)}, its maxmemory"
+    if info.used_bytes > _HIGH_MEMORY_SHARE * info.max_bytes:
+        mend = f"{_cli(url)} CONFIG SET maxmemory {2 * info.max_bytes}, or lower JOB_TTL"
+        return problem(about, f"{used}: full memory refuses submits", mend)
     return ok(about, used)
+
+
+def _unlimited_memory(info: ServerInfo, url: str) -> Finding:
+    """A warning on a server without maxmemory, a problem if its machine's memory is nearly full."""
+    machine = info.machine_bytes
+    used = f"{size(info.used_bytes)} of {size(machine)} in its machine, and it has no maxmemory"
+    if machine and info.used_bytes > _HIGH_MEMORY_SHARE * machine:
+        mend = "lower JOB_TTL, or give its machine more memory; then set its maxmemory"
+        return problem("Redis memory", f"{used}: the system kills it when that is full", mend)
+    found = f"{used}: MAX_QUEUE_BYTES and MAX_KEPT_BYTES limit each queue, but nothing limits all"
+    mend = f"{_cli(url)} CONFIG SET maxmemory {machine // 2 or '2gb'} (and in its file)"
+    return warning("Redis memory", found, mend)
 
 
 def _round_trip(trip: float) -> Finding:

@@ -161,6 +161,8 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body,
         max_json_bytes=settings.max_json,
+        max_ttl_seconds=settings.max_ttl,
+        max_inflight_bytes=settings.max_inflight_bytes,
     )
 
 

@@ -40,6 +40,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
     plan = supervisor.ServePlan(
         redis_url=redis_url,
         data_dir=configuration.data_dir(settings),
+        embedded_max_bytes=settings.embedded_maxmemory,
         worker=_own_command("work") if with_worker else (),
         environ=_child_environ(settings),
         drain_seconds=settings.drain_timeout,

@@ -53,7 +53,8 @@ _MAX_ROWS: Final = 256
 """The most rows of one job with batch="auto": larger jobs hardly save requests, and here a bad row
 does not hold up many."""
 _TTL_SECONDS: Final = 24 * 3600
-"""How long a map can be resumed without running its finished jobs again."""
+"""How long a map can be resumed without running its finished jobs again, if the server keeps jobs
+for so long."""
 _QUEUE_FULL_SECONDS: Final = 600.0
 """How long a full queue is awaited."""
 _ONE_ROW_FAILURES: Final = frozenset(
@@ -108,7 +109,7 @@ def make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapP
     return MapPlan(
         model=model,
         model_name=wanted.model,
-        options={"ttl_seconds": _TTL_SECONDS, **wanted.options},
+        options={"ttl_seconds": min(_TTL_SECONDS, model.max_ttl_seconds), **wanted.options},
         group=wanted.group,
         rows_are_inputs=rows_are_inputs,
         max_rows_per_job=rows_per_job,

@@ -56,7 +56,7 @@ async def read_server_info(store: Store) -> ServerInfo:
     except ServerRefused as error:
         refusal = error.detail
     with translate_errors():
-        info: Mapping[str, Any] = await store.redis.info("everything")
+        info: Mapping[str, Any] = await store.command("INFO", "everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
     workers = (await Announcements(store).read_workers()).values()

@@ -1,22 +1,19 @@
 -- include: keys job_keys fact_names facts doorbell log sequence stored_bytes
 -- include: waiting_bytes ending
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
--- An entry is an id found in a list with what Redis holds of it: {id, status, meta, input, bytes,
--- packed, facts}. status, meta and packed (its packed facts) are false if Redis has none; facts are
--- unpacked, nil if missing or corrupt; bytes is the size of the input, 0 if there is none.
 
--- Returns what a claim does with an entry at `now`, in whole ms; writes nothing. `ready` and
+-- Returns what a claim does with a job at `now`, in whole ms; writes nothing. `ready` and
 -- `exclusive` (redelivered or suspect, so that it is claimed alone) are taken. `input_lost` and
 -- `expired` fail, as does `invalid` (not an id) if it is pending. `absent` (neither a status nor a
--- job of an external producer) and `not_pending` (it has another status) are dropped.
-local function classify(entry, now)
-  local status, facts = entry.status, entry.facts
-  if #entry.id == 0 or #entry.id > 128 or entry.id:find('%c') then return 'invalid' end
-  local is_external = not status and not entry.meta
-  if status ~= 'pending' and not (is_external and entry.bytes > 0) then
+-- job of an external producer) and `not_pending` (it has another status) are dropped. status and
+-- meta are false if Redis has none, facts nil if missing or corrupt, bytes 0 if there is no input.
+local function classify(id, status, meta, bytes, facts, now)
+  if #id == 0 or #id > 128 or id:find('%c') then return 'invalid' end
+  local is_external = not status and not meta
+  if status ~= 'pending' and not (is_external and bytes > 0) then
     return status and 'not_pending' or 'absent'
   end
-  if entry.bytes == 0 then return 'input_lost' end
+  if bytes == 0 then return 'input_lost' end
   if facts then
     local start_by, finish_by = facts[START_BY_MS], facts[FINISH_BY_MS]
     if (start_by and start_by < now) or (finish_by and finish_by < now) then return 'expired' end
@@ -33,25 +30,23 @@ local function packed_facts_of(q, ids)
   return redis.call('HMGET', q.facts, unpack(ids))
 end
 
--- The entries of `ids`, at least one, in their order. Reads their inputs if `with_inputs` is true
--- and none of the jobs is external, since the size of such an input is not known before it is
--- read; else `input` is nil or false, also for a job that has one.
-local function read_entries(q, ids, with_inputs)
-  local names = job_keys(ids, ':status')
-  for i, name in ipairs(job_keys(ids, ':meta')) do names[#ids + i] = name end
-  local values = redis.call('MGET', unpack(names))
-  local facts = packed_facts_of(q, ids)
-  for i = 1, #ids do with_inputs = with_inputs and values[#ids + i] end
-  local inputs = with_inputs and redis.call('MGET', unpack(job_keys(ids, ':data')))
-  local entries = {}
+-- What Redis holds of jobs, as lists in the order of `ids`, of which there must be at least one:
+-- statuses, metas, packed facts, and inputs; false (or nil) for what it lacks. Reads the inputs if
+-- `with_inputs` is true and none of the jobs is external, since the size of such an input is not
+-- known before it is read; else `inputs` is nil or false.
+local function read_jobs(q, ids, with_inputs)
+  local count, names, metas = #ids, {}, {}
   for i, id in ipairs(ids) do
-    entries[i] = {
-      id = id, status = values[i], meta = values[#ids + i], input = inputs and inputs[i],
-      bytes = inputs and #(inputs[i] or '') or stored_bytes(id, 'data'),
-      packed = facts[i] or false, facts = decode_table(facts[i]),
-    }
+    local prefix = 'job:' .. id
+    names[i], names[count + i] = prefix .. ':status', prefix .. ':meta'
   end
-  return entries
+  local statuses = redis.call('MGET', unpack(names))
+  for i = 1, count do
+    metas[i] = statuses[count + i]
+    with_inputs = with_inputs and metas[i]
+  end
+  local packed = packed_facts_of(q, ids)
+  return statuses, metas, packed, with_inputs and redis.call('MGET', unpack(job_keys(ids, ':data')))
 end
 
 -- Up to `count` ids from the serving end of the list at key `list`, behind the first `skip`; the
@@ -62,19 +57,20 @@ local function next_ids(list, skip, count)
   return ids
 end
 
--- The tail of a claim's reply as a flat list: id, input, meta and packed facts of each entry, false
--- for what it lacks. Reads the inputs if one of the entries comes without.
-local function job_fields(entries)
-  local ids, inputs, is_unread, fields = {}, {}, false, {}
-  for i, entry in ipairs(entries) do
-    ids[i], inputs[i] = entry.id, entry.input
-    is_unread = is_unread or not entry.input
+-- The tail of a claim's reply as a flat list: id, input, meta and packed facts of each job, false
+-- for what it lacks. Takes lists in the order of `ids`; reads the inputs if one is missing.
+local function job_fields(ids, inputs, metas, packed)
+  local fields = {}
+  for i = 1, #ids do
+    if not inputs[i] then
+      inputs = redis.call('MGET', unpack(job_keys(ids, ':data')))
+      break
+    end
   end
-  if is_unread then inputs = redis.call('MGET', unpack(job_keys(ids, ':data'))) end
-  for i, entry in ipairs(entries) do
+  for i, id in ipairs(ids) do
     local at = 4 * i - 4
     fields[at + 1], fields[at + 2], fields[at + 3], fields[at + 4] =
-      entry.id, inputs[i], entry.meta, entry.packed
+      id, inputs[i], metas[i], packed[i] or false
   end
   return fields
 end
@@ -90,65 +86,74 @@ local function return_existing_claim(q, args, now, packed_ids)
     if tokens[i] == args.token then held[#held + 1] = id end
   end
   redis.call('ZADD', q.leases, 'XX', now + args.lease_ms, args.token)
-  return { now, q.list, 0, unpack(job_fields(#held > 0 and read_entries(q, held) or {})) }
+  if #held == 0 then return { now, q.list, 0 } end
+  local _, metas, packed = read_jobs(q, held)
+  return { now, q.list, 0, unpack(job_fields(held, {}, metas, packed)) }
 end
 
 -- Decides, without a write, what a claim does with the ids at the serving ends of `lists` (keys, in
--- the order served). Takes at most `args.max_jobs` jobs and `args.max_bytes` of input, but one job
--- of any size. Returns a table: `taken` (entries), `ends` (for `end_jobs`), `absent` and `ended`
--- (ids to drop), `cuts` ({list, count} of ids to cut off), `bytes` of the inputs taken,
--- `freed_bytes` that no longer wait, and `is_blocked`: the next job must run alone, and this claim
--- has taken others or its process holds another claim.
-local function select_entries(q, args, now, lists, with_inputs)
+-- the order served); `first_ids` are the next ones of the first list if the caller has read them,
+-- else false. Takes at most `args.max_jobs` jobs and `args.max_bytes` of input, but one job of any
+-- size. Returns a table: `ids`, `inputs`, `metas`, `packed` and `decoded` (facts) of the jobs taken,
+-- `ends` (for `end_jobs`), `absent` and `ended` (ids to drop), `cuts` ({list, count} of ids to cut
+-- off), `bytes` of the inputs taken, `freed_bytes` that no longer wait, and `is_blocked`: the next
+-- job must run alone, and this claim has taken others or its process holds another claim.
+local function select_jobs(q, args, now, lists, first_ids, with_inputs)
   local chosen = {
-    taken = {}, ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
+    ids = {}, inputs = {}, metas = {}, packed = {}, decoded = {},
+    ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
   }
   -- A longer id is dropped without an entry in the log, which would have to hold it.
   local max_skipped, max_logged_id_bytes = 1000, 1024
-  local seen, skipped = {}, 0
+  local taken, is_full, seen, skipped = 0, false, {}, 0
   for _, list in ipairs(lists) do
     local cut, is_read = 0, false
-    while #chosen.taken < args.max_jobs and not chosen.is_full and not is_read
-        and skipped < max_skipped do
-      local wanted = args.max_jobs - #chosen.taken
-      local ids = next_ids(list, cut, wanted)
+    while taken < args.max_jobs and not is_full and not is_read and skipped < max_skipped do
+      local wanted = args.max_jobs - taken
+      local ids = first_ids or next_ids(list, cut, wanted)
+      first_ids = nil
       if #ids == 0 then break end
       is_read = #ids < wanted
-      for _, entry in ipairs(read_entries(q, ids, with_inputs)) do
-        local class = seen[entry.id] and 'repeated' or classify(entry, now)
-        if class == 'exclusive' and (#chosen.taken > 0 or args.is_holding) then
-          chosen.is_full, chosen.is_blocked = true, true
+      local statuses, metas, packed, inputs = read_jobs(q, ids, with_inputs)
+      for i, id in ipairs(ids) do
+        local status, meta, facts = statuses[i], metas[i], decode_table(packed[i])
+        local bytes = inputs and #(inputs[i] or '') or stored_bytes(id, 'data')
+        local class = seen[id] and 'repeated' or classify(id, status, meta, bytes, facts, now)
+        if class == 'exclusive' and (taken > 0 or args.is_holding) then
+          is_full, chosen.is_blocked = true, true
         end
-        if class == 'ready' and #chosen.taken > 0 and chosen.bytes + entry.bytes > args.max_bytes then
-          chosen.is_full = true
+        if class == 'ready' and taken > 0 and chosen.bytes + bytes > args.max_bytes then
+          is_full = true
         end
-        if chosen.is_full then break end
+        if is_full then break end
         cut = cut + 1
-        seen[entry.id] = true
-        local counted = entry.meta and entry.bytes or 0
+        seen[id] = true
+        local counted = meta and bytes or 0
         if class == 'ready' or class == 'exclusive' then
-          chosen.taken[#chosen.taken + 1] = entry
-          chosen.bytes = chosen.bytes + entry.bytes
+          taken = taken + 1
+          chosen.ids[taken], chosen.metas[taken], chosen.decoded[taken] = id, meta, facts or false
+          chosen.inputs[taken], chosen.packed[taken] = inputs and inputs[i] or false, packed[i] or false
+          chosen.bytes = chosen.bytes + bytes
           chosen.freed_bytes = chosen.freed_bytes + counted
-          chosen.is_full = class == 'exclusive'
-          if chosen.is_full then break end
+          is_full = class == 'exclusive'
+          if is_full then break end
         else
           skipped = skipped + 1
         end
-        if class == 'invalid' and entry.status == 'pending' and #entry.id <= max_logged_id_bytes then
+        if class == 'invalid' and status == 'pending' and #id <= max_logged_id_bytes then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            entry.id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
+            id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
         elseif class == 'input_lost' then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            entry.id, 'input_lost', 'The input is gone from Redis; submit the job again.', entry.facts)
+            id, 'input_lost', 'The input is gone from Redis; submit the job again.', facts)
         elseif class == 'expired' then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            entry.id, 'expired', 'The deadline passed while the job waited.', entry.facts)
+            id, 'expired', 'The deadline passed while the job waited.', facts)
           chosen.freed_bytes = chosen.freed_bytes + counted
         elseif class == 'absent' then
-          chosen.absent[#chosen.absent + 1] = entry.id
-        elseif class == 'not_pending' and entry.status ~= 'processing' then
-          chosen.ended[#chosen.ended + 1] = entry.id
+          chosen.absent[#chosen.absent + 1] = id
+        elseif class == 'not_pending' and status ~= 'processing' then
+          chosen.ended[#chosen.ended + 1] = id
         end
       end
     end
@@ -157,37 +162,36 @@ local function select_entries(q, args, now, lists, with_inputs)
   return chosen
 end
 
--- Removes the start deadline of a job that starts, in Redis and in the entry's facts; does nothing
--- if it has none. The finish deadline, if any, takes its place in the deadlines.
-local function clear_start_deadline(q, entry)
-  local facts = entry.facts
-  if not (facts and facts[START_BY_MS]) then return end
+-- Removes the start deadline of a job that starts; does nothing if it has none. The finish
+-- deadline, if any, takes its place in the deadlines. Returns the job's packed facts, or false.
+local function clear_start_deadline(q, id, facts, packed)
+  if not (facts and facts[START_BY_MS]) then return packed end
   facts[START_BY_MS] = nil
-  redis.call('ZREM', q.deadlines, entry.id)
-  if facts[FINISH_BY_MS] then redis.call('ZADD', q.deadlines, facts[FINISH_BY_MS], entry.id) end
-  entry.packed = next(facts) and cmsgpack.pack(facts) or false
-  if entry.packed then
-    redis.call('HSET', q.facts, entry.id, entry.packed)
+  redis.call('ZREM', q.deadlines, id)
+  if facts[FINISH_BY_MS] then redis.call('ZADD', q.deadlines, facts[FINISH_BY_MS], id) end
+  packed = next(facts) and cmsgpack.pack(facts) or false
+  if packed then
+    redis.call('HSET', q.facts, id, packed)
   else
-    redis.call('HDEL', q.facts, entry.id)
+    redis.call('HDEL', q.facts, id)
   end
+  return packed
 end
 
--- Makes the taken entries, at least one, running jobs of the claim `args.token`, whose lease ends
--- at `until_ms`, with fraction; counts external jobs in the queue's sequence on their first claim,
--- and adds all to the log. Does not cut them off their lists.
-local function lease_jobs(q, args, taken, until_ms)
-  local ids, statuses, owners, new_external = {}, {}, {}, {}
-  for i, entry in ipairs(taken) do
-    ids[i] = entry.id
-    statuses[2 * i - 1], statuses[2 * i] = job_key(entry.id, 'status'), 'processing'
-    owners[2 * i - 1], owners[2 * i] = entry.id, args.token
-    if not entry.meta then
-      local facts = entry.facts
+-- Makes the chosen jobs, at least one, running jobs of the claim `args.token`, whose lease ends at
+-- `until_ms`, with fraction; counts external jobs in the queue's sequence on their first claim, and
+-- adds all to the log. Does not cut them off their lists.
+local function lease_jobs(q, args, chosen, until_ms)
+  local ids, statuses, owners, new_external = chosen.ids, {}, {}, {}
+  for i, id in ipairs(ids) do
+    local facts = chosen.decoded[i]
+    statuses[2 * i - 1], statuses[2 * i] = 'job:' .. id .. ':status', 'processing'
+    owners[2 * i - 1], owners[2 * i] = id, args.token
+    if not chosen.metas[i] then
       local was_claimed = facts and (facts[DELIVERIES] or facts[SUSPECT] or facts[CLAIMED_BEFORE])
-      if not was_claimed then new_external[#new_external + 1] = entry.id end
+      if not was_claimed then new_external[#new_external + 1] = id end
     end
-    clear_start_deadline(q, entry)
+    if facts then chosen.packed[i] = clear_start_deadline(q, id, facts, chosen.packed[i]) end
   end
   redis.call('MSET', q['claim:' .. args.token], cmsgpack.pack(ids), unpack(statuses))
   redis.call('HSET', q.running, unpack(owners))
@@ -197,33 +201,27 @@ local function lease_jobs(q, args, taken, until_ms)
   log_transitions(q, { processing = ids, stranger = new_external })
 end
 
--- Returns how many ids are in the queue's own list, stale entries included, and whether the queue
--- has no other waiting jobs, delayed jobs or stale entries, as `has_only_its_list` says.
-local function count_in_list(q)
-  local keys = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.stale)
-  local count = keys > 0 and redis.call('LLEN', q.list) or 0
-  return count, keys == (count > 0 and 1 or 0)
-end
-
 -- Claims jobs of one queue, which must not be paused, under one lease; ends or drops ids found
 -- there that cannot run, and rings the doorbell if jobs are left. `now` is in whole ms, `exact_now`
 -- with fraction; `waiting_bytes` is the value of the queue's number of waiting bytes, or false.
 -- Returns {now, queue, blocked, id, data, meta, facts, ...}, with no id if nothing was claimed, as
 -- always after `args.not_after_ms`.
 local function claim_from(q, args, now, exact_now, waiting_bytes)
-  if now > args.not_after_ms then return { now, q.list, 0 } end
-  local count, only_its_list = count_in_list(q)
-  if count == 0 and (only_its_list or redis.call('EXISTS', q.high, q.low) == 0) then
-    return { now, q.list, 0 }
-  end
+  if now > args.not_after_ms or args.max_jobs < 1 then return { now, q.list, 0 } end
+  local keys = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.stale)
+  if keys == 0 then return { now, q.list, 0 } end
+  local ids = next_ids(q.list, 0, args.max_jobs)
+  if #ids == 0 and redis.call('EXISTS', q.high, q.low) == 0 then return { now, q.list, 0 } end
+  -- Nearly always so: no other waiting jobs, delayed jobs or stale entries.
+  local only_its_list = keys == 1 and #ids > 0
   local lists = only_its_list and { q.list }
     or args.low_first and { q.low, q.list, q.high } or { q.high, q.list, q.low }
   local with_inputs = (tonumber(waiting_bytes or 0) or 0) <= args.max_bytes
-  local chosen = select_entries(q, args, now, lists, with_inputs)
+  local chosen = select_jobs(q, args, now, lists, only_its_list and ids, with_inputs)
   local cuts = chosen.cuts
   for _, cut in ipairs(cuts) do redis.call('LTRIM', cut.list, 0, -cut.count - 1) end
   -- To the microsecond, so that claims of the same ms keep their order when they are reaped.
-  if #chosen.taken > 0 then lease_jobs(q, args, chosen.taken, exact_now + args.lease_ms) end
+  if #chosen.ids > 0 then lease_jobs(q, args, chosen, exact_now + args.lease_ms) end
   end_jobs(q, chosen.ends, args)
   if #chosen.absent > 0 then
     redis.call('HDEL', q.facts, unpack(chosen.absent))
@@ -231,15 +229,21 @@ local function claim_from(q, args, now, exact_now, waiting_bytes)
   end
   update_stale_entries(q, 'SREM', chosen.absent)
   update_stale_entries(q, 'SREM', chosen.ended)
-  local left = #cuts > 0
-    and adjust_waiting_bytes(q, -chosen.freed_bytes, only_its_list and count - cuts[1].count)
+  local left
+  if #cuts > 0 then
+    -- Fewer ids than were wanted are all that the list had.
+    local count = only_its_list
+      and (#ids < args.max_jobs and #ids - cuts[1].count or redis.call('LLEN', q.list))
+    left = adjust_waiting_bytes(q, -chosen.freed_bytes, count)
+  end
   if chosen.is_blocked or (left and left > 0) then
     ring_doorbell(q)
   elseif left and not only_its_list then
     -- A token left over would only make a worker look in vain.
     redis.call('DEL', q.wake)
   end
-  return { now, q.list, chosen.is_blocked and 1 or 0, unpack(job_fields(chosen.taken)) }
+  local fields = job_fields(chosen.ids, chosen.inputs, chosen.metas, chosen.packed)
+  return { now, q.list, chosen.is_blocked and 1 or 0, unpack(fields) }
 end
 
 -- Claims from the first of several queues (list keys) that has a job; paused ones are passed over.

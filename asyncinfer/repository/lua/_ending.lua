@@ -29,9 +29,9 @@ local function set_with_ttl(ttl_seconds, pairs_to_set)
   local keys_per_command = 300
   for first = 1, #pairs_to_set, 2 * keys_per_command do
     local last = math.min(first + 2 * keys_per_command - 1, #pairs_to_set)
-    local arguments = { unpack(pairs_to_set, first, last) }
-    arguments[#arguments + 1], arguments[#arguments + 2] = 'EX', ttl_seconds
-    local reply = redis.pcall('MSETEX', (last - first + 1) / 2, unpack(arguments))
+    local arguments, n = { unpack(pairs_to_set, first, last) }, last - first + 1
+    arguments[n + 1], arguments[n + 2] = 'EX', ttl_seconds
+    local reply = redis.pcall('MSETEX', n / 2, unpack(arguments))
     -- If the cause is not a server without MSETEX, SET raises the same error again.
     if type(reply) == 'table' and reply.err then
       for i = first, last, 2 do
@@ -77,15 +77,16 @@ local function end_jobs(q, ends, args, spent)
     local id, status, facts = ended.id, ended.status, ended.facts
     local ttl = facts and facts[TTL_SECONDS]
       or (status == 'failed' and args.failed_ttl_seconds or args.ttl_seconds)
-    by_ttl[ttl] = by_ttl[ttl] or {}
-    local set, bytes = by_ttl[ttl], ended.body and #ended.body or 0
-    set[#set + 1], set[#set + 2] = job_key(id, 'status'), status
+    local set, bytes = by_ttl[ttl] or {}, ended.body and #ended.body or 0
+    local n = #set
+    by_ttl[ttl] = set
+    set[n + 1], set[n + 2] = job_key(id, 'status'), status
     if ended.body then
-      local word = status == 'completed' and 'result' or 'error'
-      set[#set + 1], set[#set + 2] = job_key(id, word), ended.body
+      n = n + 2
+      set[n + 1], set[n + 2] = job_key(id, status == 'completed' and 'result' or 'error'), ended.body
     end
     if ended.meta then
-      set[#set + 1], set[#set + 2] = job_key(id, 'meta'), ended.meta
+      set[n + 3], set[n + 4] = job_key(id, 'meta'), ended.meta
     else
       redis.call('EXPIRE', job_key(id, 'meta'), ttl)
     end
@@ -105,8 +106,9 @@ local function end_jobs(q, ends, args, spent)
       notices[inbox] = notices[inbox] or {}
       table.insert(notices[inbox], ended)
     end
-    moved[status] = moved[status] or {}
-    table.insert(moved[status], id)
+    local moving = moved[status] or {}
+    moved[status] = moving
+    moving[#moving + 1] = id
     ids[i] = id
   end
   for ttl, set in pairs(by_ttl) do

@@ -12,12 +12,14 @@
 -- include: keys job_keys time value doorbell log sequence waiting admission
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
-local jobs, verdicts, by_id, by_key = {}, {}, {}, {}
+local verdicts, by_id, by_key = {}, {}, {}
+-- Of each job that is taken: where it begins in ARGV, and its options (false for none).
+local taken, places, options_of = 0, {}, {}
 
 -- Ids are new unless a call is sent again, and a queue mostly has nothing but its own list; so
 -- nearly always one EXISTS answers for all of that.
 local statuses = {}
-for i = 2, #ARGV, 4 do statuses[#statuses + 1] = job_key(ARGV[i], 'status') end
+for i = 2, #ARGV, 4 do statuses[(i + 2) / 4] = job_key(ARGV[i], 'status') end
 local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.stale, unpack(statuses)) == 0
 local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
 local free, free_bytes, free_kept_bytes = free_capacity(q, args, is_usual)
@@ -74,26 +76,26 @@ for i = 2, #ARGV, 4 do
     end
     free, free_bytes = free - 1, free_bytes - #data
     accepted_bytes = accepted_bytes + #data
-    jobs[#jobs + 1] = { id = id, data = data, meta = ARGV[i + 2], options = options }
+    taken = taken + 1
+    places[taken], options_of[taken] = i, options or false
   end
-  verdicts[#verdicts + 1] = verdict
+  verdicts[(i + 2) / 4] = verdict
 end
-if #jobs == 0 then return verdicts end
+if taken == 0 then return verdicts end
 
-local seq = advance_sequence(q, #jobs) - #jobs
-local values, ids, joins = {}, {}, {}
-for i, job in ipairs(jobs) do
-  local id = job.id
-  ids[i] = id
-  values[#values + 1], values[#values + 2] = job_key(id, 'data'), job.data
-  values[#values + 1], values[#values + 2] = job_key(id, 'status'), 'pending'
-  values[#values + 1], values[#values + 2] =
-    job_key(id, 'meta'), struct.pack('>I8', seq + i) .. job.meta
+local seq = advance_sequence(q, taken) - taken
+local values, ids = {}, {}
+for k, i in ipairs(places) do
+  local id, n = ARGV[i], 6 * k - 6
+  ids[k] = id
+  values[n + 1], values[n + 2] = job_key(id, 'data'), ARGV[i + 1]
+  values[n + 3], values[n + 4] = statuses[(i + 2) / 4], 'pending'
+  values[n + 5], values[n + 6] = job_key(id, 'meta'), struct.pack('>I8', seq + k) .. ARGV[i + 2]
 end
 redis.call('MSET', unpack(values))
-local packed_facts, groups, now = {}, {}, nil
-for _, job in ipairs(jobs) do
-  local list, packed, options = q.list, nil, job.options
+local joins, packed_facts, groups, now = {}, {}, {}, nil
+for k, id in ipairs(ids) do
+  local list, packed, options = q.list, nil, options_of[k]
   if options then
     local key, group = options.idempotency_key, options.group
     if key then
@@ -101,18 +103,19 @@ for _, job in ipairs(jobs) do
     end
     if group then
       groups[group] = groups[group] or {}
-      table.insert(groups[group], job.id)
+      table.insert(groups[group], id)
     end
     local is_timed = options.start_within_ms or options.finish_within_ms or options.delay_ms
     now = now or (is_timed and now_ms())
-    list, packed = place_with_options(q, job.id, options, now)
+    list, packed = place_with_options(q, id, options, now)
   end
   if packed then
-    packed_facts[#packed_facts + 1], packed_facts[#packed_facts + 2] = job.id, packed
+    packed_facts[#packed_facts + 1], packed_facts[#packed_facts + 2] = id, packed
   end
   if list then
-    joins[list] = joins[list] or {}
-    table.insert(joins[list], job.id)
+    local joining = joins[list] or {}
+    joins[list] = joining
+    joining[#joining + 1] = id
   end
 end
 if #packed_facts > 0 then redis.call('HSET', q.facts, unpack(packed_facts)) end

@@ -1,0 +1,102 @@
+"""An embedded Valkey that has more than its limit: it refuses new jobs, and runs those it has."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+import redis
+
+from asyncinfer.client import Client
+from asyncinfer.errors import StorageFull
+from asyncinfer.processes import valkey
+from asyncinfer.repository.leases import Leases, Renewal
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from tests.cli.command_line import run_command
+from tests.faults.harness import assert_at_rest, eventually, eventually_sync
+from tests.queue_driver import Q, QueueDriver, new_job
+from tests.serving import running_serve
+
+MIB: Final = 1 << 20
+LIMIT: Final = 16 * MIB
+POLICY: Final = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
+IRIS: Final = [[5.1, 3.5, 1.4, 0.2]]
+
+
+@asynccontextmanager
+async def driver_of(url: str) -> AsyncIterator[QueueDriver]:
+    async with Store.open(url, queue_name=Q, policy=POLICY, name="test") as store:
+        client = redis.Redis.from_url(url)
+        yield QueueDriver(store, client)
+        client.close()
+
+
+async def test_stored_jobs_are_claimed_renewed_and_finished_above_the_limit(tmp_path: Path) -> None:
+    """They are also recovered, cancelled and retried; only a submit is refused."""
+    async with valkey.embedded(tmp_path) as server, driver_of(server.url) as hands:
+        ids = [await hands.submit_one(data=b" " * MIB) for _ in range(20)]
+
+    async with valkey.embedded(tmp_path, LIMIT) as server, driver_of(server.url) as hands:
+        with pytest.raises(StorageFull, match="EMBEDDED_MAXMEMORY"):
+            await hands.submit(new_job())
+        claim = await hands.claim_jobs(2)
+        leases = Leases(hands.store)
+        assert leases.renew({Q: [claim.token]}) == Renewal((), (), ())
+        leases.close()
+        assert hands.statuses(ids[:2]) == {"processing"}
+
+        async def is_recovered() -> bool:
+            await hands.maintenance.sweep()
+            return hands.statuses(ids) == {"pending"}
+
+        await eventually(is_recovered, "the jobs of the lost claim wait again")
+        assert await hands.cancel(ids[0]) == "cancelled"
+        assert await hands.retry(ids[0]) == "ok"
+        assert sorted(await hands.run_all()) == sorted(ids)
+        assert hands.statuses(ids) == {"completed"}
+        # The inputs of completed jobs are deleted, so there is room again.
+        assert await hands.submit(new_job()) == ["ok"]
+        await hands.run_all()
+        assert_at_rest(hands.redis, Q)
+
+
+def test_a_serve_that_starts_above_its_limit_runs_what_it_has_and_says_what_to_do(
+    tmp_path: Path, shipped_models: Path
+) -> None:
+    argv = ("--data-dir", str(tmp_path), "--model-dir", str(shipped_models))
+    with running_serve(*argv) as serve, Client(serve.banner["URL"]) as client:
+        client.pause("iris")
+        ids = [client.submit(IRIS).id for _ in range(3)]
+        connect(tmp_path).setrange("other", 20 * MIB, "x")
+        serve.process.process.terminate()
+        assert serve.process.process.wait(15) == 0
+
+    with running_serve(*argv, "--embedded-maxmemory", str(LIMIT)) as serve:
+        url = serve.banner["URL"]
+        with Client(url, retries=0) as client:
+            with pytest.raises(StorageFull, match=r"raise maxmemory .* EMBEDDED_MAXMEMORY"):
+                client.submit(IRIS)
+            client.resume("iris")
+            wait_until_completed(client, ids)
+            eventually_sync(lambda: client.health().workers == 1, "its worker is announced")
+            told = run_command("doctor", "--url", url, *argv).out
+            assert "MiB of 16 MiB, its maxmemory: full memory refuses submits" in told
+            assert "-> raise EMBEDDED_MAXMEMORY" in told
+            connect(tmp_path).delete("other")
+            wait_until_completed(client, [client.submit(IRIS).id])
+        serve.process.kill()
+        assert "may have 16 MiB (EMBEDDED_MAXMEMORY)" in serve.process.read_stderr()
+
+
+def wait_until_completed(client: Client, ids: list[str]) -> None:
+    """Reads the jobs again and again: an API that starts without memory has no inbox, and is not
+    told when they end."""
+    eventually_sync(
+        lambda: {client.job(job_id).status for job_id in ids} == {"completed"}, "they completed"
+    )
+
+
+def connect(data_dir: Path) -> redis.Redis:
+    return redis.Redis.from_url(valkey.running_url(data_dir) or "")
