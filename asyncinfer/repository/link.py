@@ -93,9 +93,9 @@ class Link:
         opening = self.open_ahead()
         async with asyncio.timeout(seconds):
             await asyncio.wait([opening])
-        if opening.cancelled():
+        if opening.cancelled() or (channel := opening.result()).is_lost:
             raise redis_errors.ConnectionError("the connection was closed")
-        return opening.result()
+        return channel
 
     def open_ahead(self) -> "asyncio.Task[_Channel]":
         """Begins to connect, unless it does already; call it only while there is no connection."""

@@ -200,6 +200,7 @@ async def test_a_small_submit_passes_beside_large_results(
             statuses.append((await _submit(client, _body(1))).status_code)
     assert [reader.result() for reader in readers] == [(200, 16 * _MB + 128)] * 32
     assert set(statuses) == {202}
+    assert len(statuses) > len(readers), "a submit waits for a whole result"
 
 
 @pytest.mark.soak
@@ -248,6 +249,7 @@ async def test_a_worker_behind_a_narrow_link_runs_a_large_job_once(
 # --- a distant Redis -------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_with_200_ms_more_each_way_16_images_at_once_are_accepted(
     client: httpx2.AsyncClient, proxy: Proxy
 ) -> None:
@@ -269,6 +271,7 @@ async def test_with_200_ms_more_each_way_results_are_read_at_once_and_waited_for
         _assert_twice(await _submit(client, _body(count), prefer="wait=20"), count)
 
 
+@pytest.mark.soak
 async def test_an_api_that_starts_with_200_ms_more_each_way_becomes_ready(
     proxy: Proxy, policy: Policy, worker: WorkerChild
 ) -> None:

@@ -481,4 +481,31 @@ FAULTS: Final = (
         ),
         only_soak=True,
     ),
+    # --- connections to Redis
+    Fault(
+        "bytes_that_arrive_are_no_sign_of_life",
+        "asyncinfer/repository/link.py",
+        "return came >= _MOVED_BYTES or went >= _MOVED_BYTES",
+        "return went >= _MOVED_BYTES",
+        (
+            "tests/faults/test_slow_links.py::test_a_16_mb_result_is_read_over_5_mb_a_second_and_sent_once",
+        ),
+    ),
+    Fault(
+        "bytes_that_leave_are_no_sign_of_life",
+        "asyncinfer/repository/link.py",
+        "went = self._seen_unsent_bytes - unsent_bytes",
+        "went = 0",
+        (
+            "tests/faults/test_slow_links.py::test_an_8_mb_input_is_accepted_over_5_mb_a_second_and_sent_once",
+        ),
+    ),
+    Fault(
+        "large_replies_come_before_small_ones",
+        "asyncinfer/repository/store.py",
+        "ask = self._lanes.ask if is_large else self._link.ask",
+        "ask = self._link.ask",
+        ("tests/faults/test_slow_links.py::test_a_small_submit_passes_beside_large_results",),
+        only_soak=True,
+    ),
 )

@@ -18,7 +18,7 @@ from asyncinfer.worker.held_claim import HeldClaims, Step
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-_SHORT_RUN_SECONDS: Final = 0.0015
+_SHORT_RUN_SECONDS: Final = 0.005
 """A run as short as this gains nothing from a second one beside it."""
 
 _DEFER_SECONDS: Final = 0.005
