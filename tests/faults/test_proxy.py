@@ -14,6 +14,8 @@ import pytest
 from .harness import eventually, stop_listening
 from .proxy import Proxy, proxied
 
+pytestmark = pytest.mark.soak
+
 _MB = 1_000_000
 _RATE = 4 * _MB
 

@@ -166,6 +166,7 @@ async def test_a_16_mb_result_is_read_over_5_mb_a_second_and_sent_once(
     assert proxy.replies.bytes_sent - before < 17 * _MB
 
 
+@pytest.mark.soak
 async def test_who_waits_gets_a_large_result_over_5_mb_a_second(
     client: httpx2.AsyncClient, proxy: Proxy
 ) -> None:
@@ -317,7 +318,8 @@ async def _seconds_to_503(request: Callable[[], Awaitable[httpx2.Response]]) -> 
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param("drip", marks=pytest.mark.soak), "black hole", "refused"]
+    "fault",
+    ["refused", *(pytest.param(name, marks=pytest.mark.soak) for name in ("drip", "black hole"))],
 )
 async def test_a_large_submit_is_503_and_names_its_job_if_the_link_stops_in_its_middle(
     fault: str, client: httpx2.AsyncClient, proxy: Proxy
@@ -337,7 +339,8 @@ async def test_a_large_submit_is_503_and_names_its_job_if_the_link_stops_in_its_
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param("drip", marks=pytest.mark.soak), "black hole", "refused"]
+    "fault",
+    ["refused", *(pytest.param(name, marks=pytest.mark.soak) for name in ("drip", "black hole"))],
 )
 async def test_a_large_read_is_given_up_if_the_link_stops_in_its_middle(
     fault: str, client: httpx2.AsyncClient, proxy: Proxy, server: redis.Redis
