@@ -87,27 +87,26 @@ class Link:
         """The channel, opened if need be. Raises TimeoutError after `seconds`, while it goes on
         connecting for later calls."""
         if self._channel and not self._channel.is_lost:
-            return self._channel  # not `is_open`: each call comes here
+            return self._channel
         if self._is_closed:
             raise redis_errors.ConnectionError("the connection was closed")
-        opening = self.open_ahead()
+        opening = self._begin_opening()
         async with asyncio.timeout(seconds):
             await asyncio.wait([opening])
         if opening.cancelled() or (channel := opening.result()).is_lost:
             raise redis_errors.ConnectionError("the connection was closed")
         return channel
 
-    def open_ahead(self) -> "asyncio.Task[_Channel]":
-        """Begins to connect, unless it does already; call it only while there is no connection."""
+    def open_ahead(self) -> None:
+        """Begins to connect, unless it has a connection; returns at once."""
+        if self._channel is None or self._channel.is_lost:
+            self._begin_opening()
+
+    def _begin_opening(self) -> "asyncio.Task[_Channel]":
         if self._opening is None:
             self._opening = asyncio.create_task(self._connect())
             self._opening.add_done_callback(self._opened)
         return self._opening
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it has a connection."""
-        return self._channel is not None and not self._channel.is_lost
 
     async def _connect(self) -> "_Channel":
         async with asyncio.timeout(_CONNECT_SECONDS):
@@ -157,8 +156,7 @@ class Lanes:
     def open_ahead(self) -> None:
         """Begins to connect all: on a distant link that takes longer than a call may."""
         for link in self._links:
-            if isinstance(link, Link) and not link.is_open:
-                link.open_ahead()
+            link.open_ahead()
 
     @property
     def moved_at(self) -> float:

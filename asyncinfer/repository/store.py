@@ -145,6 +145,7 @@ class Store:
         self.call_seconds = call_seconds
         self.functions = Functions(queue_name)
         self._client = endpoint.client(name)
+        # A copy, since a ClientLink clears those of the client.
         self._parsers: dict[Any, Any] = dict(self._client.response_callbacks)
         self._lanes = Lanes(self._client)
         self._link = new_link(self._client, self._lanes.open_ahead)
@@ -157,8 +158,8 @@ class Store:
     async def open(
         cls, url: str, *, queue_name: str, policy: Policy, name: str, call_seconds: float = 1.0
     ) -> AsyncIterator["Store"]:
-        """Opens a store without connecting yet. `call_seconds` bounds the silence of
-        Redis during a call, also while it is connected. Raises InvalidSetting for a bad URL."""
+        """Opens a store without connecting yet. `call_seconds` bounds the silence of Redis in a
+        call, to 0.6 of it in each of two tries. Raises InvalidSetting for a bad URL."""
         store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds)
         try:
             yield store

@@ -56,6 +56,9 @@ class ClientLink:
         async with asyncio.timeout(silence_seconds):
             return await pipeline.execute()
 
+    def open_ahead(self) -> None:
+        """Does nothing: the pool connects when a call needs it."""
+
     async def disconnect(self) -> None:
         await self._client.connection_pool.disconnect()
 

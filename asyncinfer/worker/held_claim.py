@@ -84,7 +84,8 @@ class HeldClaims:
         """From a claim to the end of its runs, a running mean."""
         self._renewer = renewer
         self._early_ids: deque[str] = deque(maxlen=_MAX_EARLY)
-        """The jobs of the latest messages that were about jobs not held then."""
+        """The jobs of messages since the last claim that were about jobs not held. Only one claim
+        call is under way at a time, so that older messages were about jobs of others."""
 
     def check_job(self, job_id: str) -> None:
         """Call when a message says that something has happened to a job: if this process holds it,
@@ -107,8 +108,10 @@ class HeldClaims:
         """Holds a claim, and has its lease renewed."""
         self.by_token[held.claim.token] = held
         self._renewer.add(held.claim)
-        if self._early_ids and not held.open_jobs.keys().isdisjoint(self._early_ids):
-            self._renewer.renew_now()
+        if self._early_ids:
+            if not held.open_jobs.keys().isdisjoint(self._early_ids):
+                self._renewer.renew_now()
+            self._early_ids.clear()
 
     def stop_renewing(self, token: str) -> None:
         """Stops renewing the lease of a claim that was lost, which stays held until it is

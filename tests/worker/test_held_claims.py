@@ -46,7 +46,7 @@ async def test_a_cancelled_job_is_found_though_the_message_overtakes_the_claim(
     renewals: list[Renewal],
     is_early: bool,
 ) -> None:
-    kept_id, cancelled_id = await driver.submit_many(2)
+    _, cancelled_id = await driver.submit_many(2)
     claim = await driver.claim_jobs(2)
     await driver.cancel(cancelled_id)
 
@@ -58,7 +58,6 @@ async def test_a_cancelled_job_is_found_though_the_message_overtakes_the_claim(
 
     await eventually(lambda: bool(renewals), "a renewal finds the cancel")
     assert renewals[0].cancelled == (cancelled_id,)
-    assert kept_id != cancelled_id
 
 
 async def test_an_old_message_does_not_end_a_job_that_was_retried_since(
