@@ -26,7 +26,12 @@ from asyncinfer.models.folder import is_valid_name, version_order
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import AnnouncedModels, Announcements, upcoming_models
+from asyncinfer.repository.announcements import (
+    AnnouncedModels,
+    Announcements,
+    models_to_come,
+    upcoming_models,
+)
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.store import Store
 from asyncinfer.tensors.json_errors import unknown_name_detail
@@ -193,7 +198,7 @@ class Catalog:
         no name: whether a worker is loading any model."""
         snapshot = self.worker_snapshot
         if name is None:
-            return bool(snapshot.loading)
+            return bool(models_to_come(snapshot.workers.values(), self._served))
         if snapshot.is_loading(name, version):
             return True
         announced = self._announced.models.get(name, {})

@@ -77,7 +77,7 @@ class WorkerSnapshot:
         self._announcement_bodies: dict[str, bytes] = {}
         self.workers: Mapping[str, WorkerAnnouncement] = {}
         """Announcements of living workers, by the names that everyone may see."""
-        self.loading: frozenset[str] = frozenset()
+        self._loading: frozenset[str] = frozenset()
         """Models that a living worker has in its folder and has not loaded yet."""
         self._loading_versions: frozenset[tuple[str, str]] = frozenset()
         """Versions of served models that a living worker has not loaded yet."""
@@ -181,7 +181,7 @@ class WorkerSnapshot:
     def is_loading(self, model: str, version: str | None) -> bool:
         """Whether a living worker has not yet loaded the model, or this version of it; None means
         no version in particular."""
-        return model in self.loading or (model, version) in self._loading_versions
+        return model in self._loading or (model, version) in self._loading_versions
 
     def refusal_reasons(self, model: str) -> list[str]:
         """Sentences on why living workers refuse to serve versions of a model in their folders, by
@@ -222,7 +222,7 @@ class WorkerSnapshot:
         workers = self.workers.values()
         if any(map(self._is_own_worker, workers)):
             self._own_worker_since_ms = None
-        self.loading = frozenset(model for worker in workers for model in upcoming_models(worker))
+        self._loading = frozenset(model for worker in workers for model in upcoming_models(worker))
         ready = [worker for worker in workers if worker.state == "ready"]
         self._loading_versions = frozenset(
             (model, version)

@@ -1,6 +1,6 @@
 """What workers announce in Redis: themselves, their models, versions and default versions."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -82,6 +82,14 @@ def upcoming_models(says: WorkerAnnouncement) -> set[str]:
     if says.state not in ("starting", "ready"):
         return set()
     return {*says.loading, *says.versions} - {*says.models}
+
+
+def models_to_come(workers: Iterable[WorkerAnnouncement], announced: Container[str]) -> set[str]:
+    """Models that will be served soon: `upcoming_models`, and those that a worker claims jobs of
+    while the reader has not seen their announcement, which is written at the same time."""
+    living = [says for says in workers if says.state in ("starting", "ready")]
+    upcoming = {model for says in living for model in upcoming_models(says)}
+    return upcoming | {model for says in living for model in says.models if model not in announced}
 
 
 def serves_or_loads(worker: WorkerAnnouncement, model: str) -> bool:

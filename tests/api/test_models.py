@@ -34,6 +34,21 @@ async def test_a_broken_version_is_shown_with_its_reason(
     assert "not a model" in problem["detail"]
 
 
+async def test_a_model_counts_as_loading_until_the_api_has_seen_its_announcement(
+    api: httpx2.AsyncClient, store: Store
+) -> None:
+    about = {
+        "models": ["digits", "iris", "wine"],
+        "versions": {"late": {"1": "a"}},
+        "state": "ready",
+    }
+    await Announcements(store).announce_worker("host-17-f0fd4a", about, 10)
+    assert (await api.get("/models")).json()["loading"] == ["late", "wine"]
+
+    await Announcements(store).announce_worker("host-17-f0fd4a", {**about, "state": "draining"}, 10)
+    assert (await api.get("/models")).json()["loading"] == []
+
+
 async def test_the_served_version_is_the_one_that_the_operator_chose(
     api: httpx2.AsyncClient, store: Store
 ) -> None:

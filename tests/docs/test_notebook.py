@@ -33,11 +33,10 @@ def test_the_cells_of_the_notebook_give_the_outputs_that_it_shows(tmp_path: Path
 
 def results(cell: Any) -> list[str]:
     """The outputs of a cell as text, without parts that differ between runs or progress bars."""
-    texts = []
+    # One `print` may come as several messages.
+    texts = ["".join(output.text for output in cell.outputs if output.get("name") == "stdout")]
     for output in cell.outputs:
-        if output.output_type == "stream" and output.name == "stdout":
-            texts.append(output.text)
-        elif output.output_type == "execute_result":
+        if output.output_type == "execute_result":
             texts.append(output.data["text/plain"])
         elif output.output_type == "display_data":
             texts.append(",".join(sorted(output.data)))

@@ -16,7 +16,7 @@ from asyncinfer.errors import ModelNotFound, NoModelAnnounced
 from asyncinfer.jobs import MAX_OPTION_SECONDS
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import WorkerAnnouncement
+from asyncinfer.repository.announcements import WorkerAnnouncement, models_to_come
 from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.schemas.requests import NoQuery, RequestOptions
 from asyncinfer.schemas.responses import (
@@ -47,7 +47,7 @@ async def list_models(services: Services, request: Request[NoQuery]) -> Reply:
     workers = await _workers(services)
     names = {model.signature.model for model in served}
     broken = [problem for problem in _problems(workers) if problem.model not in names]
-    loading = sorted(services.worker_snapshot.loading)
+    loading = sorted(models_to_come(workers.values(), names))
     return json_reply(200, ModelList(await _views(services, served, workers), broken, loading))
 
 
