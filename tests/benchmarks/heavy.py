@@ -1,5 +1,5 @@
-"""`python -m tests.benchmarks.heavy`: clients with large images and a model that keeps all cores
-busy, on `asyncinfer serve` alone. Prints every status, the times, and the share of ONNX Runtime."""
+"""`python -m tests.benchmarks.heavy`: clients with images and a model that keeps all cores busy, on
+`asyncinfer serve` alone. Prints every status, the times, and the share of ONNX Runtime alone."""
 
 import argparse
 import asyncio
@@ -30,11 +30,11 @@ from tests.benchmarks.systems import answers, until
 from tests.ports import free_port
 
 _SIDES: Final = (320, 400, 500)
-"""Images of 1.2, 1.9 and 3 MB."""
+"""Pixels; images of 1.2, 1.9 and 3 MB."""
 
 _CHANNELS: Final = (3, 16, 32, 64)
 _PROBE_SECONDS: Final = 0.05
-_BARE_SECONDS: Final = 5.0
+_BARE_SECONDS: Final = 4.0
 _JOB_ID: Final = re.compile(rb'"job_id": ?"([^"]+)"')
 _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
@@ -120,8 +120,10 @@ async def _probe(port: int, seen: Outcome) -> None:
         await asyncio.sleep(_PROBE_SECONDS)
 
 
-async def _load(port: int, images: list[Image], clients: int, seconds: float) -> Outcome:
-    seen, posts = Outcome(), [_post(_npy(image)) for image in images]
+async def _load(
+    port: int, images: list[Image], clients: int, seconds: float, seen: Outcome
+) -> None:
+    posts = [_post(_npy(image)) for image in images]
     until_s = time.monotonic() + seconds
     async with asyncio.TaskGroup() as group:
         probe = group.create_task(_probe(port, seen))
@@ -130,11 +132,12 @@ async def _load(port: int, images: list[Image], clients: int, seconds: float) ->
                 turned = posts[number % len(posts) :] + posts[: number % len(posts)]
                 senders.create_task(_submit_and_wait(port, turned, until_s, seen))
         probe.cancel()
+
+
+async def _count_stored(port: int, refused_ids: Sequence[bytes]) -> int:
     connection = _Connection(port)
-    for job_id in seen.refused_ids:
-        status, _ = await connection.exchange(_get(b"/job/" + job_id))
-        seen.stored_though_refused += status == b"200"
-    return seen
+    answers = [await connection.exchange(_get(b"/job/" + job_id)) for job_id in refused_ids]
+    return sum(status == b"200" for status, _ in answers)
 
 
 def _npy(image: Image) -> bytes:
@@ -143,9 +146,9 @@ def _npy(image: Image) -> bytes:
     return file.getvalue()
 
 
-def _images() -> list[Image]:
+def _images(sides: Sequence[int]) -> list[Image]:
     random = np.random.default_rng(0)
-    return [random.uniform(size=(1, 3, side, side)).astype(np.float32) for side in _SIDES]
+    return [random.uniform(size=(1, 3, side, side)).astype(np.float32) for side in sides]
 
 
 def _model(width: int) -> onnx.ModelProto:
@@ -172,41 +175,51 @@ def _model(width: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-class Bare(Struct, frozen=True):
-    """ONNX Runtime alone: its runs per second in as many threads as a worker has slots, and the
-    milliseconds of a run with no other beside it."""
+class Bare:
+    """ONNX Runtime alone, in as many threads as the worker has slots."""
 
-    per_second: float
-    run_ms: float
+    def __init__(self, model: bytes, images: list[Image], threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
+        self._images = images
+        self._threads = threads
 
+    def run_ms(self) -> float:
+        """The median milliseconds of a run with no other beside it."""
+        times = []
+        for image in self._images * 5:
+            began = time.monotonic()
+            self._session.run(None, {"x": image})
+            times.append(time.monotonic() - began)
+        return 1000 * statistics.median(times)
 
-def _bare(model: bytes, images: list[Image], threads: int) -> Bare:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    times = []
-    for image in images * 3:
+    def per_second(self) -> float:
+        """Measures for some seconds how many runs end in a second."""
         began = time.monotonic()
-        session.run(None, {"x": image})
-        times.append(time.monotonic() - began)
-    began = time.monotonic()
 
-    def run(offset: int) -> int:
-        count = 0
-        while time.monotonic() < began + _BARE_SECONDS:
-            session.run(None, {"x": images[(offset + count) % len(images)]})
-            count += 1
-        return count
+        def run(offset: int) -> int:
+            count = 0
+            while time.monotonic() < began + _BARE_SECONDS:
+                image = self._images[(offset + count) % len(self._images)]
+                self._session.run(None, {"x": image})
+                count += 1
+            return count
 
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(run, range(threads)))
-    return Bare(total / (time.monotonic() - began), 1000 * statistics.mean(times))
+        with ThreadPoolExecutor(self._threads) as pool:
+            total = sum(pool.map(run, range(self._threads)))
+        return total / (time.monotonic() - began)
 
 
 async def _measure(arguments: argparse.Namespace) -> None:
-    images = _images()
+    images = _images(arguments.sides)
     model = _model(arguments.width).SerializeToString()
     slots = len(os.sched_getaffinity(0))
+    bare, seen = Bare(model, images, slots), Outcome()
+    rates: list[float] = []
+    bare_rates: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "models" / "heavy" / "1").mkdir(parents=True)
@@ -221,23 +234,34 @@ async def _measure(arguments: argparse.Namespace) -> None:
             )
             try:
                 await until(lambda: answers(port, "/models/heavy"), "the model")
-                before = _bare(model, images, slots)
-                began = time.monotonic()
-                seen = await _load(port, images, arguments.clients, arguments.seconds)
-                seconds = time.monotonic() - began
-                after = _bare(model, images, slots)
+                bare_rates.append(bare.per_second())
+                for _ in range(arguments.rounds):
+                    before, began = seen.ends[b"completed"], time.monotonic()
+                    seconds = arguments.seconds / arguments.rounds
+                    await _load(port, images, arguments.clients, seconds, seen)
+                    completed = seen.ends[b"completed"] - before
+                    rates.append(completed / (time.monotonic() - began))
+                    bare_rates.append(bare.per_second())
+                seen.stored_though_refused = await _count_stored(port, seen.refused_ids)
             finally:
                 await child.stop(10)
         log = (folder / "output.log").read_text()
     warnings = re.findall(r"^.*(?:WARNING|ERROR).*$", log, re.MULTILINE)
-    _print(seen, seconds, (before, after), warnings)
+    _print(seen, rates, bare_rates, bare.run_ms(), warnings)
 
 
-def _print(seen: Outcome, seconds: float, bare: Sequence[Bare], warnings: Sequence[str]) -> None:
-    """`bare` was measured before and after the load: a machine's speed drifts."""
-    bare_per_second = statistics.mean(one.per_second for one in bare)
+def _print(
+    seen: Outcome,
+    rates: Sequence[float],
+    bare_rates: Sequence[float],
+    run_ms: float,
+    warnings: Sequence[str],
+) -> None:
+    """Each round of the load is compared with the bare runs before and after it, since a machine's
+    speed drifts."""
+    bare = [statistics.mean(pair) for pair in pairwise(bare_rates)]
+    shares = [rate / alone for rate, alone in zip(rates, bare, strict=True)]
     times = sorted(seen.submit_seconds)
-    completed = seen.ends[b"completed"] / seconds
     rows = {
         "submits": {key.decode(): count for key, count in seen.submits.items()},
         "jobs waited for": {key.decode(): count for key, count in seen.ends.items()},
@@ -246,10 +270,10 @@ def _print(seen: Outcome, seconds: float, bare: Sequence[Bare], warnings: Sequen
         "submit p99 s": round(times[int(len(times) * 0.99)], 3),
         "submit longest s": round(times[-1], 3),
         "live longest s": round(max(seen.live_seconds), 3),
-        "completed per second": round(completed, 2),
-        "bare runs per second": [round(one.per_second, 2) for one in bare],
-        "bare run ms": [round(one.run_ms, 1) for one in bare],
-        "share of bare": round(completed / bare_per_second, 3),
+        "completed per second": [round(rate, 2) for rate in rates],
+        "bare runs per second": [round(rate, 2) for rate in bare_rates],
+        "bare run ms": round(run_ms, 1),
+        "share of bare": [round(statistics.median(shares), 3), *(round(x, 3) for x in shares)],
         "warnings": [len(warnings), *warnings[:5]],
     }
     for name, value in rows.items():
@@ -259,7 +283,9 @@ def _print(seen: Outcome, seconds: float, bare: Sequence[Bare], warnings: Sequen
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.heavy", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, default=3, help="bare runs are between them")
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--sides", type=int, nargs="+", default=_SIDES, help="of images, in pixels")
     parser.add_argument("--width", type=int, default=4, help="more take longer runs")
     asyncio.run(_measure(parser.parse_args()))
 

@@ -81,10 +81,15 @@ def _requests(system: System, workspace: Workspace) -> int:
 
 
 async def submit(system: System, workspace: Workspace) -> Figures:
-    """Submits over 32 connections and over one, with the worker running and stopped."""
+    """Submits over 32 connections and more with the worker running, and over 32 and over one with
+    the worker stopped."""
     count = _requests(system, workspace)
     plan = Plan(port=system.port, how="submit", requests=count, connections=32, body=BODY)
     figures = await _measure_load(system, plan, "submit")
+    for connections in (64, 128):
+        wider = msgspec.structs.replace(plan, connections=connections)
+        name = f"submit_{connections}_connections_per_second"
+        figures[name] = (await load.run(wider)).per_second
     system.workers[0].signal(signal.SIGSTOP)
     figures |= _figures_of(await load.run(plan), "submit_no_worker")
     alone = msgspec.structs.replace(plan, connections=1, requests=count // 10)

@@ -27,13 +27,14 @@ class Budget(Struct, frozen=True):
 
 
 BUDGETS: Final = {
-    "submit_per_second": Budget("ratio", "least", 8),
-    "submit_p99_ms": Budget("ratio", "most", 0.15),
-    "done_per_second": Budget("ratio", "least", 7),
+    "submit_per_second": Budget("ratio", "least", 10),
+    "submit_p99_ms": Budget("ratio", "most", 0.13),
+    "submit_no_worker_per_second": Budget("ratio", "least", 14),
+    "done_per_second": Budget("ratio", "least", 11),
     "drain_iris_1_no_aof_per_second": Budget("ratio", "least", 18),
-    "drain_mlp_1_share_of_bare": Budget("figure", "least", 0.55),
-    "single_p50_ms": Budget("ratio", "most", 0.4),
-    "idle_worker_cpu_percent": Budget("figure", "most", 0.5),
+    "drain_mlp_1_share_of_bare": Budget("figure", "least", 0.5),
+    "single_p50_ms": Budget("ratio", "most", 0.46),
+    "idle_worker_cpu_percent": Budget("figure", "most", 0.4),
     "rss_worker_mib": Budget("figure", "most", 100),
     "rss_api_mib": Budget("figure", "most", 70),
     "bulk_to_32_connections": Budget("figure", "least", 1.5),
