@@ -146,17 +146,17 @@ async def _repeat(
         await asyncio.sleep(pause_seconds)
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def _processes(pid: int) -> Iterator[int]:
+    """The service and its children; not theirs: Valkey forks for a while to write its file."""
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from _descendants(int(child))
+        yield from map(int, (task / "children").read_text().split())
 
 
 def _figures(pid: int, server: redis.Redis) -> dict[str, float]:
     """Memory in MiB, descriptors and threads of each process, and the keys of the server."""
     figures: dict[str, float] = {}
-    for place, one in enumerate(_descendants(pid)):
+    for place, one in enumerate(_processes(pid)):
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines()
         )
