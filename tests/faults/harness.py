@@ -59,6 +59,12 @@ def _worker_connections(client: redis.Redis) -> list[str]:
     ]
 
 
+def waiting_workers(client: redis.Redis) -> int:
+    """How many workers wait on the doorbell, as far as the server knows."""
+    listed: list[dict[str, str]] = client.client_list()
+    return sum(connection["cmd"] == "brpop" for connection in listed)
+
+
 async def eventually(
     condition: Callable[[], bool | Awaitable[bool]], description: str, seconds: float = 30.0
 ) -> None:

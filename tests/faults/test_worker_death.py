@@ -19,19 +19,13 @@ from tests import zoo
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 from tests.sampling import soak_except
 
-from .harness import assert_at_rest, eventually, is_renewed
+from .harness import assert_at_rest, eventually, is_renewed, waiting_workers
 from .processes import OpenWorkers, WorkerChild, Workers
 
 STEPS: tuple[Step, ...] = ("woken", "claimed", "running", "finishing", "finished")
 MANY_DELIVERIES = Policy(
     lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, max_deliveries=1000
 )
-
-
-def _waiting_workers(client: redis.Redis) -> int:
-    """How many workers wait on the doorbell."""
-    listed: list[dict[str, str]] = client.client_list()
-    return sum(connection["cmd"] == "brpop" for connection in listed)
 
 
 async def _kill_at(
@@ -57,7 +51,7 @@ async def _wait_until_announced(worker: WorkerChild, client: redis.Redis) -> Non
 async def _wait_until_ready_or_dead(worker: WorkerChild, client: redis.Redis) -> None:
     """Waits until the worker waits on the doorbell, or has died at its step of an older job."""
     await eventually(
-        lambda: _waiting_workers(client) > 0 or worker.has_ended(), "the worker waits, or is dead"
+        lambda: waiting_workers(client) > 0 or worker.has_ended(), "the worker waits, or is dead"
     )
 
 

@@ -431,6 +431,16 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "an_idle_worker_looks_only_when_the_doorbell_rings",
+        "asyncinfer/worker/claiming/claim_waiter.py",
+        "        seconds = self._brpop_timeout_seconds",
+        "        seconds = 60.0",
+        (
+            "tests/faults/test_idle_workers.py::test_a_worker_frozen_while_it_waited_delays_a_job_by_one_look_of_another",
+            "tests/faults/test_doorbell.py::test_a_lost_doorbell_token_delays_a_job_by_one_poll_at_most",
+        ),
+    ),
+    Fault(
         "a_full_batch_waits_for_one_job_more",
         "asyncinfer/worker/claiming/batch_window.py",
         "if count >= self.queues[queue].full_jobs:",
