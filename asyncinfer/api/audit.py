@@ -101,11 +101,9 @@ class _Act(Struct, frozen=True, kw_only=True):
 
 
 def _given(criteria: Mapping[str, object]) -> dict[str, str | int | bool]:
-    """The criteria that are not empty; strings are cut to 128 characters."""
+    """The criteria that are not empty."""
     return {
-        name: shortened(value)
-        for name, value in criteria.items()
-        if value and isinstance(value, str | int)
+        name: value for name, value in criteria.items() if value and isinstance(value, str | int)
     }
 
 
@@ -139,7 +137,7 @@ async def _note(services: Services, admission: Admission, act: _Act) -> None:
         _log.warning("The line before has no entry in the audit log: %s", error.detail)
 
 
-def _text(value: object) -> str:
-    """The value as JSON in printable characters: a name in a query may hold a line break or a
-    control character."""
-    return printable_json(msgspec.json.encode(value).decode())
+def _text(value: str | int | bool) -> str:
+    """The value as JSON in printable characters, a string cut to 128: a name in a query may hold a
+    line break or a control character."""
+    return printable_json(msgspec.json.encode(shortened(value)).decode())

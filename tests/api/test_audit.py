@@ -191,12 +191,17 @@ async def test_an_act_that_fails_or_is_refused_leaves_an_entry_with_its_code(
     assert await acts.new() == {**by_bob, "action": "cancel", "filter": filtered}
     assert_problem(await bob.post("/jobs/retry"), 400, "invalid_query")
     assert_problem(await bob.get("/jobs?tenant=*"), 403, "forbidden")
+    assert_problem(await ops.delete("/job/x"), 403, "forbidden")
     await acts.assert_none()
 
 
-async def test_a_long_name_and_a_thousand_ids_make_a_short_entry(
-    alice: httpx2.AsyncClient, ops: httpx2.AsyncClient, server: redis.Redis
+async def test_a_long_name_and_a_thousand_ids_make_a_short_entry_and_line(
+    alice: httpx2.AsyncClient,
+    ops: httpx2.AsyncClient,
+    server: redis.Redis,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "asyncinfer.audit")
     await alice.delete(f"/jobs?model={'x' * 5000}")
     await alice.post("/jobs/retry", json={"job_ids": [f"{number:032x}" for number in range(1000)]})
     many, long_name = await entries(ops)
@@ -204,6 +209,7 @@ async def test_a_long_name_and_a_thousand_ids_make_a_short_entry(
     assert long_name["filter"]["model"] == "x" * 128
     stored: Any = server.zrange(TENANTS, 0, -1)
     assert max(map(len, stored)) < 500
+    assert max(map(len, lines(caplog))) < 500
 
 
 async def test_no_key_is_in_an_entry(
