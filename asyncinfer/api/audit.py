@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import anyio
 import msgspec
 from msgspec import Struct
 
@@ -124,15 +123,14 @@ async def _note(services: Services, admission: Admission, act: _Act) -> None:
     if act.verb in _READS:
         return
     try:
-        with anyio.CancelScope(shield=True):
-            await services.audit_entries.add(
-                act.verb,
-                act.criteria,
-                by=(admission.tenant, admission.shown_key),
-                jobs=act.jobs,
-                outcome=act.outcome,
-                of_tenants=not act.is_across,
-            )
+        await services.audit_entries.add(
+            act.verb,
+            act.criteria,
+            by=(admission.tenant, admission.shown_key),
+            jobs=act.jobs,
+            outcome=act.outcome,
+            of_tenants=not act.is_across,
+        )
     except RequestError as error:
         _log.warning("The line before has no entry in the audit log: %s", error.detail)
 

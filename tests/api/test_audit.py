@@ -10,20 +10,16 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
-from tests.queue_driver import QueueDriver
 
 from .harness import (
     QUEUE,
     ROW,
-    ManualWorker,
     ProxiedApi,
     announce,
     assert_problem,
     client_of,
-    running_client,
     submit,
 )
 
@@ -440,12 +436,9 @@ async def test_a_full_redis_leaves_the_line_and_the_act(
     assert not_stored.startswith("The line before has no entry in the audit log: ")
 
 
-async def test_a_repeated_write_of_an_entry_makes_no_second_one(
-    config: ApiConfig, store: Store, hands: QueueDriver, manual_worker: ManualWorker
-) -> None:
-    await announce(store, "iris", default="iris")
-    async with running_client(config) as client:
-        await client.post("/models/iris/pause")
-        (member, score), = hands.redis.zrange(OPERATORS, 0, -1, withscores=True)  # fmt: skip
-        hands.redis.zadd(OPERATORS, {member: score})
+async def test_an_entry_whose_reply_is_lost_is_stored_once(proxied_api: ProxiedApi) -> None:
+    async with client_of(proxied_api.port) as client:
+        proxied_api.proxy.cut_reply_to(b"ZADD")
+        assert (await client.post("/models/iris/pause")).status_code == 200
+        assert proxied_api.proxy.replies_cut == 1
         assert len(await entries(client)) == 1
