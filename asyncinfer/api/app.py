@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncinfer.api.admission import reach_of
 from asyncinfer.api.answer_sizes import AnswerSizes
+from asyncinfer.api.audit import note_refusal
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.guard import Guard
@@ -44,6 +45,7 @@ from asyncinfer.api.services import Services
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
     BodyTooLarge,
+    Forbidden,
     MethodNotAllowed,
     RedisUnavailable,
     RequestError,
@@ -53,6 +55,8 @@ from asyncinfer.errors import (
     TooManyUploads,
 )
 from asyncinfer.repository.announcements import Announcements
+from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
@@ -149,16 +153,20 @@ class Api:
         headers = read_fields(scope["headers"])
         admission = self._guard.admit(route.scope, scope, headers)
         query = read_query(scope, route.query)
-        reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
         request = Request(
             scope,
             receive,
             headers=headers,
             query=query,
             admission=admission,
-            reach=reach,
+            reach=admission.own,
             uploads=self.uploads,
         )
+        try:
+            request.reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
+        except Forbidden as error:
+            await note_refusal(self._services, request, route.method, route.path, error)
+            raise
         try:
             answer = await route.handler(self._services, request)
         finally:
@@ -322,6 +330,8 @@ def _services(store: Store, config: ApiConfig) -> Services:
         selection=Selection(store),
         operations=operations,
         groups=Groups(store, operations),
+        audit_entries=AuditEntries(store),
+        audit_log=AuditLog(store),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         event_texts=EventTexts(catalog, wait_reasons),

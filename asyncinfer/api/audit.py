@@ -1,18 +1,23 @@
-"""The audit log: a line for each request that acts on or sees jobs across tenants."""
+"""The audit log: a line and an entry for what is done to many jobs, to models, across tenants."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
+from msgspec import Struct
 
+from asyncinfer.api.admission import Admission
 from asyncinfer.api.http.messages import Request
-from asyncinfer.errors import RequestError
-from asyncinfer.schemas.requests import ALL_TENANTS
+from asyncinfer.api.services import Services
+from asyncinfer.errors import Forbidden, RequestError
+from asyncinfer.repository.audit import BROKEN_OFF, DONE, shortened
+from asyncinfer.schemas.requests import ALL_TENANTS, AUDIT_ACTIONS
 from asyncinfer.untrusted.printable import printable_json
 
-_MAX_CHARACTERS: Final = 128
+_OF_A_JOB: Final = "/job/"
+_READS: Final = ("list", "read")
 
 _log = logging.getLogger("asyncinfer.audit")
 
@@ -21,46 +26,116 @@ class Audit:
     """The outcome of a request, for its line; `audited` yields it."""
 
     def __init__(self) -> None:
-        self.count = 0
-        """Jobs that the request changed or showed; set it inside `audited`."""
+        self.count: int | None = 0
+        """Jobs that the request changed or showed; set it inside `audited`. None: it is about a
+        model as such."""
 
 
-@contextmanager
-def audited(
-    request: Request[Any], verb: str, criteria: Mapping[str, object], *, over_tenants: bool = False
-) -> Iterator[Audit]:
-    """Writes a line to the audit log when the block ends, also if it raises; no line if a caller
-    stays within its tenant, unless the act is `over_tenants`, which means all tenants. `criteria`
-    are what the jobs were selected by, by name; empty values are left out of the line."""
-    audit, outcome = Audit(), "broken off"
+@asynccontextmanager
+async def audited(
+    services: Services,
+    request: Request[Any],
+    verb: str,
+    criteria: Mapping[str, object],
+    *,
+    of_many: bool = False,
+    over_tenants: bool = False,
+) -> AsyncIterator[Audit]:
+    """Writes a line to the audit log when the block ends, also if it raises; and adds an entry,
+    unless the request only reads. Does neither if a caller stays within its tenant, unless the act
+    is `of_many` jobs, or `over_tenants`, which means all tenants. `criteria` are what the jobs were
+    selected by, by name; empty values are left out."""
+    audit, outcome = Audit(), BROKEN_OFF
     try:
         yield audit
-        outcome = f"{audit.count} jobs"
+        outcome = DONE
     except RequestError as error:
         outcome = error.code
         raise
     finally:
-        if request.reach.across or over_tenants:
-            tenant = ALL_TENANTS if over_tenants else request.reach.tenant or ALL_TENANTS
-            _write_line(request, verb, {"tenant": tenant, **criteria}, outcome)
+        across = request.reach.across or over_tenants
+        if across or of_many:
+            tenant = request.reach.tenant or ALL_TENANTS
+            act = _Act(
+                verb=verb,
+                criteria=_given({"tenant": ALL_TENANTS if over_tenants else tenant, **criteria}),
+                jobs=audit.count,
+                outcome=outcome,
+                is_across=across,
+            )
+            await _note(services, request.admission, act)
 
 
-def _write_line(
-    request: Request[Any], verb: str, criteria: Mapping[str, object], outcome: str
+async def note_refusal(
+    services: Services, request: Request[Any], method: str, path: str, error: Forbidden
 ) -> None:
-    """Logs the act and `outcome`: how many jobs, the code of an error, or `broken off`."""
+    """Writes a line and adds an entry for a request that `audited` would have noted, and that was
+    refused since its key lacks a scope; does nothing for another. `path` is that of the route."""
+    filters = msgspec.structs.asdict(request.query)
+    verb = path.rpartition("/")[2]
+    is_purge = filters.pop("purge", False)
+    if method == "DELETE":
+        verb = "purge" if is_purge else "cancel"
+    is_of_own_job = path.startswith(_OF_A_JOB) and not filters["tenant"]
+    if verb not in AUDIT_ACTIONS or is_of_own_job:
+        return
+    named = {"job_id": "id", "model": "model", "group": "group"}
+    criteria = {
+        "tenant": request.tenant,
+        **_given(filters),
+        **_given({name: request.path(part) for name, part in named.items()}),
+    }
+    act = _Act(verb=verb, criteria=criteria, jobs=0, outcome=error.code, is_across=False)
+    await _note(services, request.admission, act)
+
+
+class _Act(Struct, frozen=True, kw_only=True):
+    """What is noted of a request."""
+
+    verb: str
+    criteria: dict[str, str | int | bool]
+    jobs: int | None
+    outcome: str
+    is_across: bool
+
+
+def _given(criteria: Mapping[str, object]) -> dict[str, str | int | bool]:
+    """The criteria that are not empty."""
+    return {
+        name: value for name, value in criteria.items() if value and isinstance(value, str | int)
+    }
+
+
+async def _note(services: Services, admission: Admission, act: _Act) -> None:
+    """Logs the act with its outcome: how many jobs, `done`, the code of an error or `broken_off`.
+    Adds its entry, unless Redis takes none, which is logged: the act itself is done."""
+    outcome = act.outcome
+    if outcome == DONE and act.jobs is not None:
+        outcome = f"{act.jobs} jobs"
     _log.info(
         "%s by tenant=%s key=%s: %s: %s",
-        verb,
-        request.tenant,
-        request.admission.shown_key or "none",
-        " ".join(f"{name}={_text(value)}" for name, value in criteria.items() if value),
+        act.verb,
+        admission.tenant,
+        admission.shown_key or "none",
+        " ".join(f"{name}={_text(value)}" for name, value in act.criteria.items()),
         outcome,
     )
+    if act.verb in _READS:
+        return
+    try:
+        await services.audit_entries.add(
+            act.verb,
+            act.criteria,
+            by=(admission.tenant, admission.shown_key),
+            jobs=act.jobs,
+            outcome=act.outcome,
+            of_tenants=not act.is_across,
+        )
+    except RequestError as error:
+        _log.warning("The line before has no entry in the audit log: %s", error.detail)
 
 
-def _text(value: object) -> str:
+def _text(value: str | int | bool) -> str:
     """The value as JSON in printable characters, a string cut to 128: a name in a query may hold a
     line break or a control character."""
-    shown = value[:_MAX_CHARACTERS] if isinstance(value, str) else value
-    return printable_json(msgspec.json.encode(shown).decode())
+    return printable_json(msgspec.json.encode(shortened(value)).decode())

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 from msgspec import Struct
 
 from asyncinfer.api.handlers.admin import clear_jobs, list_queues, list_workers, retry_jobs
+from asyncinfer.api.handlers.audit import list_audit
 from asyncinfer.api.handlers.autoscaling import read_scale
 from asyncinfer.api.handlers.events import follow_job, follow_jobs
 from asyncinfer.api.handlers.groups import cancel_group, read_group
@@ -58,9 +59,10 @@ from asyncinfer.errors import (
     VersionNotFound,
     WritesRefused,
 )
-from asyncinfer.schemas.operations import QueueList, WorkerList
+from asyncinfer.schemas.operations import AuditList, QueueList, WorkerList
 from asyncinfer.schemas.problems import LineProblem
 from asyncinfer.schemas.requests import (
+    AuditQuery,
     CancelJobQuery,
     ClearJobsQuery,
     EventsQuery,
@@ -306,6 +308,7 @@ ROUTES: Final = (
         {200: PurgeResult},
         _MODEL + _REDIS,
     ),
+    Route("GET", "/audit", list_audit, "operator", {200: AuditList}, _REDIS, query=AuditQuery),
     Route("GET", "/scale/{model}", read_scale, "read", {200: Scale}, _MODEL + _REDIS),
     Route("GET", "/health", health, None, {200: Health}, _REDIS),
     Route("GET", "/health/live", live, None, {200: Liveness}),

@@ -12,6 +12,8 @@ from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.repository.announcements import Announcements
+from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
@@ -36,6 +38,8 @@ class Services(Struct, frozen=True, kw_only=True):
     selection: Selection
     operations: Operations
     groups: Groups
+    audit_entries: AuditEntries
+    audit_log: AuditLog
     inbox: Inbox
     feed: Feed
     event_texts: EventTexts

@@ -56,6 +56,7 @@ SECTIONS: Final = {
         "models": _Entry("models", "List models, or show one with its example."),
         "pause": _Entry("models", "Pause a model: accept its jobs, but run none of them."),
         "resume": _Entry("models", "Resume a paused model."),
+        "audit": _Entry("audit", "List what operators did, the newest first."),
     },
     "Other": {
         "completion": _Entry("completion", "Print the completion script of a shell."),

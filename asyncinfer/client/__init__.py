@@ -4,6 +4,7 @@ Importing it loads no server, no model runtime, and not yet numpy or an HTTP lib
 """
 
 from asyncinfer.client._answers import (
+    AuditLog,
     ClearedJobs,
     GroupCounts,
     Health,
@@ -55,13 +56,22 @@ from asyncinfer.errors import (
     VersionNotFound,
 )
 from asyncinfer.jobs import JobError
-from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs, Worker
+from asyncinfer.schemas.operations import (
+    AuditEntry,
+    JobsDone,
+    Percentiles,
+    Queue,
+    WaitingJobs,
+    Worker,
+)
 
 __all__ = [
     "AsyncClient",
     "AsyncGroup",
     "AsyncJob",
     "AsyncinferError",
+    "AuditEntry",
+    "AuditLog",
     "BodyTooLarge",
     "Cadence",
     "CannotSend",

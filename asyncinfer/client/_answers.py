@@ -5,6 +5,7 @@ from typing import Any
 from msgspec import Struct
 
 from asyncinfer.client._models import TensorInfo
+from asyncinfer.schemas.operations import AuditEntry
 
 
 class RefusedJob(Struct, frozen=True):
@@ -51,6 +52,20 @@ class PausedState(Struct, frozen=True):
 
     model: str
     paused: bool
+
+
+class AuditLog(Struct, frozen=True, kw_only=True):
+    """The newest `entries` of the audit log that match, the newest first.
+
+    `unreadable` is how many stored entries were left out since they are not readable: another
+    program has written to Redis.
+
+    >>> client.audit(limit=1).unreadable
+    0
+    """
+
+    entries: tuple[AuditEntry, ...]
+    unreadable: int = 0
 
 
 class Health(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):

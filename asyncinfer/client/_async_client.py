@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Literal, Unpack
 
 from asyncinfer.client._answers import (
+    AuditLog,
     ClearedJobs,
     Health,
     PausedState,
@@ -33,6 +34,7 @@ from asyncinfer.client._requests import call
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
+from asyncinfer.schemas.requests import AuditAction
 
 
 @with_docstrings_of(Client)
@@ -238,6 +240,17 @@ class AsyncClient:
     async def workers(self) -> list[Worker]:
         """Returns the living workers."""
         return await self._driver.run(operations.workers(self._server))
+
+    async def audit(
+        self,
+        *,
+        action: AuditAction | None = None,
+        tenant: str | None = None,
+        limit: int = 100,
+    ) -> AuditLog:
+        """Returns what was done to many jobs, to models and across tenants, newest first."""
+        query = {"action": action, "tenant": tenant}
+        return await self._driver.run(operations.audit(self._server, limit, query))
 
     async def health(self) -> Health:
         """Returns the state of the server; raises RedisUnavailable."""

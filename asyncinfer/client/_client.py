@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Unpack
 
 from asyncinfer.client._answers import (
+    AuditLog,
     ClearedJobs,
     Health,
     PausedState,
@@ -31,6 +32,7 @@ from asyncinfer.client._requests import RemoteServer, call
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
+from asyncinfer.schemas.requests import AuditAction
 
 _URL: Final = "http://127.0.0.1:8000"
 
@@ -445,6 +447,26 @@ class Client:
         'ready'
         """
         return self._driver.run(operations.workers(self._server))
+
+    def audit(
+        self,
+        *,
+        action: AuditAction | None = None,
+        tenant: str | None = None,
+        limit: int = 100,
+    ) -> AuditLog:
+        """Returns what was done to many jobs, to models and across tenants, newest first.
+
+        At most `limit` entries: each is an `AuditEntry`. `action` selects one action, and `tenant`
+        what the keys of a tenant did or was done to its jobs alone. Needs the scope `operator`.
+
+        >>> paused = client.pause("iris")
+        >>> [(entry.action, entry.filter["model"]) for entry in client.audit(limit=1).entries]
+        [('pause', 'iris')]
+        >>> resumed = client.resume("iris")
+        """
+        query = {"action": action, "tenant": tenant}
+        return self._driver.run(operations.audit(self._server, limit, query))
 
     def health(self) -> Health:
         """Returns the state of the server, if it and its Redis answer.

@@ -256,3 +256,11 @@ def pace(n: str, model: str) -> str:
 def default_model(n: str) -> str:
     """String, no TTL: the model whose queue is `n`; empty where there is decided to be none."""
     return f"{{{n}}}:default"
+
+
+def audit(n: str) -> tuple[str, str]:
+    """ZSET, TTL 90 days: the audit entries of operators and admins, and those of tenants.
+
+    They are apart so that no tenant can push out what operators did.
+    """
+    return f"{{{n}}}:audit", f"{{{n}}}:audit:tenants"

@@ -399,8 +399,9 @@ class Store:
                 )
         return name if current is None else current
 
-    async def claim_default_model(self, name: str) -> None:
-        """Makes `name` the default model, whose queue is QUEUE_NAME itself.
+    async def claim_default_model(self, name: str) -> str | None:
+        """Makes `name` the default model, whose queue is QUEUE_NAME itself; returns the one that it
+        replaced, None if it replaced none.
 
         Raises DefaultModelChanged if another model is, and a waiting or running job would change
         its model by it.
@@ -409,10 +410,11 @@ class Store:
         while current != name:
             jobs = await self.replace_default_model(current, name)
             if jobs is None:
-                return
+                return current
             if any(jobs):
                 raise DefaultModelChanged(self._explain_refusal(current, name, *jobs))
             current = await self.agree_on_default_model(name)
+        return None
 
     async def replace_default_model(self, current: str, name: str) -> tuple[int, int] | None:
         """Makes `name` the default model in place of `current`; an empty `name` decides that there

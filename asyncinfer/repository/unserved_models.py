@@ -1,5 +1,6 @@
 """Models without a live worker: announced versions and the default model of earlier starts."""
 
+import logging
 import os
 import socket
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from asyncinfer.errors import DefaultModelChanged
+from asyncinfer.errors import DefaultModelChanged, RedisUnavailable, StorageFull
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements, WorkerAnnouncement, serves_or_loads
+from asyncinfer.repository.audit import AuditEntries
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
+
+_audit_log = logging.getLogger("asyncinfer.audit")
 
 
 class UnservedDefault(Struct, frozen=True):
@@ -34,6 +38,7 @@ class UnservedModels:
         self._store = store
         self._all_here = all_here
         self._announcements = Announcements(store)
+        self._audit_entries = AuditEntries(store)
 
     # --- workers -----------------------------------------------------------------------------
 
@@ -59,7 +64,8 @@ class UnservedModels:
             serving = [worker for worker in await self.workers() if serves_or_loads(worker, stored)]
             if serving:
                 raise DefaultModelChanged(_explain_refusal(stored, name, serving))
-        await self._store.claim_default_model(name)
+        if await self._store.claim_default_model(name) is not None:
+            await self._note_default(name)
 
     async def default_model(self) -> str | None:
         return await self._store.default_model()
@@ -72,10 +78,21 @@ class UnservedModels:
         """Makes `name` the default model in place of the unserved `stored`; None: no default model.
         Returns the jobs that prevent it, or None if it is done."""
         jobs = await self._store.replace_default_model(stored, name or "")
+        if jobs is None:
+            await self._note_default(name or "")
         if jobs is None or not any(jobs):
             return None
         old, new = jobs
         return UnservedDefault(stored, old or new, stored if old else name or "")
+
+    async def _note_default(self, name: str) -> None:
+        """Adds an audit entry for a default model that has replaced another, unless Redis takes
+        none: a start must not fail by that."""
+        _audit_log.info("default by this process: model=%r", name)
+        try:
+            await self._audit_entries.add("default", {"model": name})
+        except (RedisUnavailable, StorageFull) as error:
+            _audit_log.warning("The line before has no entry in the audit log: %s", error.detail)
 
     # --- versions ----------------------------------------------------------------------------
 

@@ -157,3 +157,48 @@ class Worker(Struct, frozen=True, kw_only=True):
 
 class WorkerList(Struct, frozen=True):
     workers: list[Worker]
+
+
+class AuditEntry(Struct, frozen=True, kw_only=True):
+    """What a request or a start of a service did, to which jobs, and how that ended.
+
+    - `at` (when it ended), `action` ("cancel", "default", "pause", "purge", "resume" or "retry").
+    - `tenant` and `key`: who did it. The key is shown as the first 8 hex digits of its SHA-256;
+      both are None for a process without a key, as `serve` that gets another default model.
+    - `filter`: what was acted on, by name: the `tenant` ("*": all), `model`, `status`, `group`,
+      `dead` or `job_id`; `job_ids` is how many were named.
+    - `jobs`: how many it changed, as far as is known; None for a model as such.
+    - `outcome`: "done", "broken_off" by an error or the end of the service, or an error's code.
+    """
+
+    at: Annotated[datetime, Meta(tz=True)]
+    action: Annotated[
+        str, Meta(description="`cancel`, `default`, `pause`, `purge`, `resume` or `retry`.")
+    ]
+    tenant: Annotated[
+        str | None, Meta(description="The tenant of the key; null: a process without a key.")
+    ]
+    key: Annotated[
+        str | None, Meta(description="The first 8 hex digits of its SHA-256; null without a key.")
+    ]
+    filter: Annotated[
+        dict[str, str | int | bool],
+        Meta(description="What was acted on, by name; `job_ids` is how many were named."),
+    ]
+    jobs: Annotated[
+        int | None,
+        Meta(description="How many jobs it is known to have changed; null: about a model as such."),
+    ]
+    outcome: Annotated[str, Meta(description="`done`, `broken_off`, or the code of an error.")]
+
+
+class AuditList(Struct, frozen=True):
+    """A page of the audit log."""
+
+    entries: list[AuditEntry]
+    unreadable: Annotated[
+        int, Meta(description="Stored entries that were left out, since they are not readable.")
+    ]
+    cursor: Annotated[
+        str | None, Meta(description="The `cursor` of the next page; null on the last page.")
+    ]

@@ -1,6 +1,6 @@
 """Bodies and queries of requests, checked as they are decoded."""
 
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
@@ -9,6 +9,9 @@ from asyncinfer.jobs import GROUP_PATTERN, NAME_PATTERN, PATTERN_END, Options, S
 MAX_WAIT_SECONDS: Final = 60
 MAX_JOBS_PER_CALL: Final = 1000
 ALL_TENANTS: Final = "*"
+
+AuditAction: TypeAlias = Literal["cancel", "default", "pause", "purge", "resume", "retry"]
+AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 
 
 class RequestOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,6 +178,24 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 100
     cursor: Annotated[str, Meta(description="The `cursor` of the previous page.")] | None = None
     tenant: TenantQuery = None
+
+
+class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    action: Annotated[AuditAction, Meta(description="Only this action.")] | None = None
+    tenant: (
+        Annotated[
+            str,
+            Meta(
+                pattern=rf"^(\*|{NAME_PATTERN}){PATTERN_END}",
+                description="Only what keys of this tenant did, or was done to its jobs alone.",
+            ),
+        ]
+        | None
+    ) = None
+    limit: Annotated[
+        int, Meta(ge=1, le=1000, description="The largest number of entries in the answer.")
+    ] = 100
+    cursor: Annotated[str, Meta(description="The `cursor` of the previous page.")] | None = None
 
 
 class CancelJobQuery(Struct, frozen=True, forbid_unknown_fields=True):

@@ -72,6 +72,8 @@ def answers_of(url: str) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=20) as reply:
             return json.load(reply)
 
+    for verb in ("pause", "resume"):
+        send("POST", f"/models/iris/{verb}", {})
     job_id = wait_until_ended(url, submit(url))
     job = send("GET", f"/job/{job_id}")
     failed = {"error": {"code": "model_failed", "message": "It did."}, "status": "failed"}
@@ -88,6 +90,7 @@ def answers_of(url: str) -> dict[str, Any]:
         "GET /models": models,
         "GET /models/iris": {**send("GET", "/models/iris"), "problems": [problem]},
         "GET /queues": send("GET", "/queues"),
+        "GET /audit": {**send("GET", "/audit?limit=2"), "unreadable": 1, "cursor": None},
         "GET /workers": send("GET", "/workers"),
         "GET /group": {"group": "x", "jobs": 0},
         "POST /predict": send("POST", "/predict/iris", {"data": [[5.1, 3.5, 1.4, 0.2]]}),

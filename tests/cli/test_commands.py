@@ -219,6 +219,33 @@ def test_the_doctor_finds_no_problem_in_a_running_service(data_dir: Path, url: s
     assert verdicts["model iris/1"] == "ok"
 
 
+# --- what operators did ----------------------------------------------------------------------
+
+
+def test_what_commands_do_to_many_jobs_and_to_models_is_listed(url: str) -> None:
+    run_command("purge", "--status", "ended", "--model", "digits")
+    with paused("digits"):
+        submit(url, "digits")
+        run_command("cancel", "--model", "digits")
+    run_command("retry", "no-such-job")
+    run_command("purge", "--status", "ended", "--model", "digits")
+
+    found = run_command("audit", "--limit", "5", "--json").json
+    lines = run_command("audit", "--limit", "5").out.splitlines()
+    pauses = run_command("audit", "--action", "pause", "--tenant", "default", "--json").json
+
+    assert [(entry["action"], entry["jobs"]) for entry in found] == [
+        *(("purge", 1), ("retry", 0), ("resume", None), ("cancel", 1), ("pause", None)),
+    ]
+    heads = ["TIME", "ACTION", "TENANT", "KEY", "FILTER", "JOBS", "OUTCOME"]
+    assert lines[0].split() == heads
+    cells = ["purge", "default", "-", "tenant=default", "status=ended", "model=digits", "1", "done"]
+    assert lines[1].split()[1:] == cells
+    assert lines[1].split()[0].endswith("Z")
+    assert {entry["action"] for entry in pauses} == {"pause"}
+    assert run_command("audit", "--tenant", "nobody").err == "No such entries.\n"
+
+
 # --- keys ------------------------------------------------------------------------------------
 
 
@@ -288,6 +315,7 @@ COMMANDS = (
     ("models",),
     ("pause", "iris"),
     ("resume", "iris"),
+    ("audit",),
     ("top",),
     ("bench", "--seconds", "0.5"),
 )
@@ -342,7 +370,7 @@ def test_an_unknown_model_is_one_line(url: str) -> None:
 
 
 def test_json_is_json_to_the_last_byte(url: str) -> None:
-    argvs = (("models",), ("jobs",), ("dead",), ("top", "--once"), ("pause", "iris"))
+    argvs = (("models",), ("jobs",), ("dead",), ("audit",), ("top", "--once"), ("pause", "iris"))
     for argv in (*argvs, ("resume", "iris")):
         ran: CommandResult = run_command(*argv, "--json")
         assert (ran.code, ran.err) == (0, "")

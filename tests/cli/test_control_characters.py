@@ -144,6 +144,7 @@ EVIL_PROBLEM: Final = {"model": EVIL, "version": EVIL, "worker": EVIL, "reason":
             ("models",),
             ("models", "iris"),
             ("retry", "--dead"),
+            ("audit",),
             ("predict", "-m", "iris", "1", "2", "3", "4"),
             ("doctor", "--model-dir", "."),
         ],
@@ -174,6 +175,16 @@ def test_a_hostile_server_commands_nothing(hostile: HostileServer, argv: tuple[s
             "retried": [],
             "refused": [{"job_id": EVIL, "code": EVIL, "detail": f"{EVIL}\nasyncinfer: x"}],
             "more": False,
+        },
+        "GET /audit": {
+            "entries": [
+                {
+                    **{"at": "2026-01-01T00:00:00Z", "jobs": 1, "filter": {EVIL: f"{EVIL}\nx: y"}},
+                    **dict.fromkeys(("action", "tenant", "key", "outcome"), EVIL),
+                }
+            ],
+            "unreadable": 0,
+            "cursor": None,
         },
         "GET /health": {"status": "ok", "redis": EVIL},
     }

@@ -24,6 +24,7 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "GET /models": (("models",), ("models", "--json"), ("predict", "1", "2", "3", "4")),
     "GET /models/iris": (("models", "iris"), ("predict", "-m", "iris", "1", "2", "3", "4")),
     "GET /queues": (("top", "--once"), ("top", "--once", "--json")),
+    "GET /audit": (("audit",), ("audit", "--json")),
     "GET /workers": (("top", "--once"),),
     "GET /group": (("predict", "-m", "iris", "1", "2", "3", "4"),),
     "POST /predict": (

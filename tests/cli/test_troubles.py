@@ -65,6 +65,7 @@ def test_a_key_without_the_scope_is_refused(reader: str) -> None:
     key = ("--api-key", reader)
 
     assert run_command("jobs", *key).code == 0
+    assert "operator" in error_line(run_command("audit", *key), 3)
     assert "admin" in error_line(run_command("pause", "iris", *key), 3)
     assert "submit" in error_line(run_command("cancel", "x", *key), 3)
 

@@ -438,6 +438,10 @@ async def test_the_asynchronous_client_does_all_of_that(aclient: AsyncClient) ->
     assert (await aclient.validate([SETOSA])).rows == 1
     assert await aclient.queues()
     assert await aclient.workers()
+    latest, purged = (await aclient.audit(limit=2)).entries
+    assert (latest.action, latest.jobs, latest.filter["group"]) == ("purge", 1, "held-too")
+    assert (purged.action, purged.outcome) == ("resume", "done")
+    assert (await aclient.audit(action="pause", tenant="nobody")).entries == ()
     job = await aclient.submit([SETOSA])
     assert [event.name async for event in job.events()][-1] in ("completed", "snapshot")
     assert (await job.wait()).status == "completed"

@@ -211,6 +211,7 @@ async def test_an_answer_that_is_not_understood_is_one_error(body: bytes) -> Non
         lambda client: client.resume("a"),
         lambda client: client.queues(),
         lambda client: client.workers(),
+        lambda client: client.audit(),
         lambda client: client.health(),
         lambda client: client.catalog(),
         lambda client: client.group("a"),

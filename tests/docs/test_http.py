@@ -11,9 +11,9 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import RESERVED_CONNECTIONS
 from asyncinfer.api.routes import EVERYWHERE, ROUTES, Route
 from asyncinfer.errors import JobError, RedisUnavailable, RequestError
-from asyncinfer.schemas.operations import Queue, Worker
+from asyncinfer.schemas.operations import AuditEntry, Queue, Worker
 from asyncinfer.schemas.problems import LineProblem
-from asyncinfer.schemas.requests import InputTensor, JobsQuery, RequestOptions
+from asyncinfer.schemas.requests import AuditQuery, InputTensor, JobsQuery, RequestOptions
 from asyncinfer.schemas.responses import (
     AcceptedJob,
     ClearResult,
@@ -184,6 +184,8 @@ def test_the_table_of_reasons_to_wait_has_every_code() -> None:
         ("Models", "field of a model", Model),
         ("Queues and workers", "field of a queue", Queue),
         ("Queues and workers", "field of a worker", Worker),
+        ("The audit log", "parameter", AuditQuery),
+        ("The audit log", "field of an entry", AuditEntry),
         ("The backlog for an autoscaler", "field", Scale),
         ("Errors", "member", LineProblem),
     ],

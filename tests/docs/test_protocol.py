@@ -14,6 +14,7 @@ import redis
 
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
 from asyncinfer.repository import keys
+from asyncinfer.repository.audit import AuditEntries, StoredEntry
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.libraries import Libraries
 from asyncinfer.repository.policy import Policy
@@ -114,6 +115,7 @@ def ttl_seconds(row: Row, policy: Policy, status: bytes | None) -> float | None:
         "24 h": 24 * 3600,
         "7 days": 7 * 24 * 3600,
         "30 days": 30 * 24 * 3600,
+        "90 days": 90 * 24 * 3600,
     }[row.ttl]
 
 
@@ -289,6 +291,8 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     await driver.maintenance.repair(600)
     await driver.announcements.announce_default_versions({"iris": "1"})
     await driver.announcements.announce_worker("w", {}, 15)
+    await AuditEntries(driver.store).add("pause", {"model": "iris"})
+    await AuditEntries(driver.store).add("cancel", {"group": "g"}, of_tenants=True)
     await Libraries(driver.store).tidy()
     after_each()
     await driver.run_all()
@@ -373,6 +377,11 @@ def test_the_page_lists_the_stored_letters_of_facts() -> None:
 def test_the_page_lists_the_stored_fields_of_the_record() -> None:
     fields = [name for cells in table(chapter("The record")) for name in code(cells[0])]
     assert fields == list(Record.__struct_fields__)
+
+
+def test_the_page_lists_the_stored_fields_of_an_audit_entry() -> None:
+    fields = [name for cells in table(chapter("Audit")) for name in code(cells[0])]
+    assert fields == list(StoredEntry.__struct_fields__)
 
 
 def test_the_page_has_the_current_version_of_the_record() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from asyncinfer.errors import DefaultModelChanged
 from asyncinfer.repository import keys
+from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.unserved_models import UnservedModels
 from tests.queue_driver import Q, QueueDriver
@@ -86,6 +87,20 @@ async def test_another_default_model_is_accepted_while_no_job_waits(
     for name in ("iris", "iris", "digits"):
         await leftovers.claim_default_model(name)
         assert await hands.store.default_model() == name
+
+
+async def test_a_replaced_default_model_leaves_one_entry_in_the_audit_log(
+    hands: QueueDriver, leftovers: UnservedModels
+) -> None:
+    for name in ("iris", "iris", "digits", "digits"):
+        await leftovers.claim_default_model(name)
+    await leftovers.replace_default_model("iris", "wine")  # is not the default any more
+    await leftovers.replace_default_model("digits", None)
+    entries = (await AuditLog(hands.store).page()).entries
+    assert [(entry.action, entry.tenant, entry.filter) for entry in entries] == [
+        ("default", None, {"model": ""}),
+        ("default", None, {"model": "digits"}),
+    ]
 
 
 @UNENDED

@@ -60,7 +60,7 @@ async def retry_jobs(services: Services, request: Request[RetryQuery]) -> Reply:
     job_filter = None if body else _retryable(request)
     criteria = {**criteria_of(request.query), "job_ids": len(job_ids)}
     refused: list[RetryRefusal] = []
-    with audited(request, "retry", criteria) as audit:
+    async with audited(services, request, "retry", criteria, of_many=True) as audit:
         if job_filter is None:
             selected, refused = await _jobs_by_id(services, request, job_ids)
         else:
@@ -85,7 +85,8 @@ async def clear_jobs(services: Services, request: Request[ClearJobsQuery]) -> Re
     """
     job_filter = _to_purge(request) if request.query.purge else _to_cancel(request)
     verb = "purge" if request.query.purge else "cancel"
-    with audited(request, verb, criteria_of(request.query)) as audit:
+    criteria = criteria_of(request.query)
+    async with audited(services, request, verb, criteria, of_many=True) as audit:
         selected = await services.selection.jobs(job_filter, MAX_JOBS_PER_CALL)
         if request.query.purge:
             purged = await services.operations.forget_all(selected.jobs)

@@ -3,6 +3,7 @@
 import re
 from typing import Any, Final
 
+from asyncinfer.api.audit import audited
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.services import Services
 from asyncinfer.errors import GroupNotFound
@@ -33,10 +34,13 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
     Replies with how many were cancelled and how many are being stopped. Raises GroupNotFound or
     RedisUnavailable.
     """
-    group = _group(request)
-    done = await services.groups.cancel(request.tenant, group)
-    if done is None:
-        raise _not_found_error()
+    group = request.path("group")
+    async with audited(services, request, "cancel", {"group": group}, of_many=True) as audit:
+        group = _group(request)
+        done = await services.groups.cancel(request.tenant, group)
+        if done is None:
+            raise _not_found_error()
+        audit.count = done.ended + done.stopping
     return json_reply(200, GroupCancelResult(group, done.ended, done.stopping))
 
 

@@ -44,7 +44,7 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     operator who acts across tenants gets no result. Raises JobNotFound, JobExpired,
     RedisUnavailable, and Unauthorized or Forbidden if the key is revoked during the wait.
     """
-    with audited(request, "read", {"job_id": request.path("id")}) as audit:
+    async with audited(services, request, "read", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         if request.query.wait and not stored.has_ended:
             stored = await _wait(services, request, stored, request.query.wait)
@@ -59,7 +59,7 @@ async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
     Raises InvalidQuery for an invalid cursor, and RedisUnavailable.
     """
     query = request.query
-    with audited(request, "list", criteria_of(query)) as audit:
+    async with audited(services, request, "list", criteria_of(query)) as audit:
         page = await _page(services, request)
         audit.count = len(page.jobs)
     default = services.catalog.default_model
@@ -102,7 +102,8 @@ async def cancel_job(services: Services, request: Request[CancelJobQuery]) -> Re
     RedisUnavailable.
     """
     purge, job_id = request.query.purge, request.path("id")
-    with audited(request, "purge" if purge else "cancel", {"job_id": job_id}) as audit:
+    verb = "purge" if purge else "cancel"
+    async with audited(services, request, verb, {"job_id": job_id}) as audit:
         stored = await find_job(services, request)
         if purge:
             await _delete(services, stored)
@@ -155,7 +156,7 @@ async def retry_job(services: Services, request: Request[JobQuery]) -> Reply:
     Replies 202. Raises JobNotRetryable, QueueFull, StorageFull, RedisUnavailable, JobNotFound or
     JobExpired.
     """
-    with audited(request, "retry", {"job_id": request.path("id")}) as audit:
+    async with audited(services, request, "retry", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         now_ms = jobs.now_ms()
         verdicts = await services.operations.retry_all([stored], now_ms)

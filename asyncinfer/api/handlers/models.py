@@ -79,8 +79,11 @@ async def resume_model(services: Services, request: Request[NoQuery]) -> Reply:
 
 async def _pause(services: Services, request: Request[NoQuery], *, paused: bool) -> Reply:
     """Pauses the model that the path names, or resumes it; replies with its new state."""
-    served = await services.catalog.find(request.path("model"))
-    await services.operations.pause(served.queue, paused=paused)
+    verb, named = "pause" if paused else "resume", {"model": request.path("model")}
+    async with audited(services, request, verb, named, over_tenants=True) as audit:
+        audit.count = None
+        served = await services.catalog.find(request.path("model"))
+        await services.operations.pause(served.queue, paused=paused)
     # The next answers already say that the model is paused.
     await services.worker_snapshot.refresh()
     return json_reply(200, Pause(served.signature.model, paused))
@@ -93,12 +96,11 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
     no queue either, and RedisUnavailable.
     """
     name = request.path("model") or ""
-    with audited(
-        request, "purge", {"status": "pending", "model": name}, over_tenants=True
-    ) as audit:
+    criteria = {"status": "pending", "model": name}
+    async with audited(services, request, "purge", criteria, over_tenants=True) as audit:
         queue = await _queue_of(services, name)
-        audit.count = await services.operations.purge(queue)
-    return json_reply(200, PurgeResult(name, audit.count))
+        audit.count = cancelled = await services.operations.purge(queue)
+    return json_reply(200, PurgeResult(name, cancelled))
 
 
 async def _queue_of(services: Services, name: str) -> str:

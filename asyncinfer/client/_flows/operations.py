@@ -1,11 +1,21 @@
 """Groups, and the operation of the service."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
-from asyncinfer.client._answers import ClearedJobs, GroupView, Health, PausedState
+from asyncinfer.client._answers import AuditLog, ClearedJobs, GroupView, Health, PausedState
 from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer, call, convert, get, path_part
-from asyncinfer.schemas.operations import Queue, QueueList, Worker, WorkerList
+from asyncinfer.schemas.operations import (
+    AuditEntry,
+    AuditList,
+    Queue,
+    QueueList,
+    Worker,
+    WorkerList,
+)
+
+_PAGE_SIZE: Final = 1000
 
 
 def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
@@ -34,6 +44,23 @@ def queues(server: RemoteServer) -> Flow[list[Queue]]:
 def workers(server: RemoteServer) -> Flow[list[Worker]]:
     """The living workers."""
     return convert(server, (yield from get(server, "/workers")), WorkerList).workers
+
+
+def audit(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flow[AuditLog]:
+    """The entries of the audit log that match the query, the newest first, at most `limit`."""
+    entries: list[AuditEntry] = []
+    unreadable = 0
+    cursor: str | None = None
+    while len(entries) < limit:
+        size = min(_PAGE_SIZE, limit - len(entries))
+        answer = yield from get(server, "/audit", **query, limit=size, cursor=cursor)
+        page = convert(server, answer, AuditList)
+        entries += page.entries
+        unreadable += page.unreadable
+        cursor = page.cursor
+        if not cursor:
+            break
+    return AuditLog(entries=tuple(entries), unreadable=unreadable)
 
 
 def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[PausedState]:

@@ -34,8 +34,8 @@ def parse_cursor(text: str | None, kind: type[T]) -> T | None:
         return decode_cursor(text, kind)
     except ValueError as error:
         raise InvalidQuery(
-            "`cursor` is not one that GET /jobs gave for this query; leave it out to start at the "
-            "newest job."
+            "`cursor` is not one that this path gave for this query; leave it out to start at the "
+            "newest."
         ) from error
 
 
