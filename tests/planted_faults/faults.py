@@ -349,6 +349,13 @@ FAULTS: Final = (
         ("tests/api/test_express.py::test_both_ways_give_the_same_answers_byte_by_byte",),
     ),
     Fault(
+        "a_key_without_the_scope_submits",
+        "asyncinfer/api/express.py",
+        "check_scope(_ROUTE, request)",
+        "",
+        ("tests/api/test_guard.py::test_every_route_needs_its_scope",),
+    ),
+    Fault(
         "a_key_revoked_during_a_small_body_still_submits",
         "asyncinfer/api/express.py",
         "request.admission.check()",
