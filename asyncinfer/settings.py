@@ -147,6 +147,13 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=1 << 40,
         ),
     ] = 128 << 20
+    express: Annotated[
+        bool,
+        _about(
+            "Answer usual submits without a task for each, which takes less CPU time; turn it off "
+            "only to find a fault."
+        ),
+    ] = True
 
     # --- a worker
     concurrency: Annotated[

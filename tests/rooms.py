@@ -26,6 +26,7 @@ INSIDE = {
         ("routes",),
         ("openapi",),
         ("app",),
+        ("express",),
         ("server",),
     ),
     "worker": (

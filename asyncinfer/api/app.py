@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
+from typing import Any
 
 import anyio
 import msgspec
@@ -80,7 +81,7 @@ class Api:
     """Answers requests within its lifespan, which a server or `async with app.lifespan()` runs."""
 
     def __init__(self, config: ApiConfig) -> None:
-        self._config = config
+        self.config = config
         self._guard = Guard(config)
         self._services: Services | None = None
         self.uploads = ByteBudget(
@@ -128,11 +129,8 @@ class Api:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
             await end_reply(send)
-        except RequestError as error:
-            await send_reply(problem_reply(error, scope["path"]), scope, send)
-        except Exception:
-            _log.exception("%s %r failed", scope["method"], scope["path"])
-            await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
+        except Exception as error:
+            await send_reply(error_reply(error, scope), scope, send)
 
     def _resource_for(self, scope: Scope) -> ASGIApp:
         """Returns the application for the request's path, which may be the router or the one for
@@ -146,34 +144,43 @@ class Api:
         return resource or self._router
 
     async def answer(self, route: Route, scope: Scope, receive: Receive) -> Reply | Stream:
-        """Checks the caller and the query, calls the route's handler and returns its answer; a
-        stream to a caller with a key also ends when the key is revoked. Raises RequestError,
-        ClientGone or what else the handler raises."""
-        assert self._services is not None, "the lifespan has not been started"
+        """Admits the request, calls the route's handler and returns its answer; a stream to a
+        caller with a key also ends when the key is revoked. Raises RequestError, ClientGone or what
+        else the handler raises."""
+        request = self.admit(route, scope, receive)
+        try:
+            check_scope(route, request)
+        except Forbidden as error:
+            await note_refusal(self.services, request, route.method, route.path, error)
+            raise
+        try:
+            answer = await route.handler(self.services, request)
+        finally:
+            request.release_body()
+        if isinstance(answer, Stream) and request.admission.revocable:
+            return msgspec.structs.replace(answer, revoked=request.admission.revoked)
+        return answer
+
+    def admit(self, route: Route, scope: Scope, receive: Receive) -> Request[Any]:
+        """Checks the head, the caller's key and the query of a request, whose scope `check_scope`
+        checks; reads no body. Raises RequestError."""
         headers = read_fields(scope["headers"])
         admission = self._guard.admit(route.scope, scope, headers)
-        query = read_query(scope, route.query)
-        request = Request(
+        return Request(
             scope,
             receive,
             headers=headers,
-            query=query,
+            query=read_query(scope, route.query),
             admission=admission,
             reach=admission.own,
             uploads=self.uploads,
         )
-        try:
-            request.reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
-        except Forbidden as error:
-            await note_refusal(self._services, request, route.method, route.path, error)
-            raise
-        try:
-            answer = await route.handler(self._services, request)
-        finally:
-            request.release_body()
-        if isinstance(answer, Stream) and admission.revocable:
-            return msgspec.structs.replace(answer, revoked=admission.revoked)
-        return answer
+
+    @property
+    def services(self) -> Services:
+        """Those of the lifespan, which must have been started."""
+        assert self._services is not None, "the lifespan has not been started"
+        return self._services
 
     async def send_large(
         self, reply: Reply, reservation: Reservation, scope: Scope, send: Send
@@ -181,7 +188,7 @@ class Api:
         """Sends a large answer, and releases its reservation once it is not in memory any more.
         Raises ClientTooSlow."""
         try:
-            await send_large_reply(reply, scope, send, self._config.body_timeout_seconds)
+            await send_large_reply(reply, scope, send, self.config.body_timeout_seconds)
         finally:
             reservation.release()
 
@@ -189,7 +196,7 @@ class Api:
     async def lifespan(self) -> AsyncIterator[None]:
         """Opens the store and runs the background tasks. Raises StartError if the Redis server
         cannot be used, or its default model is another one."""
-        config = self._config
+        config = self.config
         async with Store.open(
             config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
         ) as store:
@@ -267,6 +274,21 @@ class Resource:
             await self._api.send_large(answer, reservation, scope, send)
         finally:
             reservation.release()
+
+
+def check_scope(route: Route, request: Request[Any]) -> None:
+    """Sets whose jobs the request is about. Raises Forbidden if its key lacks the route's scope, or
+    that of another tenant."""
+    tenant = getattr(request.query, "tenant", None)
+    request.reach = reach_of(request.admission, route.scope, tenant)
+
+
+def error_reply(error: Exception, scope: Scope) -> Reply:
+    """The reply for an error of a request; one that is no RequestError is logged."""
+    if isinstance(error, RequestError):
+        return problem_reply(error, scope["path"])
+    _log.error("%s %r failed", scope["method"], scope["path"], exc_info=error)
+    return problem_reply(internal_error(), scope["path"])
 
 
 def check_head(scope: Scope) -> None:

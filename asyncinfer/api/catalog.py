@@ -129,26 +129,17 @@ class Catalog:
         """Returns the model called `name`, or for None the default or only model; looks in Redis
         once if it is not known. Raises ModelNotFound, ModelLoading, NoModelAnnounced, InvalidInput
         (no default among several models) or RedisUnavailable."""
-        served = self._find(name)
+        served = self.find_known(name)
         if served is None:
             _check_name(name)
             await self._refresh_soon()
-            served = self._find(name)
+            served = self.find_known(name)
         if served is None:
             raise self._not_served_error(name)
         return served
 
-    async def list_served(self) -> list[Served]:
-        """All served models by name; may be empty. Raises RedisUnavailable if none is known because
-        Redis is away."""
-        if not self._served:
-            await self._refresh_soon()
-        if self._redis_error and not self._served:
-            raise self._redis_error
-        return [self._served[name] for name in sorted(self._served)]
-
-    def _find(self, name: str | None) -> Served | None:
-        """The model as it is known now; None if it is unknown or not certain."""
+    def find_known(self, name: str | None) -> Served | None:
+        """As `find` without a look in Redis: None if the model is unknown or not certain."""
         default = self._announced.default_model
         if default is None and not self._has_no_default:
             # Redis has lost the name of the default model, and workers write it again within
@@ -160,6 +151,15 @@ class Catalog:
             # While models are being loaded, the first loaded one may not be the only one.
             return None
         return next(iter(self._served.values()))
+
+    async def list_served(self) -> list[Served]:
+        """All served models by name; may be empty. Raises RedisUnavailable if none is known because
+        Redis is away."""
+        if not self._served:
+            await self._refresh_soon()
+        if self._redis_error and not self._served:
+            raise self._redis_error
+        return [self._served[name] for name in sorted(self._served)]
 
     def _not_served_error(self, name: str | None) -> RequestError:
         """Returns the error that `find` raises, which says why the model cannot be used:

@@ -40,5 +40,7 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """Event streams at a time; below `max_connections`, so that other requests find a place."""
     heartbeat_seconds: float = 15.0
     """How long a stream may be silent before it sends a comment; proxies close silent streams."""
+    express: bool = True
+    """Whether a usual submit is answered without a task."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""

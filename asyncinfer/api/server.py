@@ -11,6 +11,7 @@ import uvicorn
 
 from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.express import Express
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.errors import StartError
@@ -56,6 +57,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._on_ready = on_ready
         self._connection = connection
+        self._short_way = Express(app) if config.express else None
         self._limits = ConnectionLimits(
             header_seconds=config.header_timeout_seconds,
             body_seconds=config.body_timeout_seconds,
@@ -66,7 +68,7 @@ class Server(uvicorn.Server):
 
     def _connect(self, **_: Any) -> Connection:
         """Makes the object of a new connection. What uvicorn passes to it is in this object too."""
-        return self._connection(self._app, self._limits, self.server_state)
+        return self._connection(self._app, self._limits, self.server_state, self._short_way)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Calls `on_ready` once connections are accepted. Sets this process's thread switch

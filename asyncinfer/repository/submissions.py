@@ -151,16 +151,16 @@ class Submissions:
     async def submit(self, job: NewJob) -> SubmitReply:
         """Submits a job; `run` must be running. Raises StorageFull, or RedisUnavailable, whose
         `job_id` is set if the job may have been stored."""
+        return await self.begin_submit(job)
+
+    def begin_submit(self, job: NewJob) -> "asyncio.Future[SubmitReply]":
+        """As `submit`; returns at once with a future of the reply or the exception."""
         future: asyncio.Future[SubmitReply] = asyncio.get_running_loop().create_future()
         if self._tick is None or self._tick.is_over:
             self._tick = _Tick(self._store)
             self._arrived.set()
         self._tick.entries.append((job, future))
-        try:
-            return await future
-        finally:
-            # Its exception refers to this frame: a cycle, which would keep the job in memory.
-            del future
+        return future
 
     async def _send(self, tick: _Tick) -> None:
         for part in tick.parts():

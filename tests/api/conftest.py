@@ -18,10 +18,23 @@ from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
 
+_BOTH_WAYS = ("test_predict", "test_http_shapes", "test_bad_input", "test_server", "test_express")
+"""Modules whose tests run with and without the short way in the default suite; those of the others
+run without it in the soak."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs each test of an API with the short way of a submit, and with the ordinary one alone."""
+    if "has_short_way" in metafunc.fixturenames:
+        is_sampled = metafunc.module.__name__.rpartition(".")[2] in _BOTH_WAYS
+        ordinary = pytest.param(False, id="ordinary", marks=() if is_sampled else pytest.mark.soak)
+        ways = [pytest.param(True, id="express"), ordinary]
+        metafunc.parametrize("has_short_way", ways, scope="session")
+
 
 @pytest.fixture
-def config(redis_url: str, policy: Policy) -> ApiConfig:
-    return ApiConfig(redis_url=redis_url, policy=policy)
+def config(redis_url: str, policy: Policy, has_short_way: bool) -> ApiConfig:
+    return ApiConfig(redis_url=redis_url, policy=policy, express=has_short_way)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from asyncinfer.api.http.connection import (
     Connection,
     ConnectionLimits,
     Registry,
+    ShortWay,
 )
 from asyncinfer.api.server import Server
 from asyncinfer.repository.store import Store
@@ -496,8 +497,11 @@ async def submit_on(
 class ShortIdleConnection(Connection):
     """A connection that is kept open for only 0.3 s between requests."""
 
-    def __init__(self, app: ASGIApp, limits: ConnectionLimits, registry: Registry) -> None:
-        super().__init__(app, msgspec.structs.replace(limits, idle_seconds=0.3), registry)
+    def __init__(
+        self, app: ASGIApp, limits: ConnectionLimits, registry: Registry, short_way: ShortWay | None
+    ) -> None:
+        short = msgspec.structs.replace(limits, idle_seconds=0.3)
+        super().__init__(app, short, registry, short_way)
 
 
 async def test_a_connection_is_closed_when_it_is_idle_and_not_while_it_is_used(

@@ -211,7 +211,7 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
 ) -> None:
     body = msgspec.json.encode(ROW)
     head = (
-        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\nConnection: close\r\n"
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: alice\r\n"
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     )
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -222,7 +222,7 @@ async def test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job(
     await eventually(lambda: is_unauthorized(alice), "the key is refused")
     writer.write(body[5:])
     async with asyncio.timeout(20):
-        reply = await reader.read()
+        reply = await reader.readuntil(b"\r\n\r\n")
     writer.close()
     assert reply.startswith(b"HTTP/1.1 401")
     assert server.llen(QUEUE) == 0

@@ -334,6 +334,43 @@ FAULTS: Final = (
         "position.ended and stored.has_ended",
         ("tests/api/test_events.py::test_a_client_that_saw_the_end_and_reconnects_gets_a_204",),
     ),
+    Fault(
+        "a_usual_submit_takes_a_path_that_a_proxy_reads_differently",
+        "asyncinfer/api/express.py",
+        'path: bytes = scope["raw_path"]',
+        'path: bytes = scope["path"].encode()',
+        ("tests/api/test_express.py::test_both_ways_give_the_same_answers_byte_by_byte",),
+    ),
+    Fault(
+        "a_body_that_the_short_way_leaves_to_the_ordinary_one_is_lost",
+        "asyncinfer/api/express.py",
+        "exchange.add_body(body)",
+        "",
+        ("tests/api/test_express.py::test_both_ways_give_the_same_answers_byte_by_byte",),
+    ),
+    Fault(
+        "a_key_without_the_scope_submits",
+        "asyncinfer/api/express.py",
+        "check_scope(_ROUTE, request)",
+        "",
+        ("tests/api/test_guard.py::test_every_route_needs_its_scope",),
+    ),
+    Fault(
+        "a_key_revoked_during_a_small_body_still_submits",
+        "asyncinfer/api/express.py",
+        "request.admission.check()",
+        "",
+        (
+            "tests/api/test_revoked.py::test_a_body_that_is_still_coming_when_its_key_is_revoked_makes_no_job",
+        ),
+    ),
+    Fault(
+        "answers_to_a_client_that_reads_none_pile_up",
+        "asyncinfer/api/http/connection.py",
+        "or self.is_writing_paused",
+        "",
+        ("tests/api/test_express.py::test_answers_to_a_client_that_reads_none_do_not_pile_up",),
+    ),
     # --- the client
     Fault(
         "a_repeated_submit_has_another_key",

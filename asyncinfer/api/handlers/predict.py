@@ -1,5 +1,6 @@
 """POST /predict: submits an input as a job."""
 
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -10,8 +11,13 @@ from asyncinfer.api.handlers.results import ResultForm, requested_form, result_r
 from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
-from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
-from asyncinfer.api.inputs.request_input import read_input
+from asyncinfer.api.inputs.new_job import (
+    explain_submit_error,
+    job_head,
+    job_of,
+    refused_submit_error,
+)
+from asyncinfer.api.inputs.request_input import read_and_parse
 from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
@@ -41,13 +47,9 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
+    head = job_head(request, served, key, services.config.max_ttl_seconds)
     # No local variable keeps the body: a large one would be in memory twice while its job waits.
-    job = new_job(
-        request.tenant,
-        served.queue,
-        await read_input(request, services.config, served, services.long_reads),
-        key,
-    )
+    job = await read_and_parse(request, services.config, services.long_reads, partial(job_of, head))
     if wait_seconds is None:
         return await _submitted_reply(services, job, await _submit(services, job))
     form = _requested_form(request, job)
@@ -63,7 +65,7 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
         return _ended_reply(services, stored, form, applied)
     status = stored.status if stored else "pending"
     record = (stored and stored.record) or record
-    return _accepted_reply(services, submitted.job_id, status, record, applied)
+    return accepted_reply(services, submitted.job_id, status, record, applied)
 
 
 def idempotency_key(request: Request[Any]) -> str | None:
@@ -109,7 +111,7 @@ async def _submitted_reply(services: Services, job: NewJob, submitted: SubmitRep
     if submitted.verdict == "dup":
         existing = await _existing_job(services, submitted.job_id)
         status, record = existing.status, existing.record or record
-    return _accepted_reply(services, submitted.job_id, status, record)
+    return accepted_reply(services, submitted.job_id, status, record)
 
 
 async def _wait(
@@ -158,7 +160,7 @@ def _ended_reply(services: Services, stored: StoredJob, form: ResultForm, applie
     return json_reply(200, job_view(stored, services.catalog.default_model), location, applied)
 
 
-def _accepted_reply(
+def accepted_reply(
     services: Services, job_id: str, status: jobs.Status, record: jobs.Record, *headers: Header
 ) -> Reply:
     """The 202 of a job; `record` says why it waits."""

@@ -47,7 +47,7 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
     Raises BodyTooLarge, TooManyUploads, MediaTypeRefused, EncodingRefused, InvalidHeader or
     ClientGone, and the errors of `Admission.check` if the key was revoked meanwhile.
     """
-    if _is_plain_json(request.headers):
+    if is_plain_json(request.headers):
         json_bytes, npy, limit = None, False, _json_limit(config)
     else:
         json_bytes, npy, limit = _kind(request, config)
@@ -63,7 +63,7 @@ async def read_body(request: Request[Any], config: ApiConfig) -> Body:
     return Body(content, json_bytes, npy)
 
 
-def _is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
+def is_plain_json(headers: Mapping[bytes, bytes]) -> bool:
     """Whether the body is JSON alone by its headers. True for most bodies, which then skip the
     checks that the others need."""
     return (

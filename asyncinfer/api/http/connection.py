@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NoReturn, Protocol
 from urllib.parse import unquote
 
@@ -61,6 +61,15 @@ class Registry(Protocol):
     """Headers of every answer."""
 
 
+class ShortWay(Protocol):
+    """Answers usual requests without their application."""
+
+    def begin(self, exchange: Exchange) -> Callable[[], bool] | None:
+        """Called when the head was received. Returns what to call when the body is received too,
+        which returns whether the exchange will be answered; None, or False then, leaves it to the
+        application."""
+
+
 RESERVED_CONNECTIONS: Final = 16
 """Connections accepted above the limit, for probes: a kubelet restarts a pod that does not answer
 them, which happens just when the pod is busiest."""
@@ -100,8 +109,17 @@ class Connection(asyncio.Protocol):
     deadline for its head and one for its body, with limits on headers, trailers and pipelining. An
     offer to upgrade is ignored. The server makes one object for each connection."""
 
-    def __init__(self, app: ASGIApp, limits: ConnectionLimits, registry: Registry) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: ConnectionLimits,
+        registry: Registry,
+        short_way: ShortWay | None,
+    ) -> None:
         self._app = app
+        self._short_way = short_way
+        self._finish: Callable[[], bool] | None = None
+        """Ends the short way of the latest exchange, whose body is being received."""
         self._registry = registry
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
@@ -247,7 +265,7 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
         self._registry.connections.discard(self)
         # They refer to this object, which would otherwise wait for the garbage collector.
-        self._latest = self._answering = None
+        self._latest = self._answering = self._finish = None
         self._state = {}
         del self._parser
 
@@ -389,11 +407,26 @@ class Connection(asyncio.Protocol):
             expects_continue=self._expects_continue,
             keep_alive=not self._is_last_request,
         )
-        if before is None or before.is_answered:
-            self._start(self._latest)
-        else:
+        if before is not None and not before.is_answered:
             self._pause_reading()
             self._waiting.append(self._latest)
+            return
+        self._answering = self._latest
+        self._finish = self._begin_short_way(self._latest)
+        if self._finish is None:
+            self._start(self._latest)
+
+    def _begin_short_way(self, exchange: Exchange) -> Callable[[], bool] | None:
+        """What ends the short way of a request, if it may take that. Not one whose client does not
+        read: its answers would pile up."""
+        if (
+            self._short_way is None
+            or self._is_last_request
+            or exchange.expects_continue
+            or self.is_writing_paused
+        ):
+            return None
+        return self._short_way.begin(exchange)
 
     def _start(self, exchange: Exchange) -> None:
         """Starts the exchange's application as a task."""
@@ -446,6 +479,9 @@ class Connection(asyncio.Protocol):
         self._latest.end_body()
         self._awaited, self._request_begun = "nothing", False
         self._disarm()
+        finish, self._finish = self._finish, None
+        if finish and not finish():
+            self._start(self._latest)
 
     # --- limits -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from asyncinfer.api.http.messages import Header
+from asyncinfer.api.http.messages import Header, Reply, header_block
 
 CONNECTION_CLOSE: Final = (b"connection", b"close")
 
@@ -103,6 +103,13 @@ class Exchange:
         self.buffered_bytes += len(chunk)
         self.changed.set()
 
+    def take_body(self) -> bytes:
+        """Removes and returns what was received of the body."""
+        body = b"".join(self._chunks)
+        self._chunks.clear()
+        self.buffered_bytes = 0
+        return body
+
     def end_body(self) -> None:
         """Notes that the body is complete."""
         self.is_received = True
@@ -128,10 +135,18 @@ class Exchange:
             self.changed.clear()
         if self.is_abandoned or self.is_answered:
             return {"type": "http.disconnect"}
-        body = b"".join(self._chunks)
-        self._chunks.clear()
-        self.buffered_bytes = 0
-        return {"type": "http.request", "body": body, "more_body": not self.is_received}
+        return {
+            "type": "http.request",
+            "body": self.take_body(),
+            "more_body": not self.is_received,
+        }
+
+    def reply(self, reply: Reply) -> None:
+        """Writes a whole answer at once, also while writing is paused; drops it if the exchange is
+        abandoned. Raises as `send` does."""
+        if not self.is_abandoned:
+            self._begin(reply.status, header_block(reply))
+            self._continue(reply.body, more=False)
 
     async def send(self, message: Message) -> None:
         """Writes a part of the answer, after the client has read enough of what was written before;

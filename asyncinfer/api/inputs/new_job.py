@@ -4,9 +4,13 @@ import hashlib
 from typing import Final
 
 import msgspec
+from msgspec import Struct
 
 from asyncinfer import jobs
-from asyncinfer.api.inputs.request_input import Input
+from asyncinfer.api.catalog import Served
+from asyncinfer.api.http.body import Body
+from asyncinfer.api.http.messages import Request
+from asyncinfer.api.inputs.request_input import Input, check_query_ttl, input_of
 from asyncinfer.api.views import url_of
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
@@ -20,11 +24,39 @@ from asyncinfer.errors import (
 )
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.submissions import NewJob, SubmitReply
+from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.schemas.responses import WaitingFor
 
 _FULL_RETRY_SECONDS: Final = 5
 _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
+
+
+class JobHead(Struct, frozen=True):
+    """What the head of a request says of its job, checked."""
+
+    tenant: str
+    served: Served
+    options: RequestOptions
+    """Those of the query."""
+    key: str | None
+    """The client's Idempotency-Key."""
+    max_ttl_seconds: int
+
+
+def job_head(
+    request: Request[RequestOptions], served: Served, key: str | None, max_ttl_seconds: int
+) -> JobHead:
+    """Checks the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
+    check_query_ttl(request.query, max_ttl_seconds)
+    return JobHead(request.tenant, served, request.query, key, max_ttl_seconds)
+
+
+def job_of(head: JobHead, body: Body) -> NewJob:
+    """The job of a request whose body was read; stores nothing. Raises a RequestError if the input
+    does not fit the model. Takes milliseconds for a long body."""
+    checked = input_of(body, head.options, head.served, head.max_ttl_seconds)
+    return new_job(head.tenant, head.served.queue, checked, head.key)
 
 
 def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:

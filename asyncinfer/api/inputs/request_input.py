@@ -1,7 +1,7 @@
 """The input of a request in any form, checked against its model."""
 
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from anyio import CapacityLimiter, to_thread
@@ -28,6 +28,8 @@ from asyncinfer.tensors import packing, shape_errors
 from asyncinfer.tensors.datatypes import Array, datatype_of
 from asyncinfer.tensors.json_errors import invalid_input_error
 from asyncinfer.tensors.shape_errors import TensorDescription
+
+T = TypeVar("T")
 
 PayloadForm = Literal["json", "tensors"]
 
@@ -69,21 +71,41 @@ async def read_input(
     request: Request[RequestOptions], config: ApiConfig, served: Served, long_reads: CapacityLimiter
 ) -> Input:
     """The input in the request's body. Raises a RequestError if the body cannot be read or does not
-    fit the model.
+    fit the model."""
+    check_query_ttl(request.query, config.max_ttl_seconds)
+
+    def parse(body: Body) -> Input:
+        return input_of(body, request.query, served, config.max_ttl_seconds)
+
+    return await read_and_parse(request, config, long_reads, parse)
+
+
+async def read_and_parse(
+    request: Request[Any],
+    config: ApiConfig,
+    long_reads: CapacityLimiter,
+    parse: Callable[[Body], T],
+) -> T:
+    """What `parse` makes of the request's body. Raises as `read_body` and `parse` do.
 
     A body that takes long to parse is parsed in a thread, of which `long_reads` allows one: a
     second one would only compete for the interpreter.
     """
-    max_ttl_seconds = config.max_ttl_seconds
-    check_query_ttl(request.query, max_ttl_seconds)
     body = await read_body(request, config)
-    if body.npy:
-        return _from_npy(body.content, request.query, served)
     if is_slow_to_parse(body.content) and _has_much_to_parse(body):
-        return await to_thread.run_sync(
-            _read, body, request.query, served, max_ttl_seconds, limiter=long_reads
-        )
-    return _read(body, request.query, served, max_ttl_seconds)
+        return await to_thread.run_sync(parse, body, limiter=long_reads)
+    return parse(body)
+
+
+def input_of(body: Body, query: RequestOptions, served: Served, max_ttl_seconds: int) -> Input:
+    """The input in a body, with the options of the body or the query, of which `check_query_ttl`
+    has checked the `ttl_seconds`. Raises a RequestError if it does not fit the model."""
+    if body.npy:
+        return _from_npy(body.content, query, served)
+    json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
+    parsed = read_envelope(json_text)
+    _check_body_ttl(parsed, max_ttl_seconds)
+    return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
 def check_query_ttl(query: RequestOptions, max_ttl_seconds: int) -> None:
@@ -126,19 +148,12 @@ def read_line(
 def _has_much_to_parse(body: Body) -> bool:
     """Whether a long body has much to parse: JSON or strings. Binary numbers are not parsed at all,
     only their description. May also be true if a tensor is only named like that datatype."""
+    if body.npy:
+        return False
     head_bytes = body.json_bytes
     if head_bytes is None or head_bytes > _SLOW_TEXT_BYTES:
         return True
     return body.content.find(b'"BYTES"', 0, head_bytes) >= 0
-
-
-def _read(body: Body, query: RequestOptions, served: Served, max_ttl_seconds: int) -> Input:
-    """The input of a body that is not `.npy`; raises as `read_input` does. Runs in a thread for
-    long bodies."""
-    json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
-    parsed = read_envelope(json_text)
-    _check_body_ttl(parsed, max_ttl_seconds)
-    return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
 def _check_parsed(parsed: ParsedBody, body: Body, options: RequestOptions, served: Served) -> Input:

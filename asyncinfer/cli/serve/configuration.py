@@ -163,6 +163,7 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
         max_json_bytes=settings.max_json,
         max_ttl_seconds=settings.max_ttl,
         max_inflight_bytes=settings.max_inflight_bytes,
+        express=settings.express,
     )
 
 

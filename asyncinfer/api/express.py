@@ -1,0 +1,112 @@
+"""The short way of a usual `POST /predict`: it is answered without a task of its own."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from asyncinfer.api.app import Api, check_scope, error_reply
+from asyncinfer.api.handlers.predict import accepted_reply, predict
+from asyncinfer.api.http.body import Body, is_plain_json
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
+from asyncinfer.api.http.exchange import Exchange
+from asyncinfer.api.http.messages import Request
+from asyncinfer.api.inputs.new_job import (
+    JobHead,
+    explain_submit_error,
+    job_head,
+    job_of,
+    refused_submit_error,
+)
+from asyncinfer.api.routes import ROUTES
+from asyncinfer.errors import RequestError
+from asyncinfer.repository.submissions import NewJob, SubmitReply
+from asyncinfer.schemas.requests import RequestOptions
+
+_ROUTE: Final = next(route for route in ROUTES if route.handler is predict)
+_PATH: Final = b"/predict"
+_UNUSUAL: Final = frozenset({b"prefer", b"idempotency-key"})
+"""Headers whose requests may have to wait for more than the submit."""
+
+
+class Express:
+    """Takes a usual request as far as its submit at once, by the functions of the ordinary way.
+    What is unusual or wrong is left to that way, which then finds the same and says so."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._max_bytes = min(SMALL_BODY_BYTES, api.config.max_json_bytes)
+
+    def begin(self, exchange: Exchange) -> Callable[[], bool] | None:
+        """Checks the head of a request, and returns what submits its job when its body is received,
+        or returns False for a body that is left to the ordinary way. None leaves the request to
+        it already now, so that a wrong head is answered before its body has come."""
+        scope = exchange.scope
+        path: bytes = scope["raw_path"]
+        before, _, model = path.partition(_PATH + b"/")
+        is_submit = path == _PATH or (model and not before)
+        if not is_submit or scope["method"] != "POST" or scope["query_string"]:
+            return None
+        try:
+            request: Request[RequestOptions] = self._api.admit(_ROUTE, scope, exchange.receive)
+            check_scope(_ROUTE, request)
+            served = self._api.services.catalog.find_known(model.decode() or None)
+            if served is None or not self._is_usual(request):
+                return None
+            head = job_head(request, served, None, self._api.config.max_ttl_seconds)
+        except Exception:
+            # Whatever it is, the ordinary way meets it too, and answers or logs it.
+            return None
+        return partial(self._submit, exchange, request, head)
+
+    def _is_usual(self, request: Request[RequestOptions]) -> bool:
+        """Whether the headers announce a small body of JSON and ask for nothing else."""
+        headers = request.headers
+        length = headers.get(b"content-length", b"0")
+        return (
+            is_plain_json(headers)
+            and len(length) <= len(str(self._max_bytes))
+            and 0 < int(length) <= self._max_bytes
+            and _UNUSUAL.isdisjoint(headers)
+        )
+
+    def _submit(self, exchange: Exchange, request: Request[RequestOptions], head: JobHead) -> bool:
+        """Submits the job of a request whose body is received; returns whether that has begun."""
+        body = exchange.take_body()
+        try:
+            # The key may have been revoked while the body was being received.
+            request.admission.check()
+            job = job_of(head, Body(body, None))
+        except Exception:
+            exchange.add_body(body)
+            return False
+        submitted = self._api.services.submissions.begin_submit(job)
+        submitted.add_done_callback(partial(self._answer, exchange, job))
+        return True
+
+    def _answer(
+        self, exchange: Exchange, job: NewJob, submitted: "asyncio.Future[SubmitReply]"
+    ) -> None:
+        """Answers a request whose submit has ended."""
+        services = self._api.services
+        try:
+            if refusal := self._refusal(job, submitted):
+                reply = error_reply(refusal, exchange.scope)
+            else:
+                reply = accepted_reply(services, job.job_id, "pending", job.record)
+            exchange.reply(reply)
+        except Exception as error:
+            exchange.reply(error_reply(error, exchange.scope))
+
+    def _refusal(
+        self, job: NewJob, submitted: "asyncio.Future[SubmitReply]"
+    ) -> RequestError | None:
+        """Why the job was not accepted; None if it was. It is not raised, since its traceback would
+        keep the job in memory."""
+        error = submitted.exception()
+        if isinstance(error, RequestError):
+            return explain_submit_error(error, job)
+        services = self._api.services
+        return refused_submit_error(
+            submitted.result(), job, services.config.policy, services.wait_reasons
+        )
