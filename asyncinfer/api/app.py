@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 
 import anyio
@@ -11,6 +11,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from asyncinfer.api.access_log import answer_and_log
 from asyncinfer.api.admission import reach_of
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
@@ -22,6 +23,7 @@ from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget, Reserv
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
     ABORT_CONNECTION,
+    REQUEST_ID,
     ClientGone,
     ClientTooSlow,
     Reply,
@@ -52,6 +54,7 @@ from asyncinfer.errors import (
     TooManyDownloads,
     TooManyUploads,
 )
+from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
@@ -108,18 +111,26 @@ class Api:
         reply, or the end of the connection if the answer has begun; none is raised."""
         if scope["type"] != "http":
             await self._router(scope, receive, send)
-            return
+        elif self._config.access_log:
+            await answer_and_log(self._answer_safely, scope, receive, send)
+        else:
+            await self._answer_safely(scope, receive, send)
+
+    async def _answer_safely(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an HTTP request as `__call__` does."""
         try:
             await self._resource_for(scope)(scope, receive, send)
         except ClientGone:
             return
         except ClientTooSlow as error:
-            _log.info("%s %r was aborted: %s", scope["method"], scope["path"], error)
+            _log.info("%s was aborted: %s", _about(scope), error, extra=_fields(scope))
             if abort := scope.get("state", {}).get(ABORT_CONNECTION):
                 abort()
         except StreamBroken:
             # The server closes a connection whose answer is incomplete, which tells the client.
-            _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
+            _log.exception(
+                "%s failed while its answer was sent", _about(scope), extra=_fields(scope)
+            )
         except (BodyTooLarge, TooManyUploads) as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
@@ -127,7 +138,7 @@ class Api:
         except RequestError as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send)
         except Exception:
-            _log.exception("%s %r failed", scope["method"], scope["path"])
+            _log.exception("%s failed", _about(scope), extra=_fields(scope))
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
     def _resource_for(self, scope: Scope) -> ASGIApp:
@@ -183,7 +194,11 @@ class Api:
         cannot be used, or its default model is another one."""
         config = self._config
         async with Store.open(
-            config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
+            config.redis_url,
+            queue_name=config.queue_name,
+            policy=config.policy,
+            name="api",
+            report=report_of(config.redis_url),
         ) as store:
             await _check_redis(store, config.default_model)
             self._services = _services(store, config)
@@ -267,6 +282,17 @@ def check_head(scope: Scope) -> None:
     authority_of(scope, read_fields(scope["headers"]))
 
 
+def _about(scope: Scope) -> str:
+    """A request in a line of the log."""
+    return f"{scope['method']} {scope['path']!r} (request {scope.get(REQUEST_ID, '-')})"
+
+
+def _fields(scope: Scope) -> dict[str, str]:
+    """The fields of a line on a request."""
+    request_id = scope.get(REQUEST_ID, "")
+    return {"method": scope["method"], "path": scope["path"], "request_id": request_id}
+
+
 def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
     """Each path with its routes, both in the order of the table."""
     paths: dict[str, list[Route]] = {}
@@ -294,14 +320,12 @@ async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _check_redis(store: Store, default_model: str | None) -> None:
     """Raises a StartError if the Redis server cannot keep jobs safely, or jobs or workers use
-    another default model. A server that does not answer yet or is full only causes a warning. None
+    another default model. The API starts without a server that does not answer yet or is full. None
     means that no default model is configured, which is not checked."""
-    try:
+    with suppress(RedisUnavailable, StorageFull):
         _log.info("Connected to %s", await store.check_server())
         if default_model:
             await UnservedModels(store).claim_default_model(default_model)
-    except (RedisUnavailable, StorageFull) as error:
-        _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
 
 
 def _services(store: Store, config: ApiConfig) -> Services:

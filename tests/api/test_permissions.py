@@ -311,7 +311,7 @@ async def test_health_shows_no_names_without_the_read_scope(
     await submit(alice)
     headers = {"x-api-key": key} if key else {}
     async with client_of(two_tenant_port, **headers) as client:
-        assert (await client.get("/health")).json() == {"status": "ok"}
+        assert (await client.get("/health")).json() == {"status": "ok", "accepting": True}
         for path in ("/health/live", "/health/ready"):
             assert (await client.get(path)).status_code == 200
     assert (await alice.get("/health")).json()["queues"] == {QUEUE: 1}

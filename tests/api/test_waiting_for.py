@@ -424,7 +424,7 @@ async def test_with_too_few_replicas_the_jobs_that_wait_or_run_say_so(
     finally:
         server.config_set("min-replicas-to-write", "0")
     for reason in reasons:
-        assert reason["code"] == "redis_refuses_writes"
+        assert reason["code"] == "too_few_replicas"
         assert "fewer replicas than its min-replicas-to-write" in reason["message"]
 
 

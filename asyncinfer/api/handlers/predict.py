@@ -47,6 +47,7 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
         served.queue,
         await read_input(request, services.config, served, services.long_reads),
         key,
+        request_id=request.request_id,
     )
     if wait_seconds is None:
         return await _submitted_reply(services, job, await _submit(services, job))
