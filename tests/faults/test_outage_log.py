@@ -119,7 +119,10 @@ def test_memory_that_is_full_takes_no_api_out_of_service_and_a_purge_through_it_
             processes = lines_by_process(services.log).values()
             return [sum("storage_full" in line for line in lines) for lines in processes]
 
-        eventually_sync(lambda: told() == [2, 2, 2], "each process says when it began and ended")
+        # A worker may not have met it.
+        eventually_sync(
+            lambda: {*told()} <= {0, 2} and sum(told()) >= 4, "each says that it began and ended"
+        )
 
 
 def status(url: str, path: str) -> int:
