@@ -56,6 +56,7 @@ def _write_line(
         request.admission.shown_key or "none",
         " ".join(f"{name}={_text(value)}" for name, value in criteria.items() if value),
         outcome,
+        extra={"request_id": request.request_id},
     )
 
 

@@ -1,6 +1,7 @@
 """The HTTP server of the API, which runs until SIGINT or SIGTERM."""
 
 import contextlib
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.errors import StartError
+
+_log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS: Final = 0.0005
 
@@ -36,6 +39,7 @@ async def serve_on(
     app = create_app(config)
     async with app.lifespan():
         await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    _log.info("Stopped.")
 
 
 class Server(uvicorn.Server):

@@ -49,3 +49,5 @@ async def reap_forever(store: Store) -> None:
 def _report(swept: SweepCounts) -> None:
     if swept.put_back or swept.dead:
         _log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)
+    if swept.expired:
+        _log.warning("Sweep: %d jobs missed a deadline, and failed as expired.", swept.expired)

@@ -148,6 +148,7 @@ async def _work(
             drain_task = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()
             drain_task.cancel()
+        _log.info("Stopped.")
         return code
 
 

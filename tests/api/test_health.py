@@ -213,6 +213,17 @@ async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
     assert lines[1].endswith(f"({code}).")
 
 
+async def test_a_start_on_a_full_disk_says_so_and_not_that_no_worker_has_a_model(
+    config: ApiConfig, disk_full: Callable[[], Awaitable[None]]
+) -> None:
+    await disk_full()
+    async with running(config) as port, client_of(port) as client:
+        problem = assert_problem(
+            await client.post("/predict", json={"data": ROW}), 503, "disk_full"
+        )
+        assert "Free space there" in problem["detail"]
+
+
 async def test_a_full_disk_is_told_by_its_name(
     api: httpx2.AsyncClient, disk_full: Callable[[], Awaitable[None]]
 ) -> None:

@@ -360,4 +360,4 @@ async def test_a_redis_that_takes_no_writes_is_answered_with_its_reason_and_no_j
 
 
 async def _is_ready(api: httpx2.AsyncClient) -> bool:
-    return (await api.get("/health/ready")).status_code == 200
+    return (await api.get("/health/ready?for=submit")).status_code == 200

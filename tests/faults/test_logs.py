@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,6 +79,13 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
             refused = httpx2.post(f"{url}/predict/lookup", json={"data": [WORD]}, headers=headers)
             assert refused.status_code == 422
             assert httpx2.get(f"{url}/jobs?status={WORD}", headers=headers).status_code == 400
+            for garbage in (
+                f"{WORD}\r\n\r\n",
+                f"GET / HTTP/1.1\r\nHost: {WORD}\r\nHost: {SECRET}\r\n\r\n",
+                f"GET / HTTP/1.1\r\nAuthorization: Bearer {SECRET}\x01\r\n\r\n",
+                f"POST /predict HTTP/1.1\r\nContent-Length: {WORD}\r\n\r\n",
+            ):
+                assert b" 400 " in sent(url, garbage)
             guess = {"x-api-key": f"a-guess-{WORD}"}
             assert httpx2.get(f"{url}/jobs", headers=guess).status_code == 401
             client.jobs(tenant="*")
@@ -112,6 +120,15 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
         assert line["role"] in ("api", "worker")
         assert isinstance(line["pid"], int)
+
+
+def sent(url: str, text: str) -> bytes:
+    """The answer to these bytes, until the server closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(text.encode())
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def failures(log: str) -> list[dict[str, Any]]:
