@@ -15,12 +15,15 @@ from asyncinfer.errors import (
     RequestError,
     ServerRefused,
     ServerStopping,
+    StorageFull,
+    WritesRefused,
 )
 from asyncinfer.repository.inspect.queue_load import read_starved_models
 from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.schemas.requests import NoQuery, ReadyQuery
 from asyncinfer.schemas.responses import Health, Liveness, NotAccepting, Readiness, ServiceInfo
 
+_NO_ANSWER: Final = "Redis does not answer. Retry in a moment."
 _SEE_WHY: Final = (
     "Redis answers, but cannot be used for jobs. Retry with an API key that has the scope "
     "`read` to see why."
@@ -110,7 +113,7 @@ async def _health_for_all(services: Services, request: Request[Any]) -> Reply:
     try:
         await services.store.check_server()
     except RedisUnavailable:
-        raise RedisUnavailable("Redis does not answer. Retry in a moment.") from None
+        raise RedisUnavailable(_NO_ANSWER) from None
     except (ServerRefused, RequestError):
         raise RedisUnavailable(_SEE_WHY) from None
     refusal = await _why_not_accepting(services, request)
@@ -127,18 +130,20 @@ def _is_redis_away(services: Services) -> bool:
 
 
 async def _why_not_accepting(services: Services, request: Request[Any]) -> RequestError | None:
-    """Why a submit would be refused now, None if it would not. Raises nothing. The words of Redis
-    are left out for a caller without the scope `read`."""
+    """Why a submit would be refused now, None if it would not. Raises nothing. Messages of Redis or
+    redis-py may hold names, so a caller without the scope `read` gets another one."""
+    shows_names = request.admission.has_scope("read")
     try:
         await services.store.check_server()
         refusal: RequestError | None = await why_no_jobs(services.store)
     except ServerRefused as error:
-        refusal = RedisUnavailable(error.detail, retry_after_seconds=1)
+        return RedisUnavailable(error.detail if shows_names else _SEE_WHY, retry_after_seconds=1)
     except RequestError as error:
         refusal = error
-    if isinstance(refusal, RedisRefused) and not request.admission.has_scope("read"):
-        return type(refusal)(_SEE_WHY, retry_after_seconds=1)
-    return refusal
+    if refusal is None or shows_names or isinstance(refusal, StorageFull | WritesRefused):
+        return refusal
+    message = _SEE_WHY if isinstance(refusal, RedisRefused) else _NO_ANSWER
+    return type(refusal)(message, retry_after_seconds=1)
 
 
 def _view(refusal: RequestError) -> NotAccepting:
