@@ -33,7 +33,7 @@ class Services:
         port = str(free_port())
         self._start("serve", "--port", port, *argv, tree=tree)
         url = f"http://127.0.0.1:{port}"
-        eventually_sync(lambda: _lists_a_model(url, api_key), f"the API at {url} lists a model", 20)
+        eventually_sync(lambda: _lists_a_model(url, api_key), f"the API at {url} lists a model", 60)
         return url
 
     @property

@@ -170,6 +170,7 @@ class Finisher:
                 if self._given_up:
                     return ClaimReply(None)
                 log_refused(_limited_log, "Finishing", error)
+                _log.debug("Finishing %d jobs waits for Redis.", len(outcomes))
                 await pause_before_retry()
             else:
                 self.verdict_counts.update(verdicts)
