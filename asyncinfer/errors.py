@@ -19,8 +19,9 @@ AsyncinferError
 |   |-- TooManyDownloads, NotReady, StorageFull                                         503
 |   |-- RedisUnavailable      503
 |   |   |-- WritesRefused
+|   |   |   `-- DiskFull, ReadOnlyReplica, TooFewReplicas
 |   |   `-- RedisRefused
-|   |       `-- WrongKeyType
+|   |       `-- WrongKeyType, PermissionDenied
 |   `-- NoModelAnnounced      503
 |       `-- ModelLoading
 |-- JobError                  ends a job as failed; stored in `job:{id}:error`
@@ -266,13 +267,37 @@ class RedisUnavailable(RequestError):
 
 
 class WritesRefused(RedisUnavailable):
-    """Redis answered that it accepts no writes in its present state; the call changed nothing."""
+    """Redis answered that it accepts no writes in its present state; the call changed nothing. Each
+    reason has a class of its own."""
 
-    code, title = "redis_refuses_writes", "Redis takes no writes just now"
-    reason = ""
+    reason: ClassVar[str] = ""
     """Why it accepts none, with the remedy."""
-    is_disk_full = False
-    """True if Redis is known to be unable to save to its disk (MISCONF)."""
+
+
+class DiskFull(WritesRefused):
+    """Redis cannot save to its disk (MISCONF)."""
+
+    code, title = "disk_full", "Redis cannot save to its disk"
+    reason = (
+        "it cannot save to its disk. Free space there, or make its folder writable; its log says "
+        "more"
+    )
+
+
+class ReadOnlyReplica(WritesRefused):
+    """The server is a replica (READONLY)."""
+
+    code, title = "redis_read_only", "Redis is a replica"
+    reason = "it is a replica. That passes after a fail-over; else point REDIS_URL at the primary"
+
+
+class TooFewReplicas(WritesRefused):
+    """The server has fewer replicas than its min-replicas-to-write (NOREPLICAS)."""
+
+    code, title = "too_few_replicas", "Redis has too few replicas"
+    reason = (
+        "it has fewer replicas than its min-replicas-to-write. Start some, or lower that setting"
+    )
 
 
 class RedisRefused(RedisUnavailable):
@@ -283,6 +308,12 @@ class RedisRefused(RedisUnavailable):
 
 class WrongKeyType(RedisRefused):
     """A key does not have the type that asyncinfer uses; the detail names it if it is known."""
+
+
+class PermissionDenied(RedisRefused):
+    """The Redis user may not call a command or read a key (NOPERM)."""
+
+    code, title = "redis_permission_denied", "The Redis user lacks a permission"
 
 
 class NotReady(RequestError):

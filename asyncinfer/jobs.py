@@ -130,6 +130,8 @@ class Record(Struct, frozen=True, array_like=True):
     """Names of the requested outputs; none means all."""
     ran_sha256: str | None = None
     """The SHA-256 of the model file that gave the result, in hex digits."""
+    request_id: str = ""
+    """The X-Request-ID of the submit; empty in records of earlier releases."""
 
 
 class _Head(Struct, frozen=True, array_like=True):

@@ -229,6 +229,25 @@ class Settings(Struct, frozen=True, kw_only=True):
         "127.0.0.1"
     )
 
+    # --- the log
+    log_level: Annotated[
+        str,
+        _about(
+            "Least level of the lines that are logged; debug shows more of each request.",
+            pattern=r"^(?i:debug|info|warning|error)\Z",
+            allowed="debug, info, warning or error",
+        ),
+    ] = "info"
+    log_format: Annotated[
+        str,
+        _about(
+            "Form of the log on stderr: lines of text, or a JSON object a line.",
+            pattern=r"^(text|json)\Z",
+            allowed="text or json",
+        ),
+    ] = "text"
+    access_log: Annotated[bool, _about("Log a line for each request that the API answers.")] = False
+
     # --- a queue
     max_queue: Annotated[
         int, _about("Largest number of waiting jobs in a queue.", unit="jobs", ge=1, le=100_000_000)

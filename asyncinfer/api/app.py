@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from asyncinfer.api.access_log import answer_and_log
 from asyncinfer.api.admission import reach_of
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.audit import note_refusal
@@ -24,6 +25,7 @@ from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget, Reserv
 from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import (
     ABORT_CONNECTION,
+    REQUEST_ID,
     ClientGone,
     ClientTooSlow,
     Reply,
@@ -55,6 +57,7 @@ from asyncinfer.errors import (
     TooManyDownloads,
     TooManyUploads,
 )
+from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
 from asyncinfer.repository.inspect.audit_log import AuditLog
@@ -113,18 +116,26 @@ class Api:
         reply, or the end of the connection if the answer has begun; none is raised."""
         if scope["type"] != "http":
             await self._router(scope, receive, send)
-            return
+        elif self.config.access_log:
+            await answer_and_log(self._answer_safely, scope, receive, send)
+        else:
+            await self._answer_safely(scope, receive, send)
+
+    async def _answer_safely(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers an HTTP request as `__call__` does."""
         try:
             await self._resource_for(scope)(scope, receive, send)
         except ClientGone:
             return
         except ClientTooSlow as error:
-            _log.info("%s %r was aborted: %s", scope["method"], scope["path"], error)
+            _log.info("%s was aborted: %s", _about(scope), error, extra=_fields(scope))
             if abort := scope.get("state", {}).get(ABORT_CONNECTION):
                 abort()
         except StreamBroken:
             # The server closes a connection whose answer is incomplete, which tells the client.
-            _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
+            _log.exception(
+                "%s failed while its answer was sent", _about(scope), extra=_fields(scope)
+            )
         except (BodyTooLarge, TooManyUploads) as error:
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
@@ -198,7 +209,11 @@ class Api:
         cannot be used, or its default model is another one."""
         config = self.config
         async with Store.open(
-            config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
+            config.redis_url,
+            queue_name=config.queue_name,
+            policy=config.policy,
+            name="api",
+            report=report_of(config.redis_url),
         ) as store:
             await _check_redis(store, config.default_model)
             self._services = _services(store, config)
@@ -287,7 +302,7 @@ def error_reply(error: Exception, scope: Scope) -> Reply:
     """The reply for an error of a request; one that is no RequestError is logged."""
     if isinstance(error, RequestError):
         return problem_reply(error, scope["path"])
-    _log.error("%s %r failed", scope["method"], scope["path"], exc_info=error)
+    _log.error("%s failed", _about(scope), extra=_fields(scope), exc_info=error)
     return problem_reply(internal_error(), scope["path"])
 
 
@@ -295,6 +310,17 @@ def check_head(scope: Scope) -> None:
     """Raises InvalidHeader for a head that no server may accept, whatever its path or method (RFC
     9112, 3.2): without a valid Host, or with a single-valued field sent twice."""
     authority_of(scope, read_fields(scope["headers"]))
+
+
+def _about(scope: Scope) -> str:
+    """A request in a line of the log."""
+    return f"{scope['method']} {scope['path']!r} (request {scope.get(REQUEST_ID, '-')})"
+
+
+def _fields(scope: Scope) -> dict[str, str]:
+    """The fields of a line on a request."""
+    request_id = scope.get(REQUEST_ID, "")
+    return {"method": scope["method"], "path": scope["path"], "request_id": request_id}
 
 
 def _by_path(routes: Iterable[Route]) -> Iterable[tuple[str, list[Route]]]:
@@ -324,14 +350,12 @@ async def _no_such_route(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _check_redis(store: Store, default_model: str | None) -> None:
     """Raises a StartError if the Redis server cannot keep jobs safely, or jobs or workers use
-    another default model. A server that does not answer yet or is full only causes a warning. None
+    another default model. The API starts without a server that does not answer yet or is full. None
     means that no default model is configured, which is not checked."""
-    try:
+    with suppress(RedisUnavailable, StorageFull):
         _log.info("Connected to %s", await store.check_server())
         if default_model:
             await UnservedModels(store).claim_default_model(default_model)
-    except (RedisUnavailable, StorageFull) as error:
-        _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
 
 
 def _services(store: Store, config: ApiConfig) -> Services:

@@ -8,7 +8,6 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.api.admission import Admission
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.services import Services
 from asyncinfer.errors import Forbidden, RequestError
@@ -63,7 +62,7 @@ async def audited(
                 outcome=outcome,
                 is_across=across,
             )
-            await _note(services, request.admission, act)
+            await _note(services, request, act)
 
 
 async def note_refusal(
@@ -86,7 +85,7 @@ async def note_refusal(
         **_given({name: request.path(part) for name, part in named.items()}),
     }
     act = _Act(verb=verb, criteria=criteria, jobs=0, outcome=error.code, is_across=False)
-    await _note(services, request.admission, act)
+    await _note(services, request, act)
 
 
 class _Act(Struct, frozen=True, kw_only=True):
@@ -106,10 +105,10 @@ def _given(criteria: Mapping[str, object]) -> dict[str, str | int | bool]:
     }
 
 
-async def _note(services: Services, admission: Admission, act: _Act) -> None:
+async def _note(services: Services, request: Request[Any], act: _Act) -> None:
     """Logs the act with its outcome: how many jobs, `done`, the code of an error or `broken_off`.
     Adds its entry, unless Redis takes none, which is logged: the act itself is done."""
-    outcome = act.outcome
+    admission, outcome = request.admission, act.outcome
     if outcome == DONE and act.jobs is not None:
         outcome = f"{act.jobs} jobs"
     _log.info(
@@ -119,6 +118,7 @@ async def _note(services: Services, admission: Admission, act: _Act) -> None:
         admission.shown_key or "none",
         " ".join(f"{name}={_text(value)}" for name, value in act.criteria.items()),
         outcome,
+        extra={"request_id": request.request_id},
     )
     if act.verb in _READS:
         return

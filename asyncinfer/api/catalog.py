@@ -163,11 +163,15 @@ class Catalog:
 
     def _not_served_error(self, name: str | None) -> RequestError:
         """Returns the error that `find` raises, which says why the model cannot be used:
-        RedisUnavailable if the last refresh failed, since the model may then exist."""
+        RedisUnavailable if the last refresh failed, since the model may then exist, or why Redis
+        takes no writes if no model is known."""
         # A client takes a 404 as final, so it gets one only after both refreshes have succeeded.
         if redis_error := self._redis_error or self.worker_snapshot.redis_error:
             return redis_error
         requested = name or self.default_model
+        if not self._served and (refusal := self.worker_snapshot.writes_refusal):
+            # A worker that may not write announces nothing, so no model is known.
+            return refusal
         if self._is_loading(requested):
             return _loading_error(
                 requested or "its models, and which one is the default is not known yet"

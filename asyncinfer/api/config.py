@@ -36,6 +36,9 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 32 << 10
     header_timeout_seconds: float = 10.0
     body_timeout_seconds: float = 30.0
+    unready_after_seconds: float = 5.0
+    """How long Redis may not answer before the API is not ready."""
+    access_log: bool = False
     max_streams: int = 400
     """Event streams at a time; below `max_connections`, so that other requests find a place."""
     heartbeat_seconds: float = 15.0

@@ -28,6 +28,7 @@ from asyncinfer.api.services import Services
 from asyncinfer.api_keys import KeyScope
 from asyncinfer.errors import (
     BodyTooLarge,
+    DiskFull,
     EncodingRefused,
     GroupNotFound,
     IdempotencyConflict,
@@ -48,16 +49,19 @@ from asyncinfer.errors import (
     ModelNotFound,
     NoModelAnnounced,
     NotAcceptable,
+    PermissionDenied,
     QueueFull,
+    ReadOnlyReplica,
     RedisUnavailable,
     RequestError,
     ResultDamaged,
+    ServerStopping,
     StorageFull,
+    TooFewReplicas,
     TooManyDownloads,
     TooManyStreams,
     TooManyUploads,
     VersionNotFound,
-    WritesRefused,
 )
 from asyncinfer.schemas.operations import AuditList, QueueList, WorkerList
 from asyncinfer.schemas.problems import LineProblem
@@ -72,6 +76,7 @@ from asyncinfer.schemas.requests import (
     NoQuery,
     PredictLine,
     PredictRequest,
+    ReadyQuery,
     RequestOptions,
     ResultQuery,
     RetryQuery,
@@ -93,6 +98,7 @@ from asyncinfer.schemas.responses import (
     ModelList,
     Pause,
     PurgeResult,
+    Readiness,
     RetryResult,
     Scale,
     ServiceInfo,
@@ -158,7 +164,13 @@ _LINE_ANSWERS: Final = (AcceptedJob, Job, LineProblem)
 _BINARY: Final = (BINARY, NPY)
 
 _REDIS: Final[Errors] = (RedisUnavailable,)
-_FULL: Final[Errors] = (StorageFull, WritesRefused)
+_FULL: Final[Errors] = (
+    StorageFull,
+    DiskFull,
+    ReadOnlyReplica,
+    TooFewReplicas,
+    PermissionDenied,
+)
 _MODEL: Final[Errors] = (ModelNotFound, NoModelAnnounced, ModelLoading)
 _GROUP: Final[Errors] = (GroupNotFound, RedisUnavailable)
 _JOB: Final[Errors] = (JobNotFound, JobExpired, RedisUnavailable)
@@ -312,7 +324,15 @@ ROUTES: Final = (
     Route("GET", "/scale/{model}", read_scale, "read", {200: Scale}, _MODEL + _REDIS),
     Route("GET", "/health", health, None, {200: Health}, _REDIS),
     Route("GET", "/health/live", live, None, {200: Liveness}),
-    Route("GET", "/health/ready", ready, None, {200: Liveness}, (RedisUnavailable, WritesRefused)),
+    Route(
+        "GET",
+        "/health/ready",
+        ready,
+        None,
+        {200: Readiness},
+        (RedisUnavailable, *_FULL, ServerStopping),
+        query=ReadyQuery,
+    ),
     Route("GET", "/openapi.json", openapi, None, {200: None}),
     Route("GET", "/", about, None, {200: ServiceInfo}),
 )

@@ -1,6 +1,7 @@
 """The HTTP server of the API, which runs until SIGINT or SIGTERM."""
 
 import contextlib
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from asyncinfer.api.express import Express
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.errors import StartError
+
+_log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS: Final = 0.0005
 
@@ -37,6 +40,7 @@ async def serve_on(
     app = create_app(config)
     async with app.lifespan():
         await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    _log.info("Stopped.")
 
 
 class Server(uvicorn.Server):
@@ -57,7 +61,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._on_ready = on_ready
         self._connection = connection
-        self._short_way = Express(app) if config.express else None
+        self._short_way = Express(app) if config.express and not config.access_log else None
         self._limits = ConnectionLimits(
             header_seconds=config.header_timeout_seconds,
             body_seconds=config.body_timeout_seconds,

@@ -58,6 +58,7 @@ def summary_view(
         priority=priority_of(record),
         worker=public_worker_name(record.worker) if record and record.worker else UNSET,
         round=record.round if record else UNSET,
+        request_id=(record and record.request_id) or UNSET,
         created_at=to_datetime(record.created_ms if record else created_ms(stored.job_id)),
         started_at=to_datetime(record.started_ms if record else None),
         finished_at=to_datetime(record.finished_ms if record else None),

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Literal
 
 from msgspec import UNSET, UnsetType
 
 from asyncinfer import jobs
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
-from asyncinfer.errors import StorageFull, WritesRefused
+from asyncinfer.errors import DiskFull, ReadOnlyReplica, StorageFull, WritesRefused
 from asyncinfer.jobs import Record, Status, max_backoff_seconds
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -31,7 +31,7 @@ _STORAGE_FULL: Final = WaitingFor(
     "accepted. Raise maxmemory (of the embedded Valkey: EMBEDDED_MAXMEMORY), or let jobs expire "
     "sooner (JOB_TTL).",
 )
-_NO_ENDS: Final = frozenset({"disk_full", "redis_refuses_writes"})
+_NO_ENDS: Final = frozenset({"disk_full", "redis_read_only", "too_few_replicas"})
 """Codes of a Redis that stores no ends of jobs."""
 
 _NO_WRITES: Final = _NO_ENDS | {"storage_full"}
@@ -106,8 +106,10 @@ class WaitReasons:
         refusal = self._snapshot.writes_refusal
         if isinstance(refusal, StorageFull):
             return _STORAGE_FULL
-        if refusal:
-            return _DISK_FULL if refusal.is_disk_full else _writes_refused(refusal)
+        if isinstance(refusal, DiskFull):
+            return _DISK_FULL
+        if isinstance(refusal, WritesRefused):
+            return _writes_refused(refusal)
         missing = self._missing_worker(model, version)
         if queue not in self._snapshot.paused:
             return missing
@@ -148,7 +150,10 @@ def _not_pending_reason(
 def _writes_refused(refusal: WritesRefused) -> WaitingFor:
     """The reason of all jobs while Redis refuses writes, but not since its disk is full."""
     message = f"Redis takes no writes, so no job begins or ends: {refusal.reason}."
-    return WaitingFor("redis_refuses_writes", f"{message} Jobs then continue by themselves.")
+    code: Literal["redis_read_only", "too_few_replicas"] = (
+        "redis_read_only" if isinstance(refusal, ReadOnlyReplica) else "too_few_replicas"
+    )
+    return WaitingFor(code, f"{message} Jobs then continue by themselves.")
 
 
 def _since(shown: str, absence: Absence) -> str:

@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 from msgspec import Struct
 
-from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WritesRefused
+from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.announcements import (
     ANNOUNCE_INTERVAL_SECONDS,
@@ -22,7 +22,8 @@ from asyncinfer.repository.announcements import (
     upcoming_models,
 )
 from asyncinfer.repository.inspect.listing import Inspection
-from asyncinfer.repository.store import Store
+from asyncinfer.repository.intake import why_no_jobs
+from asyncinfer.repository.store import Refused, Store
 from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.schemas.responses import WaitingFor
 
@@ -83,8 +84,8 @@ class WorkerSnapshot:
         """Versions of served models that a living worker has not loaded yet."""
         self.paused: frozenset[str] = frozenset()
         """Queues that are paused."""
-        self.writes_refusal: StorageFull | WritesRefused | None = None
-        """Why Redis takes no writes; None if it does."""
+        self.writes_refusal: Refused | None = None
+        """Why Redis takes no jobs; None if it does."""
         self.redis_error: RedisUnavailable | None = None
         """Why the last refresh failed, in which case the state is that of an earlier one."""
         self.wait_reasons: dict[tuple[str, str, str | None], WaitingFor | None] = {}
@@ -120,7 +121,7 @@ class WorkerSnapshot:
         async with self._lock:
             try:
                 seen = await self._inspection.live_workers(self._queues())
-                writes_refusal = await self._read_writes_refusal()
+                writes_refusal = await why_no_jobs(self._store)
             except RedisUnavailable as redis_error:
                 self.redis_error = redis_error
                 self._certain_at = (
@@ -199,18 +200,6 @@ class WorkerSnapshot:
         return since_ms is not None and (
             worker.host == socket.gethostname() and (worker.started_ms or 0) >= since_ms
         )
-
-    async def _read_writes_refusal(self) -> StorageFull | WritesRefused | None:
-        """Returns why Redis takes no writes; None if it does, or if that cannot be found out.
-        Raises RedisUnavailable if Redis does not answer."""
-        try:
-            await self._store.check_writes()
-        except (StorageFull, WritesRefused) as error:
-            return error
-        except RedisRefused:
-            # The Redis user may not run this command; the workers can be read all the same.
-            return None
-        return None
 
     def _use_announcements(self, bodies: Mapping[str, bytes]) -> None:
         """Replaces the state by these announcements, by worker id, and notes which models have lost

@@ -5,6 +5,7 @@ from typing import Any
 from msgspec import Struct
 
 from asyncinfer.client._models import TensorInfo
+from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.schemas.operations import AuditEntry
 
 
@@ -71,6 +72,8 @@ class AuditLog(Struct, frozen=True, kw_only=True):
 class Health(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """The state of a server: `status` is "ok", since one that is not answers with an error.
 
+    `accepting` tells whether it takes new jobs, `reason` why not (`.code`, `.message`).
+
     With the scope `read` there are also `redis` (its name and version), `queues` (waiting jobs by
     queue), `workers` (the number of living ones) and `starved` (models with due jobs that no worker
     has or loads); else these are None.
@@ -80,6 +83,8 @@ class Health(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """
 
     status: str
+    accepting: bool = True
+    reason: WaitingFor | None = None
     redis: str | None = None
     queues: dict[str, int] | None = None
     workers: int | None = None

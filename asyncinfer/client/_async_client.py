@@ -82,10 +82,11 @@ class AsyncClient:
         timeout: float | None = None,
         cancel_on_timeout: bool = False,
         idempotency_key: str | None = None,
+        request_id: str | None = None,
         **options: Unpack[JobOptions],
     ) -> Any:
         """Submits an input, waits for its job, and returns the result."""
-        job = submitting.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options, request_id)
         return await self._driver.run(
             submitting.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
         )
@@ -96,10 +97,11 @@ class AsyncClient:
         model: str | None = None,
         *,
         idempotency_key: str | None = None,
+        request_id: str | None = None,
         **options: Unpack[JobOptions],
     ) -> AsyncJob:
         """Submits an input and returns its job, which is stored and will run."""
-        job = submitting.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options, request_id)
         return self._job(await self._driver.run(submitting.submit(self._server, job)))
 
     def map(

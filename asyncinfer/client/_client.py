@@ -117,6 +117,7 @@ class Client:
         timeout: float | None = None,
         cancel_on_timeout: bool = False,
         idempotency_key: str | None = None,
+        request_id: str | None = None,
         **options: Unpack[JobOptions],
     ) -> Any:
         """Submits an input, waits for its job, and returns the result.
@@ -124,7 +125,9 @@ class Client:
         `data` has the shape `(rows, *dims)`; `model` None is the default model. The input and the
         result are described at `Client`. `timeout` is in seconds, None the client's own. The job
         goes on when the time is out, unless `cancel_on_timeout`. The same `idempotency_key` (1 to
-        255 visible ASCII characters) with the same input gives the same job.
+        255 visible ASCII characters) with the same input gives the same job. `request_id` (1 to
+        128 visible ASCII characters) is the X-Request-ID that the job and the logs of the server
+        show; without it the server makes one.
 
         Raises InvalidInput (`.faults` has the place of each fault), CannotSend, ModelNotFound,
         VersionNotFound, NoModelAnnounced, QueueFull, IdempotencyConflict, JobFailed
@@ -136,7 +139,7 @@ class Client:
         >>> {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
         {'label': ('int64', (1,)), 'probabilities': ('float32', (1, 3))}
         """
-        job = submitting.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options, request_id)
         return self._driver.run(
             submitting.predict(self._server, job, timeout, cancel_on_timeout=cancel_on_timeout)
         )
@@ -147,20 +150,21 @@ class Client:
         model: str | None = None,
         *,
         idempotency_key: str | None = None,
+        request_id: str | None = None,
         **options: Unpack[JobOptions],
     ) -> Job:
         """Submits an input and returns its job, which is stored and will run.
 
-        `data`, `model` and `idempotency_key` are as in `predict`. The same key with the same
-        input gives the same job, as long as the job is kept. Raises what `predict` raises before
-        a job runs: InvalidInput, CannotSend, ModelNotFound, VersionNotFound, NoModelAnnounced,
-        QueueFull and IdempotencyConflict.
+        `data`, `model`, `idempotency_key` and `request_id` are as in `predict`. The same key with
+        the same input gives the same job, as long as the job is kept. Raises what `predict` raises
+        before a job runs: InvalidInput, CannotSend, ModelNotFound, VersionNotFound,
+        NoModelAnnounced, QueueFull and IdempotencyConflict.
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", priority="high")
         >>> job.result(timeout=10)["class_name"]
         'setosa'
         """
-        job = submitting.new_job(data, model, idempotency_key, options)
+        job = submitting.new_job(data, model, idempotency_key, options, request_id)
         return self._job(self._driver.run(submitting.submit(self._server, job)))
 
     def map(

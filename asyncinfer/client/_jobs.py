@@ -54,6 +54,11 @@ class JobState:
         return self._fields.group
 
     @property
+    def request_id(self) -> str | None:
+        """The X-Request-ID of its submit, for the logs of the server; None until it is read."""
+        return self._fields.request_id
+
+    @property
     def tenant(self) -> str | None:
         """Its tenant, if an operator read it or listed the jobs of tenants; else None."""
         return self._fields.tenant
@@ -79,8 +84,8 @@ class JobState:
         """All that the server says of it.
 
         Always `job_id` and `status`; as far as known `result` (as JSON), `error`, `model`,
-        `version`, `sha256`, `group`, `priority`, `worker`, `round`, `created_at`, `started_at`,
-        `finished_at` (RFC 3339) and `waiting_for`.
+        `version`, `sha256`, `group`, `priority`, `worker`, `round`, `request_id`, `created_at`,
+        `started_at`, `finished_at` (RFC 3339) and `waiting_for`.
         """
         return dict(self._view)
 

@@ -196,11 +196,6 @@ def libraries(n: str) -> str:
     return f"{{{n}}}:libraries"
 
 
-def write_probe(n: str) -> str:
-    """Never exists: SET ... XX writes nothing to it, and shows whether Redis takes writes."""
-    return f"{{{n}}}:writeprobe"
-
-
 def repair_gate(n: str) -> str:
     """String, TTL 10 min: exists while another repair would come too soon."""
     return f"{{{n}}}:repairgate"

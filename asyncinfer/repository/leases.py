@@ -11,9 +11,9 @@ from msgspec import Struct
 from asyncinfer.jobs import id_text
 from asyncinfer.repository.functions import Call
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.redis_errors import translate_errors
+from asyncinfer.repository.redis_errors import CALL_ERRORS, translate
 from asyncinfer.repository.scripts import script
-from asyncinfer.repository.store import Store, encode_args
+from asyncinfer.repository.store import Store, encode_args, note_failure
 
 
 class Renewal(Struct, frozen=True):
@@ -36,6 +36,7 @@ class Leases:
             f"{store.name}:renew", reply_seconds=seconds
         )
         self._functions = store.functions
+        self._report = store.report
         self._policy: Policy = store.policy
 
     def renew(self, tokens: dict[str, list[str]]) -> Renewal:
@@ -44,8 +45,15 @@ class Leases:
             encode_args({"lease_ms": self._policy.lease_ms}),
             *(encode_args(held) for held in tokens.values()),
         ]
-        with translate_errors(), self._reconnect_after_failover():
-            reply = self._run(self._functions.call(script("renew"), list(tokens), args))
+        try:
+            with self._reconnect_after_failover():
+                reply = self._run(self._functions.call(script("renew"), list(tokens), args))
+        except CALL_ERRORS as error:
+            failure = translate(error)
+            note_failure(self._report, failure)
+            raise failure from error
+        if self._report:
+            self._report.outage.answered()
         return Renewal(*(tuple(id_text(raw) for raw in part) for part in reply))
 
     def _run(self, call: Call) -> Any:

@@ -6,10 +6,11 @@ import random
 import time
 from typing import Final
 
-from asyncinfer.errors import RedisUnavailable
+from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.libraries import ROUND_SECONDS, Libraries
 from asyncinfer.repository.maintenance import Maintenance, SweepCounts
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ async def reap_forever(store: Store) -> None:
     maintenance, libraries = Maintenance(store), Libraries(store)
     tick_seconds = store.policy.tick_ms / 1000
     repaired_at, tidied_at = time.monotonic(), -ROUND_SECONDS
-    is_away = False
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
@@ -37,11 +37,10 @@ async def reap_forever(store: Store) -> None:
                 repaired_at = time.monotonic()
                 if restored := await maintenance.repair(REPAIR_SECONDS):
                     _log.warning("Repair put back %d jobs found out of place.", restored)
-            is_away = False
         except RedisUnavailable as error:
-            if not is_away:
-                _log.warning("Sweep: %s", error.detail)
-            is_away = True
+            log_refused(_limited_log, "Sweep", error)
+        except StorageFull:
+            continue
         except Exception as error:
             # Redis holds data that anyone may write; no content may end the task that all rely on.
             _limited_log.unexpected("A sweep failed.", error)
@@ -50,3 +49,5 @@ async def reap_forever(store: Store) -> None:
 def _report(swept: SweepCounts) -> None:
     if swept.put_back or swept.dead:
         _log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)
+    if swept.expired:
+        _log.warning("Sweep: %d jobs missed a deadline, and failed as expired.", swept.expired)

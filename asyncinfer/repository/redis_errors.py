@@ -7,23 +7,27 @@ from typing import Final
 import redis.exceptions as redis_errors
 
 from asyncinfer.errors import (
+    DiskFull,
+    PermissionDenied,
+    ReadOnlyReplica,
     RedisRefused,
     RedisUnavailable,
     StorageFull,
+    TooFewReplicas,
     WritesRefused,
     WrongKeyType,
 )
+from asyncinfer.processes.limited_log import LimitedLog
 
 _TRANSIENT_CODES: Final = ("BUSY", "UNBLOCKED")
 """Codes of refusals that pass by themselves: a slow script, a fail-over."""
 
-_WRITE_REFUSALS: Final = {
-    "MISCONF": "it cannot save to its disk. Free space there; its log says more",
-    "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write. Start some",
-    "READONLY": "it is a replica. That passes after a fail-over; else point REDIS_URL at the "
-    "primary",
+_WRITE_REFUSALS: Final[dict[str, type[WritesRefused]]] = {
+    "MISCONF": DiskFull,
+    "NOREPLICAS": TooFewReplicas,
+    "READONLY": ReadOnlyReplica,
 }
-"""Codes by which a server refuses every write, with the remedy; the call did nothing."""
+"""Codes by which a server refuses every write; the call did nothing."""
 
 _NOT_PRIMARY_ERRORS: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
 
@@ -74,17 +78,15 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
     if isinstance(error, redis_errors.OutOfMemoryError):
         return StorageFull(
             "Redis has reached its maxmemory, so new jobs are refused while those accepted still "
-            "run. Retry later, or raise maxmemory (of the embedded Valkey: EMBEDDED_MAXMEMORY)."
+            "run; nothing was taken in. Retry later, or raise maxmemory (of the embedded Valkey: "
+            "EMBEDDED_MAXMEMORY)."
         )
-    if reason := write_refusal(error):
-        refused = WritesRefused(
-            f"Redis takes no writes, since {reason}. Nothing was stored; send the request again "
-            "then.",
+    if kind := write_refusal(error):
+        return kind(
+            f"Redis takes no writes, since {kind.reason}. Nothing was taken in; send the request "
+            "again then.",
             retry_after_seconds=1,
         )
-        refused.reason = reason
-        refused.is_disk_full = reason == _WRITE_REFUSALS["MISCONF"]
-        return refused
     if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NOT_PRIMARY_ERRORS):
         return RedisUnavailable(
             f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
@@ -96,10 +98,23 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
         )
     if str(error).startswith("WRONGTYPE"):
         return wrong_type_error()
+    if isinstance(error, redis_errors.NoPermissionError):
+        return PermissionDenied(
+            f"The Redis user may not do this ({error}). Give it the permission; the page on "
+            "security lists what it needs.",
+            retry_after_seconds=1,
+        )
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
     )
+
+
+def log_refused(log: LimitedLog, role: str, error: RedisUnavailable) -> None:
+    """Logs what Redis refuses a role of this process. The store reports outages and refused writes,
+    once for all roles."""
+    if isinstance(error, RedisRefused):
+        log.warning(f"{role}: {error.detail}")
 
 
 def is_transient(error: Exception) -> bool:
@@ -107,8 +122,8 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, _NOT_PRIMARY_ERRORS) or str(error).startswith(_TRANSIENT_CODES)
 
 
-def write_refusal(error: Exception) -> str | None:
-    """Why the server refuses all writes, with the remedy; None for any other error."""
+def write_refusal(error: Exception) -> type[WritesRefused] | None:
+    """The error of a server that refuses all writes; None for any other error."""
     if isinstance(error, redis_errors.ReadOnlyError):
         # redis-py strips the code from errors for which it has classes.
         return _WRITE_REFUSALS["READONLY"]

@@ -90,7 +90,8 @@ def _library_text(name: str) -> str:
 def _registered(function_name: str, name: str) -> str:
     """The Lua that registers a script as a function of the library."""
     shebang, *body = _lines(name, are_includes=False)
-    flags = "{ 'allow-oom' }" if "allow-oom" in shebang else "{}"
+    _, _, flag = shebang.partition("flags=")
+    flags = f"{{ '{flag.strip()}' }}" if flag else "{}"
     return (
         f"\nredis.register_function{{ function_name = '{function_name}', flags = {flags}, "
         f"callback = function(KEYS, ARGV)\n{''.join(body)}end }}\n"

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import redis.exceptions as redis_errors
@@ -12,11 +12,15 @@ from redis.asyncio import Redis
 
 from asyncinfer.errors import (
     DefaultModelChanged,
+    PermissionDenied,
+    RedisUnavailable,
     ServerRefused,
+    StorageFull,
     WritesRefused,
     WrongKeyType,
 )
 from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.processes.outage import RedisReport
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.functions import Functions
@@ -28,7 +32,6 @@ from asyncinfer.repository.redis_errors import (
     WRONG_TYPE_WARNING,
     is_not_primary,
     translate,
-    translate_errors,
     write_refusal,
     wrong_type_error,
 )
@@ -43,10 +46,20 @@ _LARGE_BYTES: Final = 64 << 10
 
 _log = LimitedLog(logging.getLogger(__name__))
 
+_LEAVE_SECONDS: Final = 0.5
+"""The shortest time between two disconnections from a server that is no primary: each ends calls of
+others, which are sent once more, and some of them it would have answered."""
+
+_DENIED_SECONDS: Final = 30.0
+"""For so long after a submit that Redis denied none is expected to be taken, unless one is."""
+
 _SKIP_SECONDS: Final = 30.0
 """How long a blocking call leaves out a key of the wrong type."""
 
 encode_args = msgspec.msgpack.Encoder().encode
+
+Refused: TypeAlias = StorageFull | WritesRefused | PermissionDenied
+"""Why a server that answers takes no new jobs."""
 
 
 class BlockingConnection:
@@ -55,8 +68,10 @@ class BlockingConnection:
 
     _MARGIN_SECONDS: Final = 1.0
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, report: RedisReport | None = None) -> None:
+        """Its failures are noted in `report`, those that `close` causes excepted."""
         self._client = client
+        self._report = report
         self._link = new_link(client)
         self._skipped_until: dict[str, float] = {}
         """{key of the wrong type: when it is tried again}."""
@@ -119,11 +134,17 @@ class BlockingConnection:
 
     async def _ask(self, command: Command, wait_seconds: float) -> Any:
         try:
-            return await self._link.ask(command, wait_seconds + self._MARGIN_SECONDS)
+            reply = await self._link.ask(command, wait_seconds + self._MARGIN_SECONDS)
         except CALL_ERRORS as error:
             if is_not_primary(error):
                 await self._link.disconnect()
-            raise translate(error) from error
+            failure = translate(error)
+            if not self.closed:
+                note_failure(self._report, failure)
+            raise failure from error
+        if self._report:
+            self._report.outage.answered()
+        return reply
 
     async def close(self) -> None:
         """Closes the connection; a call in progress raises RedisUnavailable."""
@@ -136,8 +157,16 @@ class Store:
     """The connections of one process to Redis, with QUEUE_NAME (`queue_name`) and the policy."""
 
     def __init__(
-        self, endpoint: Endpoint, queue_name: str, policy: Policy, name: str, call_seconds: float
+        self,
+        endpoint: Endpoint,
+        queue_name: str,
+        policy: Policy,
+        name: str,
+        call_seconds: float,
+        report: RedisReport | None = None,
     ) -> None:
+        self.report = report
+        self._is_closed = False
         self.endpoint = endpoint
         self.queue_name = queue_name
         self.policy = policy
@@ -150,17 +179,27 @@ class Store:
         self._lanes = Lanes(self._client)
         self._link = new_link(self._client, self._lanes.open_ahead)
         self._clock_behind_ms: float | None = None
-        self.writes_refused: WritesRefused | None = None
-        """Why the server takes no writes, as far as the last call shows."""
+        self._denied_submit: PermissionDenied | None = None
+        """The error of the last submit, if Redis denied it to this user."""
+        self._denied_at = 0.0
+        self._left_at = -_LEAVE_SECONDS
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, url: str, *, queue_name: str, policy: Policy, name: str, call_seconds: float = 1.0
+        cls,
+        url: str,
+        *,
+        queue_name: str,
+        policy: Policy,
+        name: str,
+        call_seconds: float = 1.0,
+        report: RedisReport | None = None,
     ) -> AsyncIterator["Store"]:
         """Opens a store without connecting yet. `call_seconds` bounds the silence of Redis in a
-        call, to 0.6 of it in each of two tries. Raises InvalidSetting for a bad URL."""
-        store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds)
+        call, to 0.6 of it in each of two tries. What Redis does not answer or refuses is noted in
+        `report`, None for commands that tell their user. Raises InvalidSetting for a bad URL."""
+        store = cls(Endpoint.parse(url), queue_name, policy, name, call_seconds, report)
         try:
             yield store
         finally:
@@ -168,13 +207,14 @@ class Store:
 
     async def close(self) -> None:
         """Closes all connections; calls in progress raise RedisUnavailable."""
+        self._is_closed = True
         await self._link.close()
         await self._lanes.close()
         await close(self._client)
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
-        return BlockingConnection(self.endpoint.client(self.name))
+        return BlockingConnection(self.endpoint.client(self.name), self.report)
 
     @property
     def moved_at(self) -> float:
@@ -204,12 +244,9 @@ class Store:
                 return end.value
 
         try:
-            reply = await self._with_retry(run)
+            return await self._with_retry(run)
         except WrongKeyType as error:
             raise await self.wrong_keys_error(names) from error
-        # To Redis every script of this package is one that writes.
-        self.writes_refused = None
-        return reply
 
     async def command(self, *command: Any, is_large: bool = False) -> Any:
         """Runs one command and returns its reply as redis-py parses it; raises as `call` does.
@@ -231,13 +268,17 @@ class Store:
             _log.warning(WRONG_TYPE_WARNING.format(repr(command[1])))
             return otherwise
 
-    async def check_writes(self) -> None:
-        """Raises StorageFull or WritesRefused if the server takes no writes now.
+    @property
+    def denied_submit(self) -> PermissionDenied | None:
+        """Why Redis denied this user the last submit, for 30 s; None if it took one since."""
+        is_recent = time.monotonic() - self._denied_at < _DENIED_SECONDS
+        return self._denied_submit if is_recent else None
 
-        The key never exists, so that the command writes nothing and sends nothing to replicas or
-        disk; but the server refuses it as it refuses any other write.
-        """
-        await self.command("SET", keys.write_probe(self.queue_name), "", "XX")
+    def note_denied_submit(self, error: PermissionDenied | None) -> None:
+        """Notes that Redis denied this user a submit, or with None that it took one."""
+        self._denied_submit, self._denied_at = error, time.monotonic()
+        if error and self.report:
+            self.report.refusal.refused(error.code, error.detail)
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
         """The type of each key in the words of TYPE; `none` for a key that does not exist."""
@@ -282,18 +323,21 @@ class Store:
         it had, and not ask the sentinels which server is primary by now (redis-py issue 3874)."""
         try:
             try:
-                return await send(self.call_seconds * _TRY_SHARE)
+                reply = await send(self.call_seconds * _TRY_SHARE)
             except NO_REPLY_ERRORS as lost:
-                return await self._send_again(send, lost)
+                reply = await self._send_again(send, lost)
         except CALL_ERRORS as error:
             raise await self._failure(error) from error
+        if self.report:
+            self.report.outage.answered()
+        return reply
 
     async def _failure(self, error: Exception) -> Exception:
         """What to raise for an error of a call. As a local variable of the frame that raises it, it
         would keep the call's arguments in memory until the garbage collector finds the cycle."""
         failure = await self._translate(error)
-        if isinstance(failure, WritesRefused):
-            self.writes_refused = failure
+        if not self._is_closed:
+            note_failure(self.report, failure)
         return failure
 
     async def _send_again(self, send: Callable[[float], Awaitable[Any]], lost: Exception) -> Any:
@@ -306,9 +350,11 @@ class Store:
             await self._translate(error)
             raise lost from error
 
-    async def _translate(self, error: Exception) -> Exception:
+    async def _translate(self, error: Exception) -> StorageFull | RedisUnavailable:
         """As `translate`; disconnects from a server that is no primary any more."""
-        if is_not_primary(error):
+        now = time.monotonic()
+        if is_not_primary(error) and now - self._left_at > _LEAVE_SECONDS:
+            self._left_at = now
             await self._link.disconnect()
             await self._lanes.disconnect()
         return translate(error)
@@ -364,14 +410,17 @@ class Store:
     async def check_server(self) -> str:
         """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
         refuses the login, RedisUnavailable if it does not answer."""
-        with translate_errors():
-            try:
-                reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
-            except redis_errors.AuthenticationError as error:
-                raise ServerRefused(
-                    f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
-                    "redis://user:password@host:6379."
-                ) from error
+        try:
+            reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
+        except redis_errors.AuthenticationError as error:
+            raise ServerRefused(
+                f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
+                "redis://user:password@host:6379."
+            ) from error
+        except CALL_ERRORS as error:
+            raise await self._failure(error) from error
+        if self.report:
+            self.report.outage.answered()
         return check_info(self._parse(("INFO",), reply))
 
     async def default_model(self) -> str | None:
@@ -439,6 +488,18 @@ class Store:
             f"DEFAULT_MODEL={current}; let them end, or end them with `asyncinfer cancel --model "
             f"{which}`; then start with DEFAULT_MODEL={name} again."
         )
+
+
+def note_failure(report: RedisReport | None, failure: StorageFull | RedisUnavailable) -> None:
+    """Notes the error of a call: an outage, or a server that takes no writes."""
+    if report is None:
+        return
+    if type(failure) is RedisUnavailable:
+        report.outage.failed(failure.detail)
+        return
+    report.outage.answered()
+    if isinstance(failure, StorageFull | WritesRefused):
+        report.refusal.refused(failure.code, failure.detail)
 
 
 def _is_large(args: Sequence[Any]) -> bool:

@@ -7,10 +7,16 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from msgspec import Struct
 
-from asyncinfer.errors import InternalError, RedisUnavailable, RequestError, WritesRefused
+from asyncinfer.errors import (
+    InternalError,
+    RedisUnavailable,
+    RequestError,
+    WritesRefused,
+)
 from asyncinfer.jobs import Options, Record, Status, encode_record
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
+from asyncinfer.repository.intake import call_submit
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import StoredJob, decode_status, parse_job, read_jobs
@@ -189,8 +195,8 @@ class Submissions:
                 encode_record(job.record),
                 pack_options(script_options(job, self._store.queue_name)),
             )
-        names = [queue, keys.queues(self._store.queue_name)]
-        reply = await self._store.call(script("submit"), names, args)
+        reply = await call_submit(self._store, queue, args)
+        self._store.note_denied_submit(None)
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> list[SubmitReply | RequestError]:

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Final, Literal, TypeAlias, get_args
 
+import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.jobs import GROUP_PATTERN, NAME_PATTERN, PATTERN_END, Options, Status
@@ -128,6 +129,15 @@ class TensorLine(TensorRequest, frozen=True, forbid_unknown_fields=True):
 
 class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """The query of routes that take no parameters."""
+
+
+class ReadyQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """The query of `GET /health/ready`."""
+
+    purpose: Annotated[
+        Literal["submit"] | None,
+        Meta(description="`submit`: 503 also if new jobs are not accepted."),
+    ] = msgspec.field(name="for", default=None)
 
 
 TenantQuery: TypeAlias = (

@@ -23,7 +23,8 @@ class WaitingFor(Struct, frozen=True):
             "retry",
             "storage_full",
             "disk_full",
-            "redis_refuses_writes",
+            "redis_read_only",
+            "too_few_replicas",
         ],
         Meta(description="Stable, for machines."),
     ]
@@ -70,6 +71,10 @@ class Job(Struct, frozen=True, kw_only=True):
     )
     round: (
         Annotated[int, Meta(description="How often the job was retried by request.")] | UnsetType
+    ) = UNSET
+    request_id: (
+        Annotated[str, Meta(description="The X-Request-ID of the request that submitted it.")]
+        | UnsetType
     ) = UNSET
     created_at: datetime | UnsetType = UNSET
     started_at: datetime | UnsetType = UNSET
@@ -287,10 +292,31 @@ class Liveness(Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
-class Health(Struct, frozen=True, kw_only=True):
-    """With API keys in use, only a key with the scope `read` gets more than `status`."""
+class NotAccepting(Struct, frozen=True):
+    """Why no new jobs are accepted."""
+
+    code: Annotated[str, Meta(description="The code with which a submit is refused.")]
+    message: Annotated[str, Meta(description="For people: the reason and its remedy.")]
+
+
+_ACCEPTING: Final = Meta(description="Whether Redis takes new jobs.")
+_NOT_ACCEPTING: Final = Meta(description="Why it takes none; left out if it does.")
+
+
+class Readiness(Struct, frozen=True, kw_only=True):
+    """An API that can serve something; reads work even if no new jobs are accepted."""
 
     status: Literal["ok"] = "ok"
+    accepting: Annotated[bool, _ACCEPTING] = True
+    reason: Annotated[NotAccepting, _NOT_ACCEPTING] | UnsetType = UNSET
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """With API keys in use, only a key with the scope `read` gets more than the first three."""
+
+    status: Literal["ok"] = "ok"
+    accepting: Annotated[bool, _ACCEPTING] = True
+    reason: Annotated[NotAccepting, _NOT_ACCEPTING] | UnsetType = UNSET
     redis: Annotated[str, Meta(description="The server's name and version.")] | UnsetType = UNSET
     queues: Annotated[dict[str, int], Meta(description="Waiting jobs by queue.")] | UnsetType = (
         UNSET

@@ -17,6 +17,7 @@ from msgspec import Struct
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
+from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -126,6 +127,7 @@ async def _work(
         policy=config.policy,
         name="asyncinfer-worker",
         call_seconds=_CALL_SECONDS,
+        report=report_of(config.redis_url),
     )
     async with serve_monitor(listener) as monitor, opened as store:
         default = await _connect(store, config, library, stopping)
@@ -146,6 +148,7 @@ async def _work(
             drain_task = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()
             drain_task.cancel()
+        _log.info("Stopped.")
         return code
 
 
@@ -158,16 +161,12 @@ async def _connect(
 
     Has the library load the default model first, and then the models that Redis knows.
     """
-    is_logged = False
     while not stopping.is_set():
         try:
             server = await store.check_server()
             default = await agree_on_default_model(store, config.default_model)
             known = await Announcements(store).read_model_names()
-        except (RedisUnavailable, StorageFull) as error:
-            if not is_logged:
-                _log.info("Waiting for Redis: %s", error.detail)
-            is_logged = True
+        except (RedisUnavailable, StorageFull):
             await set_within(stopping, _CONNECT_PAUSE_SECONDS)
         else:
             _log.info("Connected to %s. Models to load: %d.", server, len(library.table.names))

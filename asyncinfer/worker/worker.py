@@ -43,6 +43,7 @@ from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
 from asyncinfer.worker.running.completion import Finisher
 from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
+from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
 from asyncinfer.worker.running.timings import JobTimes
@@ -150,6 +151,7 @@ class Worker:
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
         )
+        self._failed_jobs = FailedJobsLog(self.worker_id, self._queues.model_of)
         self.finisher = Finisher(
             runs,
             self._held,
@@ -157,6 +159,7 @@ class Worker:
             self._builder,
             # In the group, so that `run` waits for it.
             start_task=lambda work: self._group.create_task(work),
+            failed_jobs=self._failed_jobs,
             on_step=on_step,
         )
         self._control_listener = ControlListener(store, self._on_control_message)
@@ -190,6 +193,7 @@ class Worker:
                 self._watch_stopped.set()
             await self._control_listener.close()
             background.cancel_scope.cancel()
+        self._failed_jobs.flush()
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):

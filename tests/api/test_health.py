@@ -1,13 +1,18 @@
 """The routes about the service: models, health, and the OpenAPI document."""
 
 import json
+import logging
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 import httpx2
 import msgspec
+import pytest
+import redis
 
+from asyncinfer.api.app import create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.probe_paths import HEALTH_PATHS
 from asyncinfer.api.openapi import document
@@ -15,9 +20,22 @@ from asyncinfer.api.routes import ROUTES
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
+from tests.faults.proxy import proxied
 from tests.queue_driver import QueueDriver
 
-from .harness import QUEUE, ProxiedApi, announce, assert_problem, client_of, running, signature
+from .harness import (
+    QUEUE,
+    ROW,
+    announce,
+    assert_problem,
+    client_of,
+    running,
+    signature,
+    submit,
+)
+
+READY: Final = {"status": "ok", "accepting": True}
 
 
 def test_every_health_route_is_answered_as_a_probe() -> None:
@@ -88,12 +106,133 @@ async def test_the_queue_of_a_model_that_is_gone_is_shown_only_while_it_has_jobs
     assert await shown() == ({QUEUE}, {QUEUE})
 
 
-async def test_without_redis_the_api_is_live_but_not_ready(proxied_api: ProxiedApi) -> None:
-    async with client_of(proxied_api.port) as client:
+async def test_without_redis_the_api_is_live_and_after_a_while_not_ready(
+    config: ApiConfig, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with proxied(config.redis_url) as proxy:
+        patient = msgspec.structs.replace(config, redis_url=proxy.url, unready_after_seconds=3.0)
+        async with running(patient) as port, client_of(port) as client:
+            assert (await client.get("/health/ready")).json() == READY
+            proxy.black_hole()
+            assert (await client.get("/health/live")).status_code == 200
+            submit = await client.get("/health/ready?for=submit")
+            assert_problem(submit, 503, "redis_unavailable")
+            reply = await client.get("/health/ready")
+            assert (reply.status_code, reply.json()["accepting"]) == (200, False)
+            assert reply.json()["reason"]["code"] == "redis_unavailable"
+
+            async def is_not_ready() -> bool:
+                return (await client.get("/health/ready")).status_code == 503
+
+            await eventually(is_not_ready, "it is not ready")
+            proxy.restore()
+
+            async def is_ready() -> bool:
+                return (await client.get("/health/ready")).text == json.dumps(
+                    READY, separators=(",", ":")
+                )
+
+            await eventually(is_ready, "it is ready again")
+
+
+async def test_an_api_that_stops_is_not_ready(config: ApiConfig, store: Store) -> None:
+    await announce(store, "iris", default="iris")
+    app = create_app(config)
+    transport = httpx2.ASGITransport(app=app)
+    async with (
+        app.lifespan(),
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
         assert (await client.get("/health/ready")).status_code == 200
-        proxied_api.proxy.black_hole()
-        assert (await client.get("/health/live")).status_code == 200
-        assert_problem(await client.get("/health/ready"), 503, "redis_unavailable")
+        await app.stop_waiting()
+        assert_problem(await client.get("/health/ready"), 503, "server_stopping")
+
+
+@contextmanager
+def refusing(server: Any, begin: Sequence[str], end: Sequence[str]) -> Iterator[None]:
+    """Runs one command before the block and another one after it."""
+    server.execute_command(*begin)
+    try:
+        yield
+    finally:
+        server.execute_command(*end)
+
+
+def configured(name: str, value: str) -> tuple[Sequence[str], Sequence[str]]:
+    return ("CONFIG", "SET", name, value), ("CONFIG", "SET", name, "0")
+
+
+REFUSALS: Final = {
+    "storage_full": configured("maxmemory", "1mb"),
+    "too_few_replicas": configured("min-replicas-to-write", "1"),
+    "redis_read_only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+    "redis_permission_denied": (
+        ("ACL", "SETUSER", "default", "-fcall", "-eval", "-evalsha"),
+        ("ACL", "SETUSER", "default", "+@all"),
+    ),
+}
+"""The commands that begin and end each state, by its code."""
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
+    code: str,
+    config: ApiConfig,
+    store: Store,
+    server: redis.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await announce(store, "iris", default="iris")
+    caplog.set_level(logging.INFO)
+    async with proxied(config.redis_url) as proxy:
+        fresh = msgspec.structs.replace(config, redis_url=proxy.url)
+        async with running(fresh) as port, client_of(port) as client:
+            job_id = await submit(client)
+            with refusing(server, *REFUSALS[code]):
+                problem = assert_problem(await client.get("/health/ready?for=submit"), 503, code)
+                refused = await client.post("/predict", json={"data": ROW})
+                assert_problem(refused, 503, code)
+                for path in ("/health/ready", "/health"):
+                    body = (await client.get(path)).json()
+                    assert (body["status"], body["accepting"]) == ("ok", False)
+                    assert body["reason"] == {"code": code, "message": problem["detail"]}
+                assert (await client.get(f"/job/{job_id}")).json()["status"] == "pending"
+
+            async def is_accepting() -> bool:
+                # A permission counts as missing until a submit is taken.
+                await client.post("/predict", json={"data": ROW})
+                return (await client.get("/health/ready?for=submit")).status_code == 200
+
+            await eventually(is_accepting, "jobs are accepted again")
+            assert (await client.get("/health")).json()["accepting"] is True
+    lines = [record.getMessage() for record in caplog.records if record.name == "asyncinfer.redis"]
+    assert len(lines) == 2, lines
+    assert lines[0].startswith(f"{code}: ")
+    assert lines[1].startswith("Redis takes jobs again after ")
+    assert lines[1].endswith(f"({code}).")
+
+
+async def test_a_start_on_a_full_disk_says_so_and_not_that_no_worker_has_a_model(
+    config: ApiConfig, disk_full: Callable[[], Awaitable[None]]
+) -> None:
+    await disk_full()
+    async with running(config) as port, client_of(port) as client:
+        problem = assert_problem(
+            await client.post("/predict", json={"data": ROW}), 503, "disk_full"
+        )
+        assert "Free space there" in problem["detail"]
+
+
+async def test_a_full_disk_is_told_by_its_name(
+    api: httpx2.AsyncClient, disk_full: Callable[[], Awaitable[None]]
+) -> None:
+    await disk_full()
+    problem = assert_problem(await api.get("/health/ready?for=submit"), 503, "disk_full")
+    assert "Nothing was taken in" in problem["detail"]
+    assert_problem(await api.post("/predict", json={"data": ROW}), 503, "disk_full")
+    body = (await api.get("/health/ready")).json()
+    assert (body["accepting"], body["reason"]["code"]) == (False, "disk_full")
 
 
 async def test_the_api_starts_before_redis_does(config: ApiConfig) -> None:

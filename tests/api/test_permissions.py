@@ -315,7 +315,7 @@ async def test_health_shows_no_names_without_the_read_scope(
     await submit(alice)
     headers = {"x-api-key": key} if key else {}
     async with client_of(two_tenant_port, **headers) as client:
-        assert (await client.get("/health")).json() == {"status": "ok"}
+        assert (await client.get("/health")).json() == {"status": "ok", "accepting": True}
         for path in ("/health/live", "/health/ready"):
             assert (await client.get(path)).status_code == 200
     assert (await alice.get("/health")).json()["queues"] == {QUEUE: 1}
@@ -328,6 +328,8 @@ async def test_health_without_redis_says_why_but_shows_no_names(
         away = msgspec.structs.replace(config, redis_url=proxy.url, api_keys=key_file)
         async with running(away) as port, client_of(port) as client:
             await proxy.down()
-            problem = assert_problem(await client.get("/health"), 503, "redis_unavailable")
+            replies = [await client.get("/health"), await client.get("/health/ready?for=submit")]
             await proxy.up()
-    assert problem["detail"] == "Redis does not answer. Retry in a moment."
+    for reply in replies:
+        problem = assert_problem(reply, 503, "redis_unavailable")
+        assert problem["detail"] == "Redis does not answer. Retry in a moment."

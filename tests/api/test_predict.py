@@ -325,26 +325,34 @@ def _without_replicas(server: redis.Redis, begins: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("refuse", "reason"),
-    [(_as_a_replica, "it is a replica"), (_without_replicas, "min-replicas-to-write")],
+    ("refuse", "code", "reason"),
+    [
+        (_as_a_replica, "redis_read_only", "it is a replica"),
+        (_without_replicas, "too_few_replicas", "min-replicas-to-write"),
+    ],
 )
 async def test_a_redis_that_takes_no_writes_is_answered_with_its_reason_and_no_job_is_accepted(
     api: httpx2.AsyncClient,
     server: redis.Redis,
     refuse: Callable[[redis.Redis, bool], None],
+    code: str,
     reason: str,
 ) -> None:
     refuse(server, True)
     try:
-        replies = [await api.post("/predict", json={"data": ROW}), await api.get("/health/ready")]
+        replies = [
+            await api.post("/predict", json={"data": ROW}),
+            await api.get("/health/ready?for=submit"),
+        ]
         line = await api.post("/predict", content=b'{"data": [[1, 2, 3, 4]]}', headers=NDJSON)
     finally:
         refuse(server, False)
     for reply in replies:
-        problem = assert_problem(reply, 503, "redis_refuses_writes")
+        problem = assert_problem(reply, 503, code)
         assert reason in problem["detail"]
+        assert "Nothing was taken in" in problem["detail"]
         assert "job_id" not in problem
-    assert line.json()["code"] == "redis_refuses_writes"
+    assert line.json()["code"] == code
 
     await submit(api)
     await eventually(lambda: _is_ready(api), "the API is ready again")
@@ -352,4 +360,4 @@ async def test_a_redis_that_takes_no_writes_is_answered_with_its_reason_and_no_j
 
 
 async def _is_ready(api: httpx2.AsyncClient) -> bool:
-    return (await api.get("/health/ready")).status_code == 200
+    return (await api.get("/health/ready?for=submit")).status_code == 200

@@ -12,12 +12,14 @@ import redis
 from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.machine import examine_machine
-from asyncinfer.cli.doctor.redis import findings_of
+from asyncinfer.cli.doctor.redis import USER_RULES, findings_of
+from asyncinfer.processes import valkey
 from asyncinfer.processes.memory import usable_bytes
 from asyncinfer.repository.inspect.server_info import ServerInfo
 from asyncinfer.settings import Settings
 from tests import zoo
 from tests.cli.command_line import run_command
+from tests.docs.markdown import page
 from tests.faults.harness import eventually_sync
 
 from .submitted_jobs import submit
@@ -89,6 +91,45 @@ def test_a_problem_of_redis_is_named_with_its_fix(
 
     assert finding.verdict == verdict
     assert mend in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("about", "code", "vitals", "mend"),
+    [
+        ("Redis memory", "storage_full", {"used_bytes": 1 << 30}, "CONFIG SET maxmemory"),
+        ("Redis disk", "disk_full", {"write_error": "rdb_last_bgsave_status is err"}, "BGSAVE"),
+        ("Redis role", "redis_read_only", {"is_replica": True}, "REDIS_URL"),
+        ("Redis jobs", "too_few_replicas", {}, "CONFIG SET min-replicas-to-write 0"),
+        ("Redis jobs", "redis_permission_denied", {}, "ACL SETUSER"),
+    ],
+)
+def test_a_server_that_takes_no_jobs_is_a_problem_with_the_name_of_its_state(
+    about: str, code: str, vitals: dict[str, Any], mend: str
+) -> None:
+    finding = finding_about(about, no_jobs_code=code, no_jobs="it says so", **vitals)
+    assert finding.verdict == "problem"
+    assert code in finding.found
+    assert mend in finding.mend
+
+
+def test_a_redis_that_lacks_replicas_is_a_problem_of_redis_and_of_the_api(
+    url: str, data_dir: Path
+) -> None:
+    server: Any = redis.Redis.from_url(valkey.running_url(data_dir) or "")
+    server.config_set("min-replicas-to-write", "1")
+    try:
+        done = run_command("doctor", "--url", url, "--data-dir", str(data_dir))
+    finally:
+        server.config_set("min-replicas-to-write", "0")
+        server.close()
+    assert done.code == 1
+    assert "problem  Redis jobs: too_few_replicas: " in done.out
+    assert "CONFIG SET min-replicas-to-write 0" in done.out
+    assert "it accepts no jobs: too_few_replicas: " in done.out
+
+
+def test_the_rules_of_a_redis_user_are_those_of_the_page() -> None:
+    assert USER_RULES in page("security.md").text
 
 
 def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:

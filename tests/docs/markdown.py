@@ -111,6 +111,7 @@ def as_shown(output: str, ids: Mapping[str, str], digits: int = 4) -> str:
     output = re.sub(r'"worker":"[^"]+"', '"worker":"WORKER"', output)
     output = re.sub(r'"run_times":\{(?:[^{}]|\{[^{}]*\})*\}', '"run_times":{}', output)
     output = re.sub(r'"queues":\{[^}]*\}', '"queues":{}', output)
+    output = re.sub(r'"request_id":"[^"]+"', '"request_id":"REQUEST"', output)
     output = re.sub(r'"cursor":"[^"]+"', '"cursor":"CURSOR"', output)
     # The phrase of a status is that of the Python.
     output = output.replace("422 Unprocessable Content", "422 Unprocessable Entity")

@@ -4,6 +4,7 @@ import re
 from functools import cache
 from typing import Final, NamedTuple, get_args, get_type_hints
 
+import msgspec
 import pytest
 from msgspec import Struct
 
@@ -107,7 +108,7 @@ def _facts(match: re.Match[str]) -> Facts:
 def test_the_page_has_the_parameters_statuses_and_errors_of_the_route(route: Route) -> None:
     accept = {"Accept"} if route.binary_answers else set()
     assert facts_by_route()[name_of(route)] == Facts(
-        set(route.query.__struct_fields__),
+        {field.encode_name for field in msgspec.structs.fields(route.query)},
         {header.name for header in route.headers} | accept,
         list(route.answers),
         {error.code for error in route.errors} - {RedisUnavailable.code},

@@ -15,6 +15,7 @@ import redis
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
 from asyncinfer.repository import keys
 from asyncinfer.repository.audit import AuditEntries, StoredEntry
+from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.libraries import Libraries
 from asyncinfer.repository.policy import Policy
@@ -236,8 +237,6 @@ WRITTEN_BY_PROCESSES: Final = rows(
 )
 """Rows of keys that APIs and workers write without a script."""
 
-NEVER_WRITTEN: Final = rows(keys.write_probe(Q))
-
 
 @pytest.fixture
 def policy() -> Policy:
@@ -330,7 +329,7 @@ async def test_every_key_that_the_scripts_write_has_the_type_and_ttl_of_its_row(
             await use_every_script(QueueDriver(store, server), key_check.run)
             assert store.functions.are_refused is bool(forbidden)
     of_functions = rows(keys.libraries(Q)) if forbidden else set()
-    assert key_check.seen == set(ROWS) - WRITTEN_BY_PROCESSES - NEVER_WRITTEN - of_functions
+    assert key_check.seen == set(ROWS) - WRITTEN_BY_PROCESSES - of_functions
     key_check.assert_full_ttls(key_check.seen)
 
 
@@ -355,7 +354,7 @@ async def test_the_user_of_redis_that_the_security_page_makes_may_do_all_that_is
     with restricted_user(server, redis_url, *made[1].split()) as url:
         async with Store.open(url, queue_name=Q, policy=LONG, name="test") as store:
             await store.check_server()
-            await store.check_writes()
+            assert await why_no_jobs(store) is None
             await use_every_script(QueueDriver(store, server), lambda: None)
             assert not store.functions.are_refused
             blocking = store.blocking_connection()

@@ -28,12 +28,12 @@ class Services:
         """Starts a worker of the release whose source is in `tree`."""
         return self._start("work", *argv, tree=tree)
 
-    def serve(self, *argv: str, tree: Path = REPOSITORY) -> str:
+    def serve(self, *argv: str, tree: Path = REPOSITORY, api_key: str = "") -> str:
         """Starts an API and waits until it lists a model; returns its URL."""
         port = str(free_port())
         self._start("serve", "--port", port, *argv, tree=tree)
         url = f"http://127.0.0.1:{port}"
-        eventually_sync(lambda: _lists_a_model(url), f"the API at {url} lists a model", 20)
+        eventually_sync(lambda: _lists_a_model(url, api_key), f"the API at {url} lists a model", 60)
         return url
 
     @property
@@ -58,9 +58,10 @@ class Services:
         return member
 
 
-def _lists_a_model(url: str) -> bool:
+def _lists_a_model(url: str, api_key: str) -> bool:
     with contextlib.suppress(httpx2.TransportError):
-        answer = httpx2.get(f"{url}/models", timeout=5)
+        headers = {"x-api-key": api_key} if api_key else {}
+        answer = httpx2.get(f"{url}/models", timeout=5, headers=headers)
         return answer.status_code == 200 and bool(answer.json()["models"])
     return False
 

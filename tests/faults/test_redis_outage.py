@@ -233,7 +233,7 @@ async def test_a_result_that_could_not_be_stored_is_stored_when_redis_is_back(
             # A renewal shows that the worker has the claim's reply, and runs the job.
             await eventually(is_renewed(server, load_client.queue), "its lease is renewed")
             await proxy.down()
-            await eventually(lambda: "Finishing:" in workers.log, "it cannot be stored")
+            await eventually(lambda: "Finishing 1 jobs waits" in workers.log, "it cannot be stored")
             assert server.get(keys.status(job_id)) == b"processing"
             await proxy.up()
             await load_client.assert_all_completed()

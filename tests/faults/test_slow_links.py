@@ -279,7 +279,7 @@ async def test_an_api_that_starts_with_200_ms_more_each_way_becomes_ready(
     async with _open_api(proxy, policy) as client:
 
         async def is_ready() -> bool:
-            return (await client.get("/health/ready")).status_code == 200
+            return (await client.get("/health/ready?for=submit")).status_code == 200
 
         await eventually(is_ready, "the API is ready", 15)
         _assert_twice(await _submit(client, _body(3), prefer="wait=20"), 3)
@@ -299,7 +299,7 @@ async def test_a_submit_and_a_read_are_503_within_1_5_s_if_redis_is_as_good_as_g
     for request in (
         lambda: _submit(client, _body(3)),
         lambda: _read_result(client, job_id),
-        lambda: client.get("/health/ready"),
+        lambda: client.get("/health/ready?for=submit"),
     ):
         assert await _seconds_to_503(request) < _OUTAGE_SECONDS
 

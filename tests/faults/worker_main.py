@@ -57,6 +57,7 @@ def main() -> int:
     if settings.unprivileged:
         unprivileged.drop()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("asyncinfer.worker.running").setLevel(logging.DEBUG)
     process = WorkerProcessConfig(
         redis_url=settings.redis_url,
         queue_name="predict_queue",

@@ -70,7 +70,7 @@ def section(name: str, word: str) -> str:
 
 def code_of(text: str) -> str:
     """Lua without its comments and without its shebang."""
-    return re.sub(r"--.*", "", text.removeprefix("#!lua flags=allow-oom").removeprefix("#!lua"))
+    return re.sub(r"--.*", "", re.sub(r"\A#!lua( flags=[a-z-]+)?", "", text))
 
 
 def names_in(code: str) -> list[str]:
@@ -372,9 +372,10 @@ def test_facts_are_named_by_nothing_but_their_names() -> None:
 # --- the rules of all ------------------------------------------------------------------------
 
 
-def test_all_but_submit_go_on_with_memory_full() -> None:
+def test_all_but_submit_go_on_with_memory_full_and_readers_where_no_write_is_allowed() -> None:
     shebangs = {name: source(name).split("\n", 1)[0] for name in NAMES}
     assert shebangs.pop("submit") == "#!lua"
+    assert {shebangs.pop(name) for name in ("gauge", "tally")} == {"#!lua flags=no-writes"}
     assert {*shebangs.values()} == {"#!lua flags=allow-oom"}, shebangs
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import unicodedata
 from collections.abc import Iterator
 
@@ -55,13 +56,15 @@ def test_a_log_line_cannot_be_forged_and_does_not_control_the_terminal(
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)
-    set_up_logging()
+    set_up_logging("worker", "info", "text")
     try:
         raise ValueError("\x1b[2J\u202e")
     except ValueError:
         logging.getLogger("here").exception("It is %s.", "\x1b[2J\u202e\n2026 INFO forged")
 
     first, *rest = capsys.readouterr().err.splitlines()
-    assert first.endswith(r"ERROR here: It is \x1b[2J\u202e\n2026 INFO forged.")
+    logging.captureWarnings(False)
+    pid = os.getpid()
+    assert first.endswith(rf"ERROR worker {pid} here: It is \x1b[2J\u202e\n2026 INFO forged.")
     assert rest[0].startswith("Traceback")
     assert rest[-1] == r"ValueError: \x1b[2J\u202e"

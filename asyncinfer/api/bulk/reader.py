@@ -330,7 +330,8 @@ class BulkReader:
             parsed, key = await read_long_line(line.text, query, served, max_ttl_seconds, limiter)
         else:
             parsed, key = read_line(line.text, query, served, max_ttl_seconds)
-        return new_job(self._request.tenant, served.queue, parsed, key)
+        request = self._request
+        return new_job(request.tenant, served.queue, parsed, key, request_id=request.request_id)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
         """Adds the responses of a batch as one block. `queue` is that of its jobs, empty if the

@@ -8,7 +8,8 @@ from typing import Final, Protocol
 
 from starlette.types import ASGIApp, Message, Scope
 
-from asyncinfer.api.http.messages import Header, Reply, header_block
+from asyncinfer.api.http.messages import REQUEST_ID, Header, Reply, header_block
+from asyncinfer.api.http.request_id import request_id_header, request_id_of
 
 CONNECTION_CLOSE: Final = (b"connection", b"close")
 
@@ -69,6 +70,7 @@ class Exchange:
         self, channel: Channel, scope: Scope, *, expects_continue: bool, keep_alive: bool
     ) -> None:
         self.scope = scope
+        scope[REQUEST_ID] = request_id_of(scope["headers"])
         self.expects_continue = expects_continue
         """Whether the client still waits for `100 Continue`."""
         self.keep_alive = keep_alive
@@ -175,7 +177,8 @@ class Exchange:
         if not has_length and self._may_be_chunked(status):
             headers = [*headers, _CHUNKED]
             self._is_chunked = True
-        head = head_of(status, (*self._channel.default_headers, *headers))
+        request_id = request_id_header(self.scope[REQUEST_ID])
+        head = head_of(status, (*self._channel.default_headers, request_id, *headers))
         self.is_begun = True
         self.expects_continue = False
         if has_length:

@@ -22,6 +22,9 @@ characters, such as the byte 0xA0, which a proxy in front counts as part of a va
 Query = TypeVar("Query", bound=Struct)
 Header = tuple[bytes, bytes]
 
+REQUEST_ID: Final = "asyncinfer.request_id"
+"""Scope key: the id of the request, a string."""
+
 KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 """Scope-state key: callable(scope) that lifts the deadline of the request's body."""
 
@@ -82,6 +85,12 @@ class Request(Generic[Query]):
         Does nothing without a reservation, or the second time."""
         if self.reservation is not None:
             self.reservation.release()
+
+    @property
+    def request_id(self) -> str:
+        """The client's X-Request-ID, or the one that was made for it."""
+        text: str = self._scope.get(REQUEST_ID, "")
+        return text
 
     def path(self, name: str) -> str | None:
         """The path parameter `name`, decoded, or None if the route has none of that name."""

@@ -16,6 +16,7 @@ from asyncinfer.jobs import now_ms
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import StatusChange, parse_changes
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import pause_before_retry, set_within
 
@@ -132,7 +133,7 @@ class Feed:
                 await self._read_next_entries()
             except RedisUnavailable as error:
                 if not self._closing.is_set():
-                    _log.warning(f"Events: {error.detail}")
+                    log_refused(_log, "Events", error)
                     self._log_may_be_cut = True
                     await pause_before_retry(self._closing)
             except Exception as error:

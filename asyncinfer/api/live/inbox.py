@@ -13,6 +13,7 @@ from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.log import entry_order
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_inbox_entry, queue_of
 from asyncinfer.repository.submissions import Submissions
@@ -158,7 +159,7 @@ class Inbox:
                 if isinstance(error, WrongKeyType):
                     self._use_new_name()
                 if not self.closing.is_set():
-                    _log.warning(f"Inbox: {error.detail}")
+                    log_refused(_log, "Inbox", error)
                     await pause_before_retry(self.closing)
             except Exception as error:
                 # The periodic check finds the ends that these notices reported.

@@ -74,7 +74,10 @@ def _examine_answers(client: Client, address: str, settings: Settings) -> Iterat
     starved = [queue for queue in queues if queue.starved]
     waits = f"{counted(waiting, 'job')} {'waits' if waiting == 1 else 'wait'}"
     found = f"answers at {address}; {waits}, {counted(health.workers or 0, 'worker')}"
-    if waiting and not health.workers and not starved:
+    if health.reason:
+        found = f"{found}; it accepts no jobs: {health.reason.code}: {health.reason.message}"
+        yield problem("API", found, _mend(health.reason.code))
+    elif waiting and not health.workers and not starved:
         yield problem("API", f"{found}: no worker is alive", "asyncinfer work")
     else:
         yield ok("API", found)
@@ -83,6 +86,18 @@ def _examine_answers(client: Client, address: str, settings: Settings) -> Iterat
         yield problem(f"queue {queue_name(queue)}", starved_text(queue), mend)
     held_up = [queue for queue in queues if queue.paused and waiting_jobs(queue)]
     yield from _examine_served_models(client, held_up)
+
+
+def _mend(code: str) -> str:
+    """What makes an API accept jobs again, by the code with which it refuses them."""
+    mends = {
+        "storage_full": "asyncinfer purge --status completed, or more memory for Redis",
+        "disk_full": "free the disk of Redis, then: redis-cli BGSAVE",
+        "redis_read_only": "point REDIS_URL of the API at the primary, or at its sentinels",
+        "too_few_replicas": "start a replica of Redis",
+        "redis_permission_denied": "redis-cli ACL SETUSER, with the rules of docs/security.md",
+    }
+    return mends.get(code, "see the log of `asyncinfer serve`")
 
 
 def _queues(client: Client) -> list[Queue]:

@@ -21,6 +21,11 @@ _TOO_SLOW_SECONDS: Final = 0.2
 _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
 _HIGH_MEMORY_SHARE: Final = 0.8
 
+USER_RULES: Final = (
+    "+@read +@write +@scripting +@transaction +@connection +time +info -@dangerous +info"
+)
+"""The commands that a Redis user needs, as in docs/security.md."""
+
 
 async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
     """Connects to the server at `url` and returns findings on it; a problem if it does not answer.
@@ -55,13 +60,15 @@ def findings_of(info: ServerInfo, url: str) -> Iterator[Finding]:
     if info.is_replica:
         yield problem(
             "Redis role",
-            "it is a replica, which takes no writes",
+            "it is a replica, which takes no writes (redis_read_only)",
             "point REDIS_URL at the primary, or at its sentinels: sentinel://host:26379/service",
         )
     yield _persistence(info, url)
     if info.write_error:
         mend = f"free its disk, then: {_cli(url)} BGSAVE"
-        yield problem("Redis disk", info.write_error, mend)
+        full = " (disk_full: it takes no jobs)" if info.no_jobs_code == "disk_full" else ""
+        yield problem("Redis disk", f"{info.write_error}{full}", mend)
+    yield from _refusal(info, url)
     yield _memory(info, url)
     yield _round_trip(info.round_trip_seconds)
     yield _clock(info.clock_ahead_seconds)
@@ -93,6 +100,17 @@ def _persistence(info: ServerInfo, url: str) -> Finding:
     return warning(about, f"{some}: a crash loses the jobs since the last one", append)
 
 
+def _refusal(info: ServerInfo, url: str) -> Iterator[Finding]:
+    """A problem if submits are refused for a reason that no other finding names."""
+    mends = {
+        "too_few_replicas": "start a replica; or to do without: "
+        f"{_cli(url)} CONFIG SET min-replicas-to-write 0",
+        "redis_permission_denied": f"{_cli(url)} ACL SETUSER USER {USER_RULES}",
+    }
+    if mend := mends.get(info.no_jobs_code):
+        yield problem("Redis jobs", f"{info.no_jobs_code}: {info.no_jobs}", mend)
+
+
 def _memory(info: ServerInfo, url: str) -> Finding:
     """A problem if more than 80 % of its maxmemory is used; a warning if it has none."""
     about = "Redis memory"
@@ -101,7 +119,8 @@ def _memory(info: ServerInfo, url: str) -> Finding:
     used = f"{size(info.used_bytes)} of {size(info.max_bytes)}, its maxmemory"
     if info.used_bytes > _HIGH_MEMORY_SHARE * info.max_bytes:
         mend = f"{_cli(url)} CONFIG SET maxmemory {2 * info.max_bytes}, or lower JOB_TTL"
-        return problem(about, f"{used}: full memory refuses submits", mend)
+        now = " (storage_full: it does now)" if info.no_jobs_code == "storage_full" else ""
+        return problem(about, f"{used}: full memory refuses submits{now}", mend)
     return ok(about, used)
 
 

@@ -26,7 +26,7 @@ def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
     from asyncinfer.processes import api_processes
 
     settings = read_settings(os.environ, {})
-    set_up_logging()
+    set_up_logging("api", settings.log_level, settings.log_format)
     try:
         since_ms = own_worker_since_ms or None
         anyio.run(_serve, settings, held_fd, report_fd, since_ms, backend_options=LOOP)

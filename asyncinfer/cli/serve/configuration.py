@@ -117,10 +117,18 @@ def default_model(settings: Settings) -> str | None:
 
 
 def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
-    """The store on the server at `url`, which is opened and closed as an `async with`."""
+    """The store on the server at `url`, which is opened and closed as an `async with`. The log
+    reports its outages."""
+    from asyncinfer.processes.outage import report_of
     from asyncinfer.repository.store import Store
 
-    return Store.open(url, queue_name=settings.queue_name, policy=policy(settings), name="cli")
+    return Store.open(
+        url,
+        queue_name=settings.queue_name,
+        policy=policy(settings),
+        name="cli",
+        report=report_of(url),
+    )
 
 
 def policy(settings: Settings) -> "Policy":
@@ -164,6 +172,7 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
         max_ttl_seconds=settings.max_ttl,
         max_inflight_bytes=settings.max_inflight_bytes,
         express=settings.express,
+        access_log=settings.access_log,
     )
 
 

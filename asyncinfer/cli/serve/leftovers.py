@@ -61,8 +61,8 @@ class LeftoverCleaner:
         """Decides on the default model and retracts old models, before worker and API read them.
 
         `url` is that of the Redis. Raises InvalidSetting if no worker can have the default model of
-        the settings, and DefaultModelChanged if others use another. If Redis does not answer it
-        logs that.
+        the settings, and DefaultModelChanged if others use another. If Redis does not answer or is
+        full, nothing is decided.
         """
         from asyncinfer.repository.unserved_models import UnservedModels
 
@@ -72,7 +72,8 @@ class LeftoverCleaner:
                 await self._decide_default(leftovers)
                 await self._retract_missing_models(leftovers)
             except (RedisUnavailable, StorageFull) as error:
-                _log.warning("The default model could not be checked yet: %s", error.detail)
+                # The store has reported it.
+                _log.debug("The default model could not be checked yet: %s", error.detail)
 
     async def _decide_default(self, leftovers: "UnservedModels") -> None:
         """Stores the default model of the settings, or replaces a stored one that nobody serves."""

@@ -11,7 +11,7 @@ from asyncinfer.cli.output import say
 from asyncinfer.cli.serve import configuration
 from asyncinfer.cli.serve.banner import Banner
 from asyncinfer.cli.serve.leftovers import LeftoverCleaner
-from asyncinfer.cli.serve.log_setup import LOOP, set_up_logging
+from asyncinfer.cli.serve.log_setup import LOOP, Role, set_up_logging
 from asyncinfer.errors import RedisUnavailable, StartError
 from asyncinfer.processes import tuning
 from asyncinfer.processes.tuning import tune_for_start
@@ -36,7 +36,8 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
     redis_url = configuration.redis_url(settings)
     with_worker = work or redis_url is None
     _reject_missing_models(settings, with_worker)
-    set_up_logging()
+    role: Role = "api" if settings.api_processes == 1 else "parent"
+    set_up_logging(role, settings.log_level, settings.log_format)
     plan = supervisor.ServePlan(
         redis_url=redis_url,
         data_dir=configuration.data_dir(settings),

@@ -30,6 +30,7 @@ from asyncinfer.errors import InvalidInput
 from asyncinfer.jobs import Priority
 
 _KEY: Final = re.compile(r"[!-~]{1,255}")
+_REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
 class JobOptions(TypedDict, total=False):
@@ -53,19 +54,32 @@ class NewJob(Struct, frozen=True, kw_only=True):
     options: Mapping[str, Any]
     key: str
     """Its Idempotency-Key."""
+    request_id: str | None = None
+    """Its X-Request-ID; None leaves that to the server."""
     queue_full_seconds: float = 0.0
     """How long a full queue is awaited, beyond all retries."""
 
 
-def new_job(value: Any, model: str | None, key: str | None, options: Any) -> NewJob:
+def new_job(
+    value: Any, model: str | None, key: str | None, options: Any, request_id: str | None = None
+) -> NewJob:
     """A job with the given idempotency key, or a random one; it is not sent.
 
-    Options that are None are left out. Raises InvalidInput if the key is malformed.
+    Options that are None are left out. Raises InvalidInput if the key or the request's id is
+    malformed.
     """
+    if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidInput("request_id takes 1 to 128 visible ASCII characters.")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("idempotency_key takes 1 to 255 visible ASCII characters.")
     options = {name: option for name, option in options.items() if option is not None}
-    return NewJob(value=value, model=model, options=options, key=key or uuid.uuid4().hex)
+    return NewJob(
+        value=value,
+        model=model,
+        options=options,
+        key=key or uuid.uuid4().hex,
+        request_id=request_id,
+    )
 
 
 def predict(
@@ -134,6 +148,8 @@ def _post(
     """
     path = "/predict" if job.model is None else f"/predict/{path_part(job.model)}"
     headers = {**body.headers, "idempotency-key": job.key}
+    if job.request_id is not None:
+        headers["x-request-id"] = job.request_id
     seconds = (
         math.floor(min(waiting.MAX_WAIT_SECONDS, max(until - time.monotonic(), 0))) if wait else 0
     )

@@ -30,6 +30,7 @@ class JobView(Struct, frozen=True, kw_only=True):
     version: str | None = None
     group: str | None = None
     round: int | None = None
+    request_id: str | None = None
     error: JobError | None = None
     waiting_for: WaitingFor | None = None
     created_at: _Time | None = None

@@ -9,8 +9,9 @@ from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves_or_loads
+from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.redis_errors import translate_errors
-from asyncinfer.repository.store import Store, server_name
+from asyncinfer.repository.store import Refused, Store, server_name
 
 _CALLS: Final = 20
 
@@ -46,6 +47,10 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
     """A live worker serves the default model, or there is no default model."""
     model_dirs: tuple[tuple[str, str], ...] = ()
     """(host, folder that it serves) of each live worker that announces a folder."""
+    no_jobs_code: str = ""
+    """The code with which a submit is refused; empty if none is."""
+    no_jobs: str = ""
+    """Why a submit is refused."""
 
 
 async def read_server_info(store: Store) -> ServerInfo:
@@ -61,6 +66,7 @@ async def read_server_info(store: Store) -> ServerInfo:
     round_trip, ahead = await _times(store)
     workers = (await Announcements(store).read_workers()).values()
     default = await store.default_model()
+    no_jobs = await _why_no_jobs(store)
     return ServerInfo(
         server=server_name(info),
         refusal=refusal,
@@ -78,12 +84,22 @@ async def read_server_info(store: Store) -> ServerInfo:
         default_is_served=default is None
         or any(serves_or_loads(worker, default) for worker in workers),
         workers=len(workers),
+        no_jobs_code=no_jobs.code if no_jobs else "",
+        no_jobs=no_jobs.detail if no_jobs else "",
         model_dirs=tuple(
             sorted(
                 {(worker.host or "", worker.model_dir) for worker in workers if worker.model_dir}
             )
         ),
     )
+
+
+async def _why_no_jobs(store: Store) -> Refused | None:
+    """Why Redis takes no jobs; None also if that cannot be found out."""
+    try:
+        return await why_no_jobs(store)
+    except RedisRefused:
+        return None
 
 
 async def _config(store: Store) -> dict[str, str]:

@@ -1,4 +1,4 @@
-#!lua flags=allow-oom
+#!lua flags=no-writes
 -- gauge: how many jobs wait and run in queues, and which workers there are; changes nothing.
 -- KEYS    1 the workers, 2.. queues
 -- ARGV    1 {}

@@ -1,4 +1,4 @@
-#!lua flags=allow-oom
+#!lua flags=no-writes
 -- tally: how many jobs moved in queues lately, by their logs; changes nothing.
 -- KEYS    queues
 -- ARGV    1 {window_ms, max_entries, max_jobs, max_samples}: of each queue at most max_entries

@@ -16,6 +16,7 @@ from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.claims import QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import pause_before_retry, set_within
 
@@ -106,7 +107,7 @@ class BatchWindows:
                     await self._open_windows(group)
                 except RedisUnavailable as error:
                     if not self._is_closed:
-                        _log.warning(f"Waiting for jobs to batch: {error.detail}")
+                        log_refused(_log, "Waiting for jobs to batch", error)
                         await pause_before_retry()
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from asyncinfer.errors import RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import QueueConsumer
 from asyncinfer.repository.doorbell import Doorbell
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import pause_before_retry, set_within
 from asyncinfer.worker.claiming.batch_window import BatchWindows, QueueBatching, rotated
@@ -187,7 +188,7 @@ class ClaimWaiter:
             rang = await self._doorbell.wait(rotated(queues, self._waits_begun), seconds)
         except RedisUnavailable as error:
             if not self.draining.is_set():
-                _log.warning(f"Waiting: {error.detail}")
+                log_refused(_log, "Waiting", error)
                 await pause_before_retry(self.draining)
             return None
         if rang:

@@ -14,6 +14,7 @@ from asyncinfer.repository.claims import (
     ClaimRequest,
     QueueConsumer,
 )
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.batch_window import rotated
 from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
@@ -195,5 +196,5 @@ class Claimer:
             except RedisUnavailable as error:
                 if self._waiter.draining.is_set():
                     return otherwise
-                _log.warning(f"Claiming: {error.detail}")
+                log_refused(_log, "Claiming", error)
                 await pause_before_retry(self._waiter.draining)

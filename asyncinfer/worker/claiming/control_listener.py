@@ -8,6 +8,7 @@ from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import id_text
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.untrusted import decoding
@@ -48,7 +49,7 @@ class ControlListener:
                 await self._read()
             except RedisUnavailable as error:
                 if not self._blocking.closed:
-                    _log.warning(f"Control: {error.detail}")
+                    log_refused(_log, "Control", error)
                     await pause_before_retry()
 
     async def close(self) -> None:

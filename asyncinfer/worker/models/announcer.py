@@ -21,6 +21,7 @@ from asyncinfer.repository.announcements import (
     WorkerAnnouncement,
     serves_or_loads,
 )
+from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import set_within
 from asyncinfer.worker.models.engine_cache import Label
@@ -109,6 +110,9 @@ class Announcer:
                 # Also where a version could not be announced: a full Redis is freed by running
                 # jobs.
                 self._library.mark_announced(new)
+            if self._store.report and self._store.report.refusal.is_active:
+                # Ends the refusal in the log, if Redis takes jobs again.
+                await why_no_jobs(self._store)
 
     async def _announce(self, new: Collection[Label]) -> None:
         """The steps of a round, whose order matters; `new` are the versions to be served then."""
@@ -390,8 +394,8 @@ async def announce_forever(
             on_answered()
         except RedisRefused as error:
             _limited_log.warning(f"Announce: {error.detail}")
-        except RequestError as error:
-            _log.debug("Announce: %s", error.detail)
+        except RequestError:
+            pass  # The store reports that Redis does not answer.
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
         await set_within(news, ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2))

@@ -17,10 +17,12 @@ from asyncinfer.repository.claims import (
     QueueConsumer,
 )
 from asyncinfer.repository.leases import Renewal
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
+from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Finisher:
         builder: OutcomeBuilder,
         *,
         start_task: StartTask,
+        failed_jobs: FailedJobsLog,
         on_step: Callable[[Step], None],
     ) -> None:
         """`start_task` starts a task that the worker waits for at its end."""
@@ -52,6 +55,7 @@ class Finisher:
         self._claimer = claimer
         self._builder = builder
         self._start_task = start_task
+        self._failed_jobs = failed_jobs
         self._on_step = on_step
         self._given_up = False
 
@@ -165,10 +169,14 @@ class Finisher:
             except RedisUnavailable as error:
                 if self._given_up:
                     return ClaimReply(None)
-                _limited_log.warning(f"Finishing: {error.detail}")
+                log_refused(_limited_log, "Finishing", error)
+                _log.debug("Finishing %d jobs waits for Redis.", len(outcomes))
                 await pause_before_retry()
             else:
                 self.verdict_counts.update(verdicts)
+                for outcome, verdict in zip(outcomes, verdicts, strict=True):
+                    if outcome.outcome in ("failed", "dead") and verdict != "stale":
+                        self._failed_jobs.note(held.claim.queue, outcome)
                 if stale := verdicts.count("stale"):
                     _log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed
