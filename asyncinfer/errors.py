@@ -263,12 +263,16 @@ class TooManyDownloads(RequestError):
 
 class RedisUnavailable(RequestError):
     code, status, title = "redis_unavailable", 503, "Redis does not answer"
+    may_have_run = True
+    """Whether Redis may have carried out the call, in whole or in part. False if it refused all of
+    it, or if the call was certainly not sent."""
 
 
 class WritesRefused(RedisUnavailable):
     """Redis answered that it accepts no writes in its present state; the call changed nothing."""
 
     code, title = "redis_refuses_writes", "Redis takes no writes just now"
+    may_have_run = False
     reason = ""
     """Why it accepts none, with the remedy."""
     is_disk_full = False

@@ -61,7 +61,7 @@ def _digest(*parts: bytes) -> str:
 def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
     """The same error of a submit, with a message that says what the client can do; other errors are
     returned as they are."""
-    if isinstance(error, RedisRefused):
+    if isinstance(error, RedisRefused) and error.job_id:
         return type(error)(
             f"{error.detail} The job may have been accepted in part: look at "
             f"{url_of(job.job_id)}, or send it again with the same Idempotency-Key once that is "
