@@ -245,6 +245,12 @@ class Submissions:
         reply = await self._store.call(script("watch"), [queue, inbox], [encode_args({}), *job_ids])
         return [_parse_watch(job_id, parts) for job_id, parts in zip(job_ids, reply, strict=True)]
 
+    async def keep_inbox(self, inbox: str, ttl_seconds: int) -> bytes:
+        """Makes an inbox if it is absent, also with full memory, and lets it expire after
+        `ttl_seconds`; returns the id of its newest entry."""
+        args = [encode_args({"ttl_seconds": ttl_seconds})]
+        return bytes(await self._store.call(script("keep_inbox"), [inbox], args))
+
 
 def _split_by_queue(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
     """Splits submits into parts for one script call: of one queue, bounded in jobs and bytes."""

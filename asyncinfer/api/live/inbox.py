@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Final
 
-from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WrongKeyType
+from asyncinfer.errors import RedisRefused, RedisUnavailable, WrongKeyType
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -185,23 +185,13 @@ class Inbox:
                 await set_within(self.closing, _CHECK_SECONDS * random.uniform(0.8, 1.2))
 
     async def _ensure_stream(self) -> None:
-        """Renews the stream's expiry, and creates a missing stream unless Redis is full. Sets the
-        reader back to the start of a stream whose entries are older than what was read. Raises
-        RedisUnavailable."""
-        alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
-        expire = ("EXPIRE", self.name, _TTL_SECONDS)
-        newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+        """Renews the stream's expiry, and creates a missing stream. Sets the reader back to the
+        start of a stream whose entries are older than what was read: it came from an older dump, or
+        the server's clock is behind. Raises RedisUnavailable."""
         read_to = self._read_to
-        with contextlib.suppress(StorageFull):
-            is_there, entries = await self._store.transaction(expire, newest)
-            if not is_there:
-                # A process that died between two separate commands would leave the stream forever.
-                await self._store.transaction(("XADD", self.name, *alive), expire)
-                self._read_to = b"0"
-            elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
-                # The stream came from an older dump, or the server's clock is behind: its next
-                # entries have ids before the one that was read last.
-                self._read_to = b"0"
+        newest = await self._submissions.keep_inbox(self.name, _TTL_SECONDS)
+        if entry_order(newest) < entry_order(read_to):
+            self._read_to = b"0"
 
     async def _handle_notices(self, notices: list[tuple[str, StoredJob | None]]) -> None:
         """Resolves the waiters of these jobs; a job that its notice does not include (None) is
