@@ -190,7 +190,7 @@ async def test_many_uploads_at_once_are_all_accepted(uploads: Uploads) -> None:
 async def test_without_room_a_body_is_refused_before_it_is_read(
     limits: ApiConfig, store: Store
 ) -> None:
-    impatient = msgspec.structs.replace(limits, upload_wait_seconds=0.2)
+    impatient = msgspec.structs.replace(limits, room_wait_seconds=0.2)
     half = len(BODY) // 2
     async with (
         serving(impatient, store) as uploads,
@@ -406,7 +406,7 @@ async def test_a_result_takes_room_until_its_client_has_read_it(
 async def test_a_result_without_room_is_refused_and_small_answers_are_not(
     limits: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> None:
-    impatient = msgspec.structs.replace(limits, upload_wait_seconds=0.2)
+    impatient = msgspec.structs.replace(limits, room_wait_seconds=0.2)
     async with serving(impatient, store) as uploads:
         request = await completed(uploads, manual_worker)
         async with connection(uploads.port, request):
