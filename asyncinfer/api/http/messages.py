@@ -46,6 +46,7 @@ class Request(Generic[Query]):
     __slots__ = (
         "_scope",
         "admission",
+        "downloads",
         "headers",
         "query",
         "reach",
@@ -65,6 +66,7 @@ class Request(Generic[Query]):
         admission: Admission,
         reach: Reach,
         uploads: ByteBudget,
+        downloads: ByteBudget,
     ) -> None:
         self._scope = scope
         self.receive = receive
@@ -74,6 +76,7 @@ class Request(Generic[Query]):
         self.tenant = admission.tenant
         self.reach = reach
         self.uploads = uploads
+        self.downloads = downloads
         self.reservation: Reservation | None = None
         """That of the whole body; None if it is small or not read."""
 
@@ -116,6 +119,8 @@ class Reply(Struct, frozen=True):
     body: bytes
     headers: tuple[Header, ...] = ()
     media_type: bytes = b"application/json"
+    reservation: Reservation | None = None
+    """The room for the body in the budget for answers, which is given back once it is sent."""
 
 
 class Stream(Struct, frozen=True):

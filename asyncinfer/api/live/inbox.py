@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Final
 
+from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.errors import RedisRefused, RedisUnavailable, WrongKeyType
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
@@ -29,8 +30,9 @@ _CHECKED_AT_ONCE: Final = 1000
 _TURNS_TO_ANSWER: Final = 3
 """Turns of the event loop: one wakes the waiter, one makes the answer, one sends it."""
 
-_READ_AT_ONCE: Final = 32
-"""Results may be large, and Redis must send them in one reply before its time is out."""
+_READ_WITHOUT_LOOKING: Final = 32
+"""For more jobs it looks first which have ended."""
+_ANY_QUEUE: Final = ""
 
 
 class Ticket:
@@ -77,6 +79,8 @@ class Inbox:
         self._blocking = store.blocking_connection()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
+        self._sizes = AnswerSizes()
+        """Of the jobs that it read."""
         self._read_to = b"0"
         """The id of the last entry that was read."""
         self.closing = asyncio.Event()
@@ -215,12 +219,16 @@ class Inbox:
         were_stored = [
             ticket for job_id in wanted for ticket in self._tickets[job_id] if ticket.was_stored
         ]
-        if len(wanted) > _READ_AT_ONCE:
+        if len(wanted) > _READ_WITHOUT_LOOKING:
             wanted = await self._ended_or_absent(wanted)
         absent = set()
-        for start in range(0, len(wanted), _READ_AT_ONCE):
-            part = wanted[start : start + _READ_AT_ONCE]
-            for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
+        while wanted:
+            count = self._sizes.fit(_ANY_QUEUE)
+            part, wanted = wanted[:count], wanted[count:]
+            states = await self._submissions.read_many(part)
+            size = sum(len(stored.result or b"") for stored in states if stored)
+            self._sizes.note(_ANY_QUEUE, len(part), size)
+            for job_id, stored in zip(part, states, strict=True):
                 if stored is None:
                     absent.add(job_id)
                 elif stored.has_ended:
