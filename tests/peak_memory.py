@@ -21,15 +21,10 @@ def peak_bytes(pid: int) -> int:
 
 def compose_bytes(service: str) -> int:
     """The memory of this service in compose.yaml."""
-    memory: str = _compose(service)["deploy"]["resources"]["limits"]["memory"]
+    memory: str = compose_service(service)["deploy"]["resources"]["limits"]["memory"]
     return int(memory[:-1]) * _UNITS[memory[-1]]
 
 
-def compose_command(service: str) -> str:
-    """The command of this service in compose.yaml."""
-    command: str = _compose(service)["command"]
-    return command
-
-
-def _compose(service: str) -> Any:
+def compose_service(service: str) -> Any:
+    """What compose.yaml says of this service."""
     return yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"][service]

