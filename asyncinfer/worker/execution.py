@@ -47,15 +47,18 @@ class Batch(Struct, frozen=True):
         return self.split(len(self.jobs) // 2)
 
     def split(self, jobs: int) -> "tuple[Batch, ...]":
-        """The batch of the first `jobs` and that of the others, without those that have no job."""
+        """The batch of the first `jobs`, at least one, and that of the others, if there are any."""
+        if jobs >= len(self.jobs):
+            return (self,)
         return tuple(
             Batch(self.engine, self.jobs[part], self.inputs[part], self.rows[part])
             for part in (slice(jobs), slice(jobs, None))
-            if self.jobs[part]
         )
 
     def split_to_rows(self, max_rows: int) -> "tuple[Batch, ...]":
         """As `split`, after as many jobs, at least one, as have `max_rows` rows together."""
+        if sum(self.rows) <= max_rows:
+            return (self,)
         ends = list(itertools.accumulate(max(rows, 1) for rows in self.rows))
         return self.split(max(1, bisect.bisect_right(ends, max_rows)))
 
