@@ -55,6 +55,12 @@ class Batch(Struct, frozen=True):
             for part in (slice(jobs), slice(jobs, None))
         )
 
+    @property
+    def row_input_bytes(self) -> int:
+        """The size of the input of a row, the largest of its jobs."""
+        sizes = map(batching.input_bytes, self.inputs)
+        return max(size // max(rows, 1) for size, rows in zip(sizes, self.rows, strict=True))
+
     def split_to_rows(self, max_rows: int) -> "tuple[Batch, ...]":
         """As `split`, after as many jobs, at least one, as have `max_rows` rows together."""
         if sum(self.rows) <= max_rows:

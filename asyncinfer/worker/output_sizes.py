@@ -12,7 +12,7 @@ _BYTES_PER_NUMBER: Final = 20
 """Of a float32 in JSON, nearly the longest."""
 
 _MAX_KNOWN: Final = 1000
-"""Versions, and queues, whose sizes are known; beyond it all are learned anew."""
+"""Sizes of rows, and of jobs, that are known; beyond it all are learned anew."""
 
 
 class OutputSizes:
@@ -26,18 +26,19 @@ class OutputSizes:
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes` is what the results of a run, or of a claim, may have together."""
         self.max_bytes = max_bytes
-        self._row_bytes: dict[tuple[str, str], float] = {}
-        """By model and version."""
+        self._row_bytes: dict[tuple[str, str, int], float] = {}
+        """By model, version and size of the input of a row, in steps of powers of two."""
         self._job_bytes: dict[str, float] = {}
         """By queue."""
 
-    def fitting_rows(self, signature: Signature) -> int:
-        """How many rows, at least 1, probably give results that fit into a run of this version.
+    def fitting_rows(self, signature: Signature, input_bytes: int) -> int:
+        """How many rows, at least 1, probably give results that fit into a run of this version; the
+        input of a row has `input_bytes`.
 
-        Before its first run that follows from the shapes of its outputs; it is 1 where the graph
-        leaves a size open, so that the first run of such a model has one job.
+        Before a run with inputs of about this size that follows from the shapes of the outputs; it
+        is 1 where the graph leaves a size open, so that the first such run has one job.
         """
-        learned = self._row_bytes.get((signature.model, signature.version))
+        learned = self._row_bytes.get(_kind(signature, input_bytes))
         return self._fitting(learned or _declared_row_bytes(signature))
 
     def fitting_jobs(self, queue: str) -> int | None:
@@ -47,14 +48,19 @@ class OutputSizes:
         return self._fitting(learned) if learned else None
 
     def note_run(
-        self, queue: str, signature: Signature, *, jobs: int, rows: int, size: int
+        self, queue: str, signature: Signature, input_bytes: int, *, jobs: int, rows: int, size: int
     ) -> None:
-        """Records that these jobs of a queue, at least one, gave results of `size` bytes."""
-        _note(self._row_bytes, (signature.model, signature.version), size / max(rows, 1))
+        """Records that these jobs of a queue, at least one, gave results of `size` bytes; the input
+        of a row had `input_bytes`."""
+        _note(self._row_bytes, _kind(signature, input_bytes), size / max(rows, 1))
         _note(self._job_bytes, queue, size / jobs)
 
     def _fitting(self, each_bytes: float) -> int:
         return max(1, int(self.max_bytes / each_bytes))
+
+
+def _kind(signature: Signature, input_bytes: int) -> tuple[str, str, int]:
+    return signature.model, signature.version, input_bytes.bit_length()
 
 
 def _note(known: dict[K, float], key: K, size: float) -> None:

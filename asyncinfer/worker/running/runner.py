@@ -113,9 +113,9 @@ class BatchRunner:
         if all were. Those that ended during the run have one, which the finisher leaves out.
         """
         first = waiting.popleft()
-        batch, *others = first.split_to_rows(
-            self._output_sizes.fitting_rows(first.engine.signature)
-        )
+        signature, input_bytes = first.engine.signature, first.row_input_bytes
+        max_rows = self._output_sizes.fitting_rows(signature, input_bytes)
+        batch, *others = first.split_to_rows(max_rows)
         waiting.extendleft(others)
         run = BatchRun(batch)
         run.wanted_ids &= held.open_jobs.keys()
@@ -137,18 +137,19 @@ class BatchRunner:
             return []
         finally:
             held.run = None
-        self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
+        self.times.add(signature.model, sum(batch.rows), seconds)
         done, *unrendered = batch.split(len(bodies))
         waiting.extendleft(unrendered)
         self._output_sizes.note_run(
             held.claim.queue,
-            batch.engine.signature,
+            signature,
+            input_bytes,
             jobs=len(bodies),
             rows=sum(done.rows),
             size=sum(map(len, bodies)),
         )
         return [
-            self._builder.completed(held, job, body, batch.engine.signature)
+            self._builder.completed(held, job, body, signature)
             for job, body in zip(done.jobs, bodies, strict=True)
         ]
 
