@@ -43,6 +43,22 @@ def wide(columns: Dims) -> onnx.ModelProto:
     )
 
 
+def wide_by_value() -> onnx.ModelProto:
+    """Repeats a number as often as it says: neither shapes nor sizes of inputs tell how much."""
+    return model(
+        [
+            node("ReduceMax", ["x"], ["most"], keepdims=0),
+            node("Cast", ["most"], ["count"], to=onnx.TensorProto.INT64),
+            node("Unsqueeze", ["count", "zero"], ["counts"]),
+            node("Concat", ["one", "counts"], ["repeats"], axis=0),
+            node("Tile", ["x", "repeats"], ["y"]),
+        ],
+        [tensor("x", ["batch", 1])],
+        [tensor("y", ["batch", "m"])],
+        {"zero": np.array([0]), "one": np.array([1])},
+    )
+
+
 def new_jobs(count: int, numbers: int) -> list[NewJob]:
     data = msgspec.json.encode([[0.1] * numbers])
     record = Record(SCHEMA, QUEUE, "wide", "default", 1)
@@ -92,6 +108,32 @@ async def _wait_until_completed(server: redis.Redis, jobs: Sequence[NewJob]) -> 
     names = [f"job:{job.job_id}:status" for job in jobs]
     done = [b"completed"] * len(names)
     await eventually(lambda: server.mget(names) == done, "all are completed")
+
+
+@needs_proc
+async def test_a_run_that_gives_more_than_was_expected_is_stored_in_parts(
+    open_workers: OpenWorkers, tmp_path: Path, server: redis.Redis, store: Store
+) -> None:
+    zoo.place(tmp_path / "m", "wide", wide_by_value(), toml="[batching]\nenabled = true\n")
+    record = Record(SCHEMA, QUEUE, "wide", "default", 1)
+    values = [1.0] + 24 * [1_200_000.0]
+    jobs = [NewJob(new_id(1), QUEUE, msgspec.json.encode([[value]]), record) for value in values]
+    with open_workers(
+        model_dir=str(tmp_path / "m"), models=("wide",), worker=WorkerConfig(concurrency=1)
+    ) as workers:
+        worker = workers.start()
+        await eventually(lambda: worker.is_announced(server), "the worker is ready")
+        idle_bytes = peak_bytes(worker.process.pid)
+        worker.signal(signal.SIGSTOP)
+        await Submissions(store).submit_many(QUEUE, jobs)
+        worker.signal(signal.SIGCONT)
+        await _wait_until_completed(server, jobs)
+        added_bytes = peak_bytes(worker.process.pid) - idle_bytes
+        assert await worker.stop() == 0
+    assert min(server.strlen(f"job:{job.job_id}:result") for job in jobs[1:]) > 10 << 20
+    # The outputs of that run have 115 MB, and all results together 290 MB.
+    assert added_bytes < 240 << 20, f"{added_bytes >> 20} MiB"
+    assert_at_rest(server, QUEUE)
 
 
 async def test_later_claims_of_large_results_are_small_so_that_other_slots_get_the_rest(
