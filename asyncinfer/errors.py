@@ -264,12 +264,16 @@ class TooManyDownloads(RequestError):
 
 class RedisUnavailable(RequestError):
     code, status, title = "redis_unavailable", 503, "Redis does not answer"
+    may_have_run = True
+    """Whether Redis may have carried out the call, in whole or in part. False if it refused all of
+    it, or if the call was certainly not sent."""
 
 
 class WritesRefused(RedisUnavailable):
     """Redis answered that it accepts no writes in its present state; the call changed nothing. Each
     reason has a class of its own."""
 
+    may_have_run = False
     reason: ClassVar[str] = ""
     """Why it accepts none, with the remedy."""
 

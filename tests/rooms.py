@@ -30,7 +30,7 @@ INSIDE = {
         ("server",),
     ),
     "worker": (
-        ("execution", "lease_renewer", "metrics", "monitor"),
+        ("execution", "lease_renewer", "metrics", "monitor", "output_sizes"),
         ("held_claim",),
         ("claiming",),
         ("models",),

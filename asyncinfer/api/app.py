@@ -90,12 +90,12 @@ class Api:
         self.uploads = ByteBudget(
             max(config.max_inflight_bytes, config.max_body_bytes, config.max_json_bytes),
             body_seconds=config.body_timeout_seconds,
-            wait_seconds=config.upload_wait_seconds,
+            wait_seconds=config.room_wait_seconds,
         )
         self.downloads = ByteBudget(
             config.max_inflight_bytes,
             body_seconds=config.body_timeout_seconds,
-            wait_seconds=config.upload_wait_seconds,
+            wait_seconds=config.room_wait_seconds,
             error=TooManyDownloads,
         )
         resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
@@ -185,6 +185,7 @@ class Api:
             admission=admission,
             reach=admission.own,
             uploads=self.uploads,
+            downloads=self.downloads,
         )
 
     @property
@@ -267,8 +268,11 @@ class Resource:
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
             return
+        if answer.reservation:
+            await self._api.send_large(answer, answer.reservation, scope, send)
+            return
         size_bytes = len(answer.body)
-        if size_bytes <= SMALL_BODY_BYTES or TooManyDownloads not in route.errors:
+        if size_bytes <= SMALL_BODY_BYTES or not route.has_large_answers:
             await send_reply(answer, scope, send)
         elif reservation := self._api.downloads.try_reserve(size_bytes):
             await self._api.send_large(answer, reservation, scope, send)

@@ -31,8 +31,9 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """The longest `ttl_seconds` that a job may ask for."""
     max_inflight_bytes: int = 128 << 20
     """For all large bodies together; if the limit of one body is larger, that counts instead."""
-    upload_wait_seconds: float = 5.0
-    """How long a large body may wait for room in `max_inflight_bytes`."""
+    room_wait_seconds: float = 5.0
+    """How long a large body, of a request or an answer, may wait for room in
+    `max_inflight_bytes`."""
     max_header_bytes: int = 32 << 10
     header_timeout_seconds: float = 10.0
     body_timeout_seconds: float = 30.0

@@ -124,7 +124,7 @@ def _lines(structs: Sequence[type[Struct]], schemas: dict[type[Struct], _Schema]
 def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
     """Response objects of errors by status, each with the codes that it may have. `schema` is
     Problem's."""
-    errors: list[type[RequestError]] = [*EVERYWHERE, *route.errors]
+    errors: list[type[RequestError]] = [*EVERYWHERE, *route.all_errors]
     if route.scope:
         errors += [Unauthorized, Forbidden]
     by_status: dict[int, list[str]] = {}

@@ -141,6 +141,14 @@ class Route(Struct, frozen=True):
     """The structs that a line of a bulk request may be."""
     line_answers: tuple[type[Struct], ...] = ()
     """The structs that a line of a bulk answer may be."""
+    has_large_answers: bool = False
+    """Whether its answers have results, so that large ones wait for room in the budget for
+    answers. A request is answered a second time then, so it must change nothing."""
+
+    @property
+    def all_errors(self) -> Errors:
+        """`errors`, and those that follow from its other properties."""
+        return (*self.errors, TooManyDownloads) if self.has_large_answers else self.errors
 
 
 _PREFER = HeaderParameter(
@@ -218,7 +226,14 @@ ROUTES: Final = (
         for path in ("/predict", "/predict/{model}")
     ),
     Route(
-        "GET", "/job/{id}", read_job, "read", {200: Job}, (*_JOB, TooManyDownloads), query=WaitQuery
+        "GET",
+        "/job/{id}",
+        read_job,
+        "read",
+        {200: Job},
+        _JOB,
+        query=WaitQuery,
+        has_large_answers=True,
     ),
     Route(
         "GET",
@@ -226,12 +241,10 @@ ROUTES: Final = (
         read_result,
         "read",
         {200: None},
-        (
-            *(*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
-            TooManyDownloads,
-        ),
+        (*_JOB, NotAcceptable, JobNotFinished, JobCancelled, JobFailed, ResultDamaged),
         query=ResultQuery,
         binary_answers=_BINARY,
+        has_large_answers=True,
     ),
     Route(
         "GET",

@@ -4,7 +4,7 @@ JSON has no NaN and no infinities; they are the strings "NaN", "Infinity" and "-
 ProtoJSON. (msgspec would write null instead, which means something else.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Final, TypeAlias
@@ -63,8 +63,8 @@ def render_results(
     *,
     answer: str = "json",
     output_names: Sequence[str] = (),
-) -> list[bytes]:
-    """The results of all jobs of one run, in their order, as bytes to store.
+) -> Iterator[bytes]:
+    """Yields the results of all jobs of one run, in their order, as bytes to store.
 
     For a labelled classifier a result is an object per row (without a list if there is one row),
     else all outputs.
@@ -76,17 +76,17 @@ def render_results(
     shared run are not as many as those of the inputs.
     """
     if answer == "tensors":
-        return [
-            packing.pack(dict(_wanted_outputs(job_outputs, signature, output_names)))
-            for job_outputs in batching.split(outputs, jobs, plan)
-        ]
+        for job_outputs in batching.split(outputs, jobs, plan):
+            yield packing.pack(dict(_wanted_outputs(job_outputs, signature, output_names)))
+        return
     rows = None if output_names else _class_rows(outputs, signature)
     if rows is None:
-        return _render_tensors(outputs, jobs, signature, plan, output_names)
-    if len(jobs) == 1 or plan is None:
-        return [_encode_rows(rows)]
-    spans = batching.row_spans(outputs, jobs, plan)
-    return [_encode_rows(rows[start:end]) for start, end in spans]
+        yield from _render_tensors(outputs, jobs, signature, plan, output_names)
+    elif len(jobs) == 1 or plan is None:
+        yield _encode_rows(rows)
+    else:
+        for start, end in batching.row_spans(outputs, jobs, plan):
+            yield _encode_rows(rows[start:end])
 
 
 def render_packed(payload: bytes) -> bytes:
@@ -104,27 +104,24 @@ def _render_tensors(
     signature: Signature,
     plan: BatchPlan | None,
     wanted: Sequence[str],
-) -> list[bytes]:
+) -> Iterator[bytes]:
     """The JSON of the wanted outputs of each job, in the order of `jobs`; raises ModelFailed."""
     if plan is None or len(jobs) == 1 or not _is_convertible_at_once(outputs, plan):
-        return [
-            _encode_tensors(_wanted_outputs(job_outputs, signature, wanted))
-            for job_outputs in batching.split(outputs, jobs, plan)
-        ]
+        for job_outputs in batching.split(outputs, jobs, plan):
+            yield _encode_tensors(_wanted_outputs(job_outputs, signature, wanted))
+        return
     # Converting all rows to lists at once takes a fifth of the time of converting job by job.
     spans = batching.row_spans(outputs, jobs, plan)
     converted = []
     for name, output in _wanted_outputs(outputs, signature, wanted):
         rows = _plain(output).reshape(len(output), -1).tolist()
         converted.append((name, datatype_of(output), output.shape[1:], rows))
-    results = []
     for start, end in spans:
         tensors = [
             TensorResult(name, datatype, (end - start, *dims), list(chain(*rows[start:end])))
             for name, datatype, dims, rows in converted
         ]
-        results.append(_encode(TensorsResult(tensors)))
-    return results
+        yield _encode(TensorsResult(tensors))
 
 
 def _is_convertible_at_once(outputs: Sequence[Array], plan: BatchPlan) -> bool:

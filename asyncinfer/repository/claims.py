@@ -26,7 +26,8 @@ from asyncinfer.untrusted import decoding
 
 MAX_QUEUES_PER_CLAIM: Final = 8
 _MAX_JOBS_PER_CALL: Final = 256
-_MAX_BYTES_PER_CALL: Final = 1 << 20
+MAX_BYTES_PER_CALL: Final = 1 << 20
+"""Of results; a call of a single job may be larger."""
 _MAX_CLAIM_BYTES: Final = 2 << 20
 _MIN_TOKEN_BYTES: Final = 65
 """One more than the default of `hash-max-listpack-value` in Redis and Valkey."""
@@ -91,8 +92,13 @@ class ClaimRequest(Struct, frozen=True):
     max_jobs: int
     low_first: bool = False
     """Jobs of low priority come before the others."""
-    one_at_a_time: tuple[str, ...] = ()
-    """Queues of models whose jobs cannot share a run: a claim takes one job and leaves the rest."""
+    max_jobs_of: dict[str, int] = {}
+    """By queue of which fewer than `max_jobs` are claimed at a time, how many: one where jobs
+    cannot share a run, few where their results are large."""
+
+    def limit(self, queue: str) -> int:
+        """The most jobs of a claim of this queue."""
+        return self.max_jobs_of.get(queue, self.max_jobs)
 
 
 class ClaimReply(Struct, frozen=True):
@@ -222,7 +228,7 @@ class QueueConsumer:
             "max_jobs": min(request.max_jobs, _MAX_JOBS_PER_CALL),
             "max_bytes": _MAX_CLAIM_BYTES,
             "low_first": request.low_first,
-            "one_at_a_time": dict.fromkeys(request.one_at_a_time, True),
+            "max_jobs_of": request.max_jobs_of,
         }
 
     def _parse_claim_reply(self, reply: Any, token: str) -> ClaimReply:
@@ -239,7 +245,7 @@ def _split_into_calls(finished: Sequence[JobOutcome]) -> Iterator[list[JobOutcom
     size = 0
     for job in finished:
         size += len(job.body)
-        if part and (len(part) == _MAX_JOBS_PER_CALL or size > _MAX_BYTES_PER_CALL):
+        if part and (len(part) == _MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
             yield part
             part, size = [], len(job.body)
         part.append(job)

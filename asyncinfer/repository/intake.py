@@ -5,15 +5,19 @@ from typing import Any
 
 from asyncinfer.errors import PermissionDenied, StorageFull, WritesRefused
 from asyncinfer.repository import keys
+from asyncinfer.repository.link import BeforeSend
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Refused, Store, encode_args
 
 
-async def call_submit(store: Store, queue: str, args: Sequence[Any]) -> Any:
+async def call_submit(
+    store: Store, queue: str, args: Sequence[Any], before_send: BeforeSend = lambda: None
+) -> Any:
     """Calls the script on one queue, and returns its reply. Raises as `Store.call`; notes a denied
     permission, for `why_no_jobs`."""
     try:
-        return await store.call(script("submit"), [queue, keys.queues(store.queue_name)], args)
+        names = [queue, keys.queues(store.queue_name)]
+        return await store.call(script("submit"), names, args, before_send)
     except PermissionDenied as error:
         store.note_denied_submit(error)
         raise

@@ -19,6 +19,8 @@ from asyncinfer.repository.redis_errors import NO_REPLY_ERRORS, error_of_reply
 from asyncinfer.repository.wire import ClientLink
 
 Command = tuple[Any, ...]
+BeforeSend = Callable[[], None]
+"""Is called just before a command may be sent; what it raises ends the call."""
 
 _CONNECT_SECONDS: Final = 3.0
 """A few round trips, which callers do not wait for: their time is that of a call."""
@@ -42,14 +44,18 @@ class Link:
         self._opening: asyncio.Task[_Channel] | None = None
         self._is_closed = False
 
-    async def ask(self, command: Command, silence_seconds: float) -> Any:
-        """Sends a command and returns its reply as Redis sent it.
+    async def ask(
+        self, command: Command, silence_seconds: float, before_send: BeforeSend = lambda: None
+    ) -> Any:
+        """Sends a command and returns its reply as Redis sent it. Without a connection it is not
+        sent.
 
         Raises TimeoutError if no byte moves for `silence_seconds`, or the reply takes over 30 s;
         also redis-py's ConnectionError and ResponseError, and OSError. Cancelling it neither stops
         the command nor disturbs others.
         """
         channel = await self._open(silence_seconds)
+        before_send()
         return await channel.send(pack_command(command), silence_seconds)
 
     async def ask_together(self, commands: Sequence[Command], silence_seconds: float) -> list[Any]:
@@ -136,7 +142,9 @@ class Lanes:
         self._free = asyncio.Semaphore(_LANES)
         self._lost_at = 0.0
 
-    async def ask(self, command: Command, silence_seconds: float) -> Any:
+    async def ask(
+        self, command: Command, silence_seconds: float, before_send: BeforeSend = lambda: None
+    ) -> Any:
         """As `Link.ask`, in turn. A call that has waited while another got no reply fails with
         ConnectionError: it would hardly get one."""
         loop = asyncio.get_running_loop()
@@ -146,7 +154,7 @@ class Lanes:
                 raise redis_errors.ConnectionError("Redis did not answer the call before")
             link = self._idle.pop()
             try:
-                return await link.ask(command, silence_seconds)
+                return await link.ask(command, silence_seconds, before_send)
             except NO_REPLY_ERRORS:
                 self._lost_at = loop.time()
                 raise

@@ -26,6 +26,7 @@ NAMES: Final = (
     "reap",
     "repair",
     "watch",
+    "keep_inbox",
     "gauge",
     "tally",
     "forget",

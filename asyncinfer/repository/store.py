@@ -24,7 +24,7 @@ from asyncinfer.processes.outage import RedisReport
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.functions import Functions
-from asyncinfer.repository.link import Command, Lanes, new_link
+from asyncinfer.repository.link import BeforeSend, Command, Lanes, new_link
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.redis_errors import (
     CALL_ERRORS,
@@ -221,13 +221,27 @@ class Store:
         """When Redis last gave a sign of life, on the clock of the event loop."""
         return max(self._link.moved_at, self._lanes.moved_at)
 
-    async def call(self, verb: Script, names: Sequence[str], args: Sequence[Any]) -> Any:
+    async def call(
+        self,
+        verb: Script,
+        names: Sequence[str],
+        args: Sequence[Any],
+        before_send: BeforeSend = lambda: None,
+    ) -> Any:
         """Runs a script and returns its reply.
 
         A call without a reply is sent once more, so that it may run twice. Raises RedisUnavailable
-        or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), or StorageFull.
+        or one of its kinds (WritesRefused, RedisRefused, WrongKeyType), which tell whether it may
+        have run, or StorageFull; also what `before_send` raises, which is called each time that it
+        is about to be sent.
         """
         ask = self._lanes.ask if _is_large(args) else self._link.ask
+        was_sent = False
+
+        def note_send() -> None:
+            nonlocal was_sent
+            before_send()
+            was_sent = True
 
         async def run(seconds: float) -> Any:
             call = self.functions.call(verb, names, args)
@@ -235,7 +249,7 @@ class Store:
             try:
                 while True:
                     try:
-                        reply = await ask(command, seconds)
+                        reply = await ask(command, seconds, note_send)
                     except redis_errors.ResponseError as error:
                         command = call.throw(error)
                     else:
@@ -247,6 +261,9 @@ class Store:
             return await self._with_retry(run)
         except WrongKeyType as error:
             raise await self.wrong_keys_error(names) from error
+        except RedisUnavailable as error:
+            error.may_have_run = error.may_have_run and was_sent
+            raise
 
     async def command(self, *command: Any, is_large: bool = False) -> Any:
         """Runs one command and returns its reply as redis-py parses it; raises as `call` does.

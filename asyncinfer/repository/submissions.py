@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from msgspec import Struct
@@ -17,6 +18,7 @@ from asyncinfer.jobs import Options, Record, Status, encode_record
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.intake import call_submit
+from asyncinfer.repository.link import BeforeSend
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import StoredJob, decode_status, parse_job, read_jobs
@@ -67,6 +69,10 @@ class SubmitReply(Struct, frozen=True):
 _Entry: TypeAlias = tuple[NewJob, asyncio.Future[SubmitReply]]
 
 
+class _GivenUp(Exception):
+    """The submits of a call were given up before it was sent."""
+
+
 class _Tick:
     """The submits of one tick of the event loop. All are given up once Redis has been silent for a
     while, not while it takes in others, or bytes of a large one. Each job is dropped once it is
@@ -78,8 +84,8 @@ class _Tick:
         self._unanswered: list[tuple[str, asyncio.Future[SubmitReply]]] = []
         """By id of the job, once the submits are split into parts."""
         self._parts: list[list[_Entry]] = []
-        self._ids_under_way: set[str] = set()
-        """The jobs of the call that is under way."""
+        self._sent_ids: set[str] = set()
+        """Jobs of which Redis may have got something."""
         self._store = store
         self._loop = asyncio.get_running_loop()
         self._seconds = 1.2 * store.call_seconds
@@ -98,7 +104,7 @@ class _Tick:
         unsent = [(job.job_id, future) for job, future in self.entries]
         for job_id, future in (*self._unanswered, *unsent):
             if not future.done():
-                was_sent = job_id in self._ids_under_way
+                was_sent = job_id in self._sent_ids
                 future.set_exception(_given_up(job_id, was_sent=was_sent))
         self.entries, self._parts = [], []
 
@@ -109,8 +115,14 @@ class _Tick:
         self._parts = list(_split_by_queue(self.entries))
         self.entries = []
         while self._parts:
-            self._ids_under_way = {job.job_id for job, _ in self._parts[0]}
             yield self._parts.pop(0)
+
+    def note_send(self, job_ids: Sequence[str]) -> None:
+        """Call just before these jobs are sent. Raises _GivenUp if they may not be: their clients
+        were told that nothing was stored."""
+        if self.is_over and not self._sent_ids.issuperset(job_ids):
+            raise _GivenUp
+        self._sent_ids.update(job_ids)
 
     def close(self) -> None:
         """Drops the futures too, whose exceptions refer to the jobs: `run` refers to its last tick
@@ -170,8 +182,12 @@ class Submissions:
 
     async def _send(self, tick: _Tick) -> None:
         for part in tick.parts():
+            jobs = [job for job, _ in part]
+            note_send = partial(tick.note_send, [job.job_id for job in jobs])
             try:
-                verdicts = await self.submit_many(part[0][0].queue, [job for job, _ in part])
+                verdicts = await self.submit_many(jobs[0].queue, jobs, note_send)
+            except _GivenUp:
+                break
             except RequestError as error:
                 _fail(part, error)
             except Exception as error:
@@ -184,9 +200,11 @@ class Submissions:
                         future.set_result(verdict)
         tick.close()
 
-    async def submit_many(self, queue: str, jobs: Sequence[NewJob]) -> list[SubmitReply]:
+    async def submit_many(
+        self, queue: str, jobs: Sequence[NewJob], before_send: BeforeSend = lambda: None
+    ) -> list[SubmitReply]:
         """Submits jobs of one queue in one script call: at most 256 jobs and 1 MiB, or a single job
-        of any size. Returns a reply for each job, in order."""
+        of any size. Returns a reply for each job, in order. Raises as `Store.call` does."""
         args: list[Any] = [encode_args(self._store.policy.capacity_arguments())]
         for job in jobs:
             args += (
@@ -195,7 +213,7 @@ class Submissions:
                 encode_record(job.record),
                 pack_options(script_options(job, self._store.queue_name)),
             )
-        reply = await call_submit(self._store, queue, args)
+        reply = await call_submit(self._store, queue, args, before_send)
         self._store.note_denied_submit(None)
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
@@ -232,6 +250,12 @@ class Submissions:
         """
         reply = await self._store.call(script("watch"), [queue, inbox], [encode_args({}), *job_ids])
         return [_parse_watch(job_id, parts) for job_id, parts in zip(job_ids, reply, strict=True)]
+
+    async def keep_inbox(self, inbox: str, ttl_seconds: int) -> bytes:
+        """Makes an inbox if it is absent, also with full memory, and lets it expire after
+        `ttl_seconds`; returns the id of its newest entry."""
+        args = [encode_args({"ttl_seconds": ttl_seconds})]
+        return bytes(await self._store.call(script("keep_inbox"), [inbox], args))
 
 
 def _split_by_queue(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
@@ -307,9 +331,14 @@ def _fail(entries: Sequence[_Entry], error: RequestError) -> None:
 
 def _error_of(error: RequestError, job_id: str) -> RequestError:
     """The error of a call as that of one of its jobs. It names the job if the job may be stored:
-    not if Redis has no memory left or refuses all writes."""
-    may_exist = isinstance(error, RedisUnavailable) and not isinstance(error, WritesRefused)
-    return with_job_id(error, job_id if may_exist else None)
+    not if Redis has no memory left or refuses all writes, or if nothing was sent to it."""
+    if not isinstance(error, RedisUnavailable) or isinstance(error, WritesRefused):
+        return with_job_id(error, None)
+    if error.may_have_run:
+        return with_job_id(error, job_id)
+    return type(error)(
+        f"{error.detail} Nothing was stored.", retry_after_seconds=error.retry_after_seconds
+    )
 
 
 def with_job_id(error: RequestError, job_id: str | None) -> RequestError:

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -43,7 +43,14 @@ class ClientLink:
         self._client = client
         client.response_callbacks.clear()
 
-    async def ask(self, command: tuple[Any, ...], silence_seconds: float) -> Any:
+    async def ask(
+        self,
+        command: tuple[Any, ...],
+        silence_seconds: float,
+        before_send: Callable[[], None] = lambda: None,
+    ) -> Any:
+        # Whether the client will have a connection is not known here.
+        before_send()
         async with asyncio.timeout(silence_seconds):
             return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 

@@ -1,9 +1,10 @@
 """The work of a thread on claimed jobs: check and group inputs, run a batch, render results."""
 
+import bisect
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
@@ -40,14 +41,32 @@ class Batch(Struct, frozen=True):
     inputs: tuple[Feeds, ...]
     rows: tuple[int, ...]
 
-    def halves(self) -> "tuple[Batch, Batch]":
+    def halves(self) -> "tuple[Batch, ...]":
         """The batch as two, in order, to find out which half holds the job that fails. Call it for
         two jobs or more."""
-        middle = len(self.jobs) // 2
-        return (
-            Batch(self.engine, self.jobs[:middle], self.inputs[:middle], self.rows[:middle]),
-            Batch(self.engine, self.jobs[middle:], self.inputs[middle:], self.rows[middle:]),
+        return self.split(len(self.jobs) // 2)
+
+    def split(self, jobs: int) -> "tuple[Batch, ...]":
+        """The batch of the first `jobs`, at least one, and that of the others, if there are any."""
+        if jobs >= len(self.jobs):
+            return (self,)
+        return tuple(
+            Batch(self.engine, self.jobs[part], self.inputs[part], self.rows[part])
+            for part in (slice(jobs), slice(jobs, None))
         )
+
+    @property
+    def row_input_bytes(self) -> int:
+        """The size of the input of a row, the largest of its jobs."""
+        sizes = map(batching.input_bytes, self.inputs)
+        return max(size // max(rows, 1) for size, rows in zip(sizes, self.rows, strict=True))
+
+    def split_to_rows(self, max_rows: int) -> "tuple[Batch, ...]":
+        """As `split`, after as many jobs, at least one, as have `max_rows` rows together."""
+        if sum(self.rows) <= max_rows:
+            return (self,)
+        ends = list(itertools.accumulate(max(rows, 1) for rows in self.rows))
+        return self.split(max(1, bisect.bisect_right(ends, max_rows)))
 
 
 class Prepared(Struct, frozen=True):
@@ -109,14 +128,14 @@ def prepare(
     return Prepared(tuple(batches), tuple(refused))
 
 
-def run(batch: Batch, stop: Stop) -> list[bytes]:
-    """Runs a batch; returns each job's result as the bytes to store, in the order of its jobs.
-    Blocks, so call it in a thread. Raises ModelFailed or OutOfMemory, which one of the jobs may
-    have caused, or Stopped."""
+def run(batch: Batch, stop: Stop, max_bytes: int = sys.maxsize) -> list[bytes]:
+    """Runs a batch; returns the results of its first jobs as the bytes to store, in their order:
+    of all, unless the first of them have `max_bytes` together. Blocks, so call it in a thread.
+    Raises ModelFailed or OutOfMemory, which one of the jobs may have caused, or Stopped."""
     engine, record = batch.engine, batch.jobs[0].record
     try:
         outputs = engine.run(batching.stack(batch.inputs, engine.plan), stop)
-        return results.render_results(
+        rendered = results.render_results(
             outputs,
             batch.inputs,
             engine.signature,
@@ -124,6 +143,7 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
             answer=record.answer if record else "json",
             output_names=record.outputs if record else (),
         )
+        return _first(rendered, max_bytes)
     except (JobError, Stopped):
         raise
     except MemoryError as error:
@@ -133,6 +153,18 @@ def run(batch: Batch, stop: Stop) -> list[bytes]:
         # fail the others.
         _log.exception("A batch of %d jobs failed.", len(batch.jobs))
         raise ModelFailed("The outputs of the model could not be made a result.") from error
+
+
+def _first(rendered: Iterable[bytes], max_bytes: int) -> list[bytes]:
+    """The results up to the one with which they have `max_bytes`; no more are rendered."""
+    first: list[bytes] = []
+    size = 0
+    for result in rendered:
+        first.append(result)
+        size += len(result)
+        if size >= max_bytes:
+            break
+    return first
 
 
 def _check_readable(job: ClaimedJob) -> None:

@@ -8,6 +8,7 @@ import random
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
@@ -41,6 +42,7 @@ from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce
 from asyncinfer.worker.models.folder_watcher import folder_changes
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.queues import Queues
+from asyncinfer.worker.output_sizes import OutputSizes
 from asyncinfer.worker.running.completion import Finisher
 from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
 from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
@@ -138,14 +140,22 @@ class Worker:
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
+        # Batching adds nothing to the memory that the result of a single job may take.
+        output_sizes = OutputSizes(config.max_result_bytes)
         self._claimer = Claimer(
-            runs, self._held, self._waiter, max_batch=config.max_batch, on_step=on_step
+            runs,
+            self._held,
+            self._waiter,
+            output_sizes,
+            max_batch=config.max_batch,
+            on_step=on_step,
         )
         self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
         self.runner = BatchRunner(
             library,
             self._builder,
             self._queues.model_of,
+            output_sizes,
             concurrency=config.concurrency,
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
@@ -369,8 +379,10 @@ class Worker:
             ]
             if any(outcome.outcome == "released" for outcome in finished):
                 await self._waiter.ring_for_another_worker(held.claim.queue)
-            for batch in prepared.batches:
-                finished += await self.runner.run(held, batch)
+            waiting = deque(prepared.batches)
+            while waiting:
+                finished = await self.finisher.store_large(held, finished)
+                finished += await self.runner.run_next(held, waiting)
         except RunHung as hung:
             self._begin_drain_after_hang()
             finished += self.runner.after_hang(held, hung.run, finished)

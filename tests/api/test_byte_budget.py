@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import io
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -190,7 +191,7 @@ async def test_many_uploads_at_once_are_all_accepted(uploads: Uploads) -> None:
 async def test_without_room_a_body_is_refused_before_it_is_read(
     limits: ApiConfig, store: Store
 ) -> None:
-    impatient = msgspec.structs.replace(limits, upload_wait_seconds=0.2)
+    impatient = msgspec.structs.replace(limits, room_wait_seconds=0.2)
     half = len(BODY) // 2
     async with (
         serving(impatient, store) as uploads,
@@ -406,7 +407,7 @@ async def test_a_result_takes_room_until_its_client_has_read_it(
 async def test_a_result_without_room_is_refused_and_small_answers_are_not(
     limits: ApiConfig, store: Store, manual_worker: ManualWorker
 ) -> None:
-    impatient = msgspec.structs.replace(limits, upload_wait_seconds=0.2)
+    impatient = msgspec.structs.replace(limits, room_wait_seconds=0.2)
     async with serving(impatient, store) as uploads:
         request = await completed(uploads, manual_worker)
         async with connection(uploads.port, request):
@@ -418,6 +419,35 @@ async def test_a_result_without_room_is_refused_and_small_answers_are_not(
                 assert await refused.code() == "too_many_downloads"
             await uploaded(uploads.port)
         await uploads.all_given_back()
+
+
+async def test_a_waited_submit_whose_result_has_no_room_is_answered_with_its_202(
+    limits: ApiConfig, store: Store, server: redis.Redis, manual_worker: ManualWorker
+) -> None:
+    body = msgspec.json.encode({"data": ROW})
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head + b"Prefer: wait=20\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+    async def complete_with_a_large_result() -> None:
+        await eventually(lambda: server.llen(QUEUE) == 1, "the job is stored")
+        await manual_worker.complete(body=b'"%b"' % RESULT.replace(b"\0", b"x"))
+
+    async with serving(limits, store) as uploads:
+        async with connection(uploads.port, request) as first:
+            await complete_with_a_large_result()
+            assert (await first.answer())[0] == 200
+            assert uploads.downloads.taken_bytes > len(RESULT)
+            async with connection(uploads.port, request) as second:
+                await complete_with_a_large_result()
+                status, answer_head = await second.answer()
+                assert status == 202
+                (size,) = re.findall(rb"content-length: (\d+)", answer_head)
+                accepted = msgspec.json.decode(await second.reader.readexactly(int(size)))
+        await uploads.all_given_back()
+        async with client_of(uploads.port) as client:
+            job = (await client.get(accepted["url"])).json()
+    assert accepted["status"] == job["status"] == "completed"
+    assert len(job["result"]) == len(RESULT)
 
 
 async def test_a_client_that_does_not_read_its_result_is_disconnected(

@@ -269,7 +269,7 @@ async def test_every_route_is_in_the_document(api: httpx2.AsyncClient) -> None:
         operation = document["paths"][route.path][route.method.lower()]
         assert operation["summary"]
         assert set(map(str, route.answers)) <= set(operation["responses"])
-        assert {str(error.status) for error in route.errors} <= set(operation["responses"])
+        assert {str(error.status) for error in route.all_errors} <= set(operation["responses"])
         named = {
             parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"
         }

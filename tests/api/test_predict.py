@@ -302,14 +302,16 @@ async def test_without_redis_a_submit_fails_in_time_and_names_its_job(
     async with client_of(proxied_api.port) as client:
         await submit(client)
         proxied_api.proxy.black_hole()
-        for _ in range(3):
+        replies: list[httpx2.Response] = []
+        seconds: list[float] = []
+        while not seconds or (seconds[-1] >= 1.5 and len(seconds) < 3):
             began = time.monotonic()
-            reply = await client.post("/predict", json={"data": ROW})
-            if (took := time.monotonic() - began) < 1.5:
-                break  # a busy machine may delay one or two
+            replies.append(await client.post("/predict", json={"data": ROW}))
+            seconds.append(time.monotonic() - began)  # a busy machine may delay one or two
         live = await client.get("/health/live")
-    body = assert_problem(reply, 503, "redis_unavailable")
-    assert took < 1.5
+    # The later ones have no connection, so that nothing of them is sent.
+    body = assert_problem(replies[0], 503, "redis_unavailable")
+    assert seconds[-1] < 1.5
     assert jobs.created_ms(body["job_id"])
     assert f"/job/{body['job_id']}" in body["detail"]
     assert live.status_code == 200

@@ -75,6 +75,7 @@ async def read_body_for(
 
     raw = {name.encode(): value.encode() for name, value in headers.items()}
     asked = query or RequestOptions()
+    budget = ByteBudget(64 << 20, body_seconds=30, wait_seconds=5)
     request = Request(
         {},
         receive,
@@ -82,7 +83,8 @@ async def read_body_for(
         query=asked,
         admission=ANYBODY,
         reach=Reach("t", across=False),
-        uploads=ByteBudget(64 << 20, body_seconds=30, wait_seconds=5),
+        uploads=budget,
+        downloads=budget,
     )
     long_reads = anyio.CapacityLimiter(1)
     return await read_input(request, ApiConfig(redis_url=""), served(signature), long_reads)

@@ -111,14 +111,14 @@ def test_the_page_has_the_parameters_statuses_and_errors_of_the_route(route: Rou
         {field.encode_name for field in msgspec.structs.fields(route.query)},
         {header.name for header in route.headers} | accept,
         list(route.answers),
-        {error.code for error in route.errors} - {RedisUnavailable.code},
+        {error.code for error in route.all_errors} - {RedisUnavailable.code},
     )
 
 
 def test_every_route_or_a_named_one_may_answer_each_error() -> None:
     (sentence,) = re.findall(r"Every route may answer (.*?)\.", PAGE.text, re.DOTALL)
     everywhere = set(names(sentence))
-    of_routes = {error.code for route in ROUTES for error in route.errors}
+    of_routes = {error.code for route in ROUTES for error in route.all_errors}
     assert {error.code for error in EVERYWHERE} <= everywhere
     assert everywhere | of_routes | BULK_ONLY | MONITOR_ONLY == {
         error.code for error in request_errors()

@@ -232,8 +232,7 @@ def rows(*names: str) -> set[Row]:
 
 
 WRITTEN_BY_PROCESSES: Final = rows(
-    *(keys.inbox(Q, "api"), keys.models(Q), keys.model(Q, "iris")),
-    *(keys.pace(Q, "iris"), keys.default_model(Q)),
+    *(keys.models(Q), keys.model(Q, "iris"), keys.pace(Q, "iris"), keys.default_model(Q)),
 )
 """Rows of keys that APIs and workers write without a script."""
 
@@ -292,6 +291,7 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     await driver.announcements.announce_worker("w", {}, 15)
     await AuditEntries(driver.store).add("pause", {"model": "iris"})
     await AuditEntries(driver.store).add("cancel", {"group": "g"}, of_tenants=True)
+    await driver.submissions.keep_inbox(keys.inbox(Q, "api"), 60)
     await Libraries(driver.store).tidy()
     after_each()
     await driver.run_all()

@@ -1,6 +1,7 @@
 """An embedded Valkey that has more than its limit: it refuses new jobs, and runs those it has."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -8,12 +9,15 @@ from typing import Final
 import pytest
 import redis
 
+from asyncinfer.api.config import ApiConfig
 from asyncinfer.client import Client
 from asyncinfer.errors import StorageFull
 from asyncinfer.processes import valkey
+from asyncinfer.repository import keys
 from asyncinfer.repository.leases import Leases, Renewal
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
+from tests.api.harness import ROW, announce, running_client
 from tests.cli.command_line import run_command
 from tests.faults.harness import assert_at_rest, eventually, eventually_sync
 from tests.queue_driver import Q, QueueDriver, new_job
@@ -23,6 +27,13 @@ MIB: Final = 1 << 20
 LIMIT: Final = 16 * MIB
 POLICY: Final = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
 IRIS: Final = [[5.1, 3.5, 1.4, 0.2]]
+
+
+@pytest.fixture
+def memory_full(server: redis.Redis) -> Iterator[Callable[[], object]]:
+    """A function that leaves the server no memory."""
+    yield lambda: server.config_set("maxmemory", "1mb")
+    server.config_set("maxmemory", "0")
 
 
 @asynccontextmanager
@@ -90,12 +101,37 @@ def test_a_serve_that_starts_above_its_limit_runs_what_it_has_and_says_what_to_d
         assert "may have 16 MiB (EMBEDDED_MAXMEMORY)" in serve.process.read_stderr()
 
 
+async def test_an_api_that_starts_without_memory_answers_who_waits_as_soon_as_the_job_ends(
+    store: Store, server: redis.Redis, redis_url: str, memory_full: Callable[[], object]
+) -> None:
+    """Its inbox tells it: the check of all jobs that are waited for comes only every 4 to 6 s."""
+    hands = QueueDriver(store, server)
+    await announce(store, "iris", default="iris")
+    job_id = await hands.submit_one()
+    memory_full()
+    async with running_client(ApiConfig(redis_url=redis_url, policy=POLICY)) as client:
+        await eventually(lambda: bool(server.keys(keys.inbox(Q, "*"))), "it has an inbox", 2)
+        waiting = asyncio.create_task(client.get(f"/job/{job_id}?wait=20"))
+        await eventually(lambda: server.hexists(keys.facts(Q), job_id), "it waits for the job")
+        await hands.run_all()
+        async with asyncio.timeout(2):
+            assert (await waiting).json()["status"] == "completed"
+        refused = await client.post("/predict", json={"data": ROW})
+        assert refused.json()["code"] == "storage_full"
+
+        server.config_set("maxmemory", "0")
+        post = client.post("/predict", json={"data": ROW}, headers={"prefer": "wait=20"})
+        waiting = asyncio.create_task(post)
+        await eventually(lambda: server.llen(Q) == 1, "the job is stored")
+        await hands.run_all()
+        async with asyncio.timeout(2):
+            assert (await waiting).status_code == 200
+    assert_at_rest(server, Q)
+
+
 def wait_until_completed(client: Client, ids: list[str]) -> None:
-    """Reads the jobs again and again: an API that starts without memory has no inbox, and is not
-    told when they end."""
-    eventually_sync(
-        lambda: {client.job(job_id).status for job_id in ids} == {"completed"}, "they completed"
-    )
+    for job_id in ids:
+        client.job(job_id).result(timeout=20)
 
 
 def connect(data_dir: Path) -> redis.Redis:

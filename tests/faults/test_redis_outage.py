@@ -203,8 +203,14 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_n
             )
             seconds = time.monotonic() - submitted_at
             all_are_refused.set()
-            assert all(isinstance(error, RedisUnavailable) for error in errors)
-            assert [error.job_id for error in errors] == [job.job_id for job in jobs]  # type: ignore[union-attr]
+            refused = [error for error in errors if isinstance(error, RedisUnavailable)]
+            assert len(refused) == len(jobs)
+            for error, job in zip(refused, jobs, strict=True):
+                # A connection that is refused may have been noticed before anything was sent.
+                if "Nothing was stored" in error.detail and fault == "refused":
+                    assert error.job_id is None
+                else:
+                    assert error.job_id == job.job_id
             assert seconds < 1.5
             assert await gap < 0.5
             sender.cancel()

@@ -8,4 +8,4 @@ from asyncinfer.tensors.datatypes import Array
 
 
 def render_result(outputs: Sequence[Array], signature: Signature) -> bytes:
-    return render_results(outputs, [{}], signature, None)[0]
+    return next(render_results(outputs, [{}], signature, None))

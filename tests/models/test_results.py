@@ -49,7 +49,7 @@ def strict(text: bytes) -> Any:
 
 def rendered(outputs: Sequence[Array], row_counts: Sequence[int], model: Signature) -> list[bytes]:
     jobs = [{"x": np.zeros(count, np.float32)} for count in row_counts]
-    return render_results(outputs, jobs, model, BatchPlan({"x": 0}, (0,) * len(outputs)))
+    return list(render_results(outputs, jobs, model, BatchPlan({"x": 0}, (0,) * len(outputs))))
 
 
 CLASSIFIER = signature(("label", "INT64"), ("probabilities", "FP32"))

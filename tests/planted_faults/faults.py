@@ -141,8 +141,8 @@ FAULTS: Final = (
     Fault(
         "the_second_half_of_a_batch_that_fails_gets_the_inputs_of_the_first",
         "asyncinfer/worker/execution.py",
-        "Batch(self.engine, self.jobs[middle:], self.inputs[middle:], self.rows[middle:])",
-        "Batch(self.engine, self.jobs[middle:], self.inputs[:middle], self.rows[middle:])",
+        "self.jobs[part], self.inputs[part], self.rows[part])",
+        "self.jobs[part], self.inputs[: len(self.jobs[part])], self.rows[part])",
         (
             "tests/faults/test_time_outs.py::test_a_job_whose_input_the_model_refuses_fails_alone_in_its_batch",
         ),

@@ -1019,12 +1019,12 @@ async def test_a_queue_whose_jobs_share_no_run_gives_one_job_and_rings_for_the_r
     hands: QueueDriver, doorbell: Doorbell
 ) -> None:
     ids = await hands.submit_many(3)
-    request = ClaimRequest((OTHER, Q), hands.consumer.new_token(), False, 100, one_at_a_time=(Q,))
+    request = ClaimRequest((OTHER, Q), hands.consumer.new_token(), False, 100, max_jobs_of={Q: 1})
     first = (await hands.consumer.claim(request)).claim
     assert first
     assert ids_of(first.jobs) == ids[:1]
     assert await doorbell.wait([Q], 1) == Q
-    following = ClaimRequest((OTHER, Q), hands.consumer.new_token(), False, 100, one_at_a_time=(Q,))
+    following = ClaimRequest((OTHER, Q), hands.consumer.new_token(), False, 100, max_jobs_of={Q: 1})
     _, claimed = await hands.finish(first, following=following)
     assert claimed.claim
     assert ids_of(claimed.claim.jobs) == ids[1:2]
@@ -1034,7 +1034,7 @@ async def test_a_queue_whose_jobs_share_runs_is_claimed_in_batches_beside_one_wh
     hands: QueueDriver,
 ) -> None:
     ids = await hands.submit_many(3, queue=OTHER)
-    request = ClaimRequest((Q, OTHER), hands.consumer.new_token(), False, 100, one_at_a_time=(Q,))
+    request = ClaimRequest((Q, OTHER), hands.consumer.new_token(), False, 100, max_jobs_of={Q: 1})
     claim = (await hands.consumer.claim(request)).claim
     assert claim
     assert ids_of(claim.jobs) == ids

@@ -14,6 +14,7 @@ from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter, WaitState
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims
 from asyncinfer.worker.lease_renewer import LeaseRenewer
+from asyncinfer.worker.output_sizes import OutputSizes
 from tests.faults.harness import eventually
 from tests.queue_driver import Q, QueueDriver, ids_of
 
@@ -34,7 +35,12 @@ class Slots:
             on_step=lambda _: None,
         )
         self.claimer = Claimer(
-            driver.consumer, self.held, self.waiter, max_batch=8, on_step=lambda _: None
+            driver.consumer,
+            self.held,
+            self.waiter,
+            OutputSizes(1 << 20),
+            max_batch=8,
+            on_step=lambda _: None,
         )
         self._driver = driver
 

@@ -9,6 +9,7 @@ from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
 from asyncinfer.api.handlers.results import ResultForm, requested_form, result_reply
 from asyncinfer.api.http.body import is_bulk
+from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import (
@@ -39,8 +40,9 @@ from asyncinfer.schemas.requests import RequestOptions
 async def predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
     """Submits an input as a job of a model, or many inputs as jobs, one per line.
 
-    Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time;
-    NDJSON is answered with a stream of lines. Raises the errors that the route table lists.
+    Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time and
+    there is room for a large result; NDJSON is answered with a stream of lines. Raises the errors
+    that the route table lists.
     """
     if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
@@ -62,7 +64,12 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
         stored = await _wait(services, request, submitted, ticket, wait_seconds)
     applied = (b"preference-applied", b"wait=%d" % wait_seconds)
     if stored and stored.has_ended:
-        return _ended_reply(services, stored, form, applied)
+        reply = _ended_reply(services, stored, form, applied)
+        if len(reply.body) <= SMALL_BODY_BYTES:
+            return reply
+        if reservation := request.downloads.try_reserve(len(reply.body)):
+            return replace(reply, reservation=reservation)
+        # The client reads the job by its id; that request waits for room without the result.
     status = stored.status if stored else "pending"
     record = (stored and stored.record) or record
     return accepted_reply(services, submitted.job_id, status, record, applied)

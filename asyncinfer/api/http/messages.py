@@ -49,6 +49,7 @@ class Request(Generic[Query]):
     __slots__ = (
         "_scope",
         "admission",
+        "downloads",
         "headers",
         "query",
         "reach",
@@ -68,6 +69,7 @@ class Request(Generic[Query]):
         admission: Admission,
         reach: Reach,
         uploads: ByteBudget,
+        downloads: ByteBudget,
     ) -> None:
         self._scope = scope
         self.receive = receive
@@ -77,6 +79,7 @@ class Request(Generic[Query]):
         self.tenant = admission.tenant
         self.reach = reach
         self.uploads = uploads
+        self.downloads = downloads
         self.reservation: Reservation | None = None
         """That of the whole body; None if it is small or not read."""
 
@@ -125,6 +128,8 @@ class Reply(Struct, frozen=True):
     body: bytes
     headers: tuple[Header, ...] = ()
     media_type: bytes = b"application/json"
+    reservation: Reservation | None = None
+    """The room for the body in the budget for answers, which is given back once it is sent."""
 
 
 class Stream(Struct, frozen=True):

@@ -23,7 +23,7 @@ from asyncinfer.errors import (
     StorageFull,
 )
 from asyncinfer.repository.policy import Policy
-from asyncinfer.repository.submissions import NewJob, SubmitReply
+from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.schemas.responses import WaitingFor
 
@@ -93,9 +93,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
-    """The same error of a submit, with a message that says what the client can do; other errors are
-    returned as they are."""
-    if isinstance(error, RedisRefused):
+    """A copy of the error of a submit, with a message that says what the client can do."""
+    if isinstance(error, RedisRefused) and error.job_id:
         return type(error)(
             f"{error.detail} The job may have been accepted in part: look at "
             f"{url_of(job.job_id)}, or send it again with the same Idempotency-Key once that is "
@@ -113,7 +112,8 @@ def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
     if isinstance(error, StorageFull):
         # Without a job id: nothing of the job was stored.
         return StorageFull(error.detail, retry_after_seconds=_FULL_RETRY_SECONDS)
-    return error
+    # A copy: as the cause of itself it would keep the job in memory, as a cycle.
+    return with_job_id(error, error.job_id)
 
 
 def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:

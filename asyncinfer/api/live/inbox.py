@@ -8,7 +8,8 @@ import secrets
 from collections.abc import Iterator
 from typing import Final
 
-from asyncinfer.errors import RedisRefused, RedisUnavailable, StorageFull, WrongKeyType
+from asyncinfer.api.answer_sizes import AnswerSizes
+from asyncinfer.errors import RedisRefused, RedisUnavailable, WrongKeyType
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -30,8 +31,9 @@ _CHECKED_AT_ONCE: Final = 1000
 _TURNS_TO_ANSWER: Final = 3
 """Turns of the event loop: one wakes the waiter, one makes the answer, one sends it."""
 
-_READ_AT_ONCE: Final = 32
-"""Results may be large, and Redis must send them in one reply before its time is out."""
+_READ_WITHOUT_LOOKING: Final = 32
+"""For more jobs it looks first which have ended."""
+_ANY_QUEUE: Final = ""
 
 
 class Ticket:
@@ -78,6 +80,8 @@ class Inbox:
         self._blocking = store.blocking_connection()
         self._tickets: dict[str, list[Ticket]] = {}
         self._waiters = 0
+        self._sizes = AnswerSizes()
+        """Of the jobs that it read."""
         self._read_to = b"0"
         """The id of the last entry that was read."""
         self.closing = asyncio.Event()
@@ -186,23 +190,13 @@ class Inbox:
                 await set_within(self.closing, _CHECK_SECONDS * random.uniform(0.8, 1.2))
 
     async def _ensure_stream(self) -> None:
-        """Renews the stream's expiry, and creates a missing stream unless Redis is full. Sets the
-        reader back to the start of a stream whose entries are older than what was read. Raises
-        RedisUnavailable."""
-        alive = ("MAXLEN", "~", 10_000, "*", "", "alive")
-        expire = ("EXPIRE", self.name, _TTL_SECONDS)
-        newest = ("XREVRANGE", self.name, "+", "-", "COUNT", 1)
+        """Renews the stream's expiry, and creates a missing stream. Sets the reader back to the
+        start of a stream whose entries are older than what was read: it came from an older dump, or
+        the server's clock is behind. Raises RedisUnavailable."""
         read_to = self._read_to
-        with contextlib.suppress(StorageFull):
-            is_there, entries = await self._store.transaction(expire, newest)
-            if not is_there:
-                # A process that died between two separate commands would leave the stream forever.
-                await self._store.transaction(("XADD", self.name, *alive), expire)
-                self._read_to = b"0"
-            elif not entries or entry_order(entries[0][0]) < entry_order(read_to):
-                # The stream came from an older dump, or the server's clock is behind: its next
-                # entries have ids before the one that was read last.
-                self._read_to = b"0"
+        newest = await self._submissions.keep_inbox(self.name, _TTL_SECONDS)
+        if entry_order(newest) < entry_order(read_to):
+            self._read_to = b"0"
 
     async def _handle_notices(self, notices: list[tuple[str, StoredJob | None]]) -> None:
         """Resolves the waiters of these jobs; a job that its notice does not include (None) is
@@ -226,12 +220,16 @@ class Inbox:
         were_stored = [
             ticket for job_id in wanted for ticket in self._tickets[job_id] if ticket.was_stored
         ]
-        if len(wanted) > _READ_AT_ONCE:
+        if len(wanted) > _READ_WITHOUT_LOOKING:
             wanted = await self._ended_or_absent(wanted)
         absent = set()
-        for start in range(0, len(wanted), _READ_AT_ONCE):
-            part = wanted[start : start + _READ_AT_ONCE]
-            for job_id, stored in zip(part, await self._submissions.read_many(part), strict=True):
+        while wanted:
+            count = self._sizes.fit(_ANY_QUEUE)
+            part, wanted = wanted[:count], wanted[count:]
+            states = await self._submissions.read_many(part)
+            size = sum(len(stored.result or b"") for stored in states if stored)
+            self._sizes.note(_ANY_QUEUE, len(part), size)
+            for job_id, stored in zip(part, states, strict=True):
                 if stored is None:
                     absent.add(job_id)
                 elif stored.has_ended:

@@ -266,10 +266,10 @@ local function claim_from_any(queues, args, now, exact_now)
     if packed_ids then return return_existing_claim(q, args, now, packed_ids) end
   end
   local reply
-  local max_jobs, one_at_a_time = args.max_jobs, args.one_at_a_time or {}
+  local max_jobs, max_jobs_of = args.max_jobs, args.max_jobs_of or {}
   for i, q in ipairs(qs) do
     local is_paused, waiting_bytes = values[3 * i - 1], values[3 * i]
-    args.max_jobs = one_at_a_time[q.list] and 1 or max_jobs
+    args.max_jobs = max_jobs_of[q.list] or max_jobs
     reply = is_paused and { now, q.list, 0 } or claim_from(q, args, now, exact_now, waiting_bytes)
     if #reply > 3 or reply[3] == 1 then break end
   end

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- claim: takes waiting jobs of the first queue that has any, under one lease.
 -- KEYS    the queues to look at, in turn (at most 8)
--- ARGV    1 {token, lease_ms, not_after_ms, is_holding, max_jobs, max_bytes, one_at_a_time,
+-- ARGV    1 {token, lease_ms, not_after_ms, is_holding, max_jobs, max_bytes, max_jobs_of,
 --         low_first, ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}
---         is_holding: this process holds another claim; one_at_a_time: {queue: true} of the queues
---         of which one job is claimed at a time; low_first: low priority before the others
+--         is_holding: this process holds another claim; max_jobs_of: {queue: jobs} of the queues
+--         of which fewer than max_jobs are claimed; low_first: low priority before the others
 -- Returns {now in ms, queue, blocked, id, data, meta, facts, ...}; no ids: nothing to do; blocked:
 --         1 if the next job must run alone, and this process may not have it yet, else 0
 -- Retry   a token that holds a claim gets that claim back; after not_after_ms nothing is taken

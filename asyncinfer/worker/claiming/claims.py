@@ -19,6 +19,7 @@ from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.batch_window import rotated
 from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
+from asyncinfer.worker.output_sizes import OutputSizes
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -41,12 +42,14 @@ class Claimer:
         runs: QueueConsumer,
         held: HeldClaims,
         waiter: ClaimWaiter,
+        output_sizes: OutputSizes,
         *,
         max_batch: int,
         on_step: Callable[[Step], None],
     ) -> None:
         """Claims from the queues of `waiter`, until that drains. `max_batch` is the most jobs of
-        one claim. `on_step` is called for each claim; only tests need it."""
+        one claim; it is fewer where `output_sizes` knows that their results are large. `on_step` is
+        called for each claim; only tests need it."""
         self.claim_lock = asyncio.Lock()
         """Held during each call that may claim: with two under way, a poison job could come with
         one of them while the other brings jobs that would then be lost with it."""
@@ -54,6 +57,7 @@ class Claimer:
         self._held = held
         self._waiter = waiter
         self._windows = waiter.windows
+        self._output_sizes = output_sizes
         self._max_batch = max_batch
         self._on_step = on_step
         self._requests_sent = 0
@@ -84,17 +88,19 @@ class Claimer:
     def register(self, request: ClaimRequest, reply: ClaimReply) -> HeldClaim | None:
         """Takes up the reply to `request`: holds its claim, or notes that an exclusive job is next.
         The queue of the claim is no longer due, nor are all queues of the request if they were
-        empty. Returns the claim, None where the reply has none."""
+        empty; one of which it took few jobs, for their large results, stays due. Returns the claim,
+        None where the reply has none."""
         self._held.exclusive_pending = reply.is_blocked
         claim = reply.claim
         if claim is None:
             if not reply.is_blocked:
                 self._windows.clear_due(request.queues)
             return None
-        self._windows.clear_due([claim.queue])
+        limit = request.limit(claim.queue)
+        if claim.count < limit or limit == request.max_jobs:
+            self._windows.clear_due([claim.queue])
         self._claims_made += 1
-        emptied = claim.count < request.max_jobs and claim.queue not in request.one_at_a_time
-        held = HeldClaim(claim, emptied_queue=emptied)
+        held = HeldClaim(claim, emptied_queue=claim.count < limit)
         self._held.add(held)
         self._on_step("claimed")
         return held
@@ -171,9 +177,21 @@ class Claimer:
             is_holding,
             self._max_batch,
             low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,
-            # Not all are known: they may have changed while the claim waited for its turn.
-            one_at_a_time=tuple(q for q in queues if q in known and not known[q].is_batched),
+            max_jobs_of={
+                queue: limit
+                for queue in queues
+                if (limit := self._max_jobs_of(queue)) < self._max_batch
+            },
         )
+
+    def _max_jobs_of(self, queue: str) -> int:
+        """How many jobs of this queue share a claim, so that no slot holds what another one, or
+        another worker, could run."""
+        batching = self._waiter.queues.get(queue)
+        # It is not known if the queues have changed while the claim waited for its turn.
+        if batching and not batching.is_batched:
+            return 1
+        return self._output_sizes.fitting_jobs(queue) or self._max_batch
 
     def _claimable_queues(self, first: str | None) -> list[str]:
         """The queues whose jobs need not wait for others, beginning with `first` if it is one of

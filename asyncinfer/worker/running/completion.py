@@ -10,6 +10,7 @@ from typing import Any
 from asyncinfer.errors import RedisRefused, RedisUnavailable
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.claims import (
+    MAX_BYTES_PER_CALL,
     ClaimedJob,
     ClaimReply,
     ClaimRequest,
@@ -68,6 +69,18 @@ class Finisher:
         """From now on storing is not tried again while Redis is away. A job whose outcome is not
         stored is redelivered when its lease ends."""
         self._given_up = True
+
+    async def store_large(self, held: HeldClaim, finished: list[JobOutcome]) -> list[JobOutcome]:
+        """Stores outcomes of a claim that is not finished if they would fill a call of their own,
+        so that they are not in memory while its other jobs run. Returns those that were not
+        stored: all, or none. Retries while Redis is away."""
+        if sum(len(outcome.body) for outcome in finished) < MAX_BYTES_PER_CALL:
+            return finished
+        open_outcomes = [outcome for outcome in finished if outcome.job_id in held.open_jobs]
+        for outcome in open_outcomes:
+            held.open_jobs.pop(outcome.job_id, None)
+        await self._store(held, open_outcomes, last=False)
+        return []
 
     async def finish(self, held: HeldClaim, finished: Sequence[JobOutcome]) -> HeldClaim | None:
         """Call once the batches of a claim have run. Waits until outcomes of jobs that were

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch, ModelRef, Prepared
 from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
+from asyncinfer.worker.output_sizes import OutputSizes
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes, suspect_outcomes
 from asyncinfer.worker.running.timings import RunTimes
 
@@ -40,6 +42,7 @@ class BatchRunner:
         library: Library,
         builder: OutcomeBuilder,
         model_of: Callable[[str], str | None],
+        output_sizes: OutputSizes,
         *,
         concurrency: int,
         prediction_timeout_seconds: float,
@@ -47,12 +50,13 @@ class BatchRunner:
         on_step: Callable[[Step], None],
     ) -> None:
         """`model_of` gives the model of jobs in a queue that name none, None if there is none;
-        `concurrency` is the number of threads."""
+        `output_sizes` bounds the results of a run; `concurrency` is the number of threads."""
         self.times = RunTimes()
         """How long the runs took that gave results."""
         self._library = library
         self._builder = builder
         self._model_of = model_of
+        self._output_sizes = output_sizes
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
         self._on_step = on_step
@@ -99,13 +103,20 @@ class BatchRunner:
 
         return engine_of
 
-    async def run(self, held: HeldClaim, batch: Batch) -> list[JobOutcome]:
-        """Runs a batch and returns the outcomes of its jobs, which are not stored; raises RunHung.
+    async def run_next(self, held: HeldClaim, waiting: deque[Batch]) -> list[JobOutcome]:
+        """Runs the first of the waiting batches of a claim, or as many of its jobs as give results
+        of a bounded size; the others wait on in its place. Returns the outcomes of the jobs that
+        ran, which are not stored; raises RunHung.
 
-        A batch that fails is split until the job that fails is alone. Jobs that were cancelled or
-        expired before the run began may have no outcome here; the run is skipped if all were. Those
-        that ended during the run have one, which the finisher leaves out.
+        A batch that fails waits again in two halves, until the job that fails is alone. Jobs that
+        were cancelled or expired before the run began may have no outcome here; the run is skipped
+        if all were. Those that ended during the run have one, which the finisher leaves out.
         """
+        first = waiting.popleft()
+        signature, input_bytes = first.engine.signature, first.row_input_bytes
+        max_rows = self._output_sizes.fitting_rows(signature, input_bytes)
+        batch, *others = first.split_to_rows(max_rows)
+        waiting.extendleft(others)
         run = BatchRun(batch)
         run.wanted_ids &= held.open_jobs.keys()
         if not run.wanted_ids:
@@ -117,41 +128,51 @@ class BatchRunner:
             started_at = time.monotonic()
             bodies = await self._run_in_thread(run)
             seconds = time.monotonic() - started_at
-            self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
         except Stopped:
             return self._outcomes_of_stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
             if len(batch.jobs) == 1:
                 return [self._builder.failed(held, batch.jobs[0], error)]
-            first, second = batch.halves()
-            return await self.run(held, first) + await self.run(held, second)
+            waiting.extendleft(reversed(batch.halves()))
+            return []
         finally:
             held.run = None
+        self.times.add(signature.model, sum(batch.rows), seconds)
+        done, *unrendered = batch.split(len(bodies))
+        waiting.extendleft(unrendered)
+        self._output_sizes.note_run(
+            held.claim.queue,
+            signature,
+            input_bytes,
+            jobs=len(bodies),
+            rows=sum(done.rows),
+            size=sum(map(len, bodies)),
+        )
         return [
-            self._builder.completed(held, job, body, batch.engine.signature)
-            for job, body in zip(batch.jobs, bodies, strict=True)
+            self._builder.completed(held, job, body, signature)
+            for job, body in zip(done.jobs, bodies, strict=True)
         ]
 
     def after_hang(
         self, held: HeldClaim, run: BatchRun, finished: Sequence[JobOutcome]
     ) -> list[JobOutcome]:
         """The outcomes of the jobs of a claim whose run did not stop: those of its batch, and those
-        that did not run. `finished` are the outcomes so far, which are not repeated."""
+        that did not run. `finished` are the outcomes so far that are not stored; they are not
+        repeated."""
         known_ids = {outcome.job_id for outcome in finished}
         known_ids |= {job.job_id for job in run.batch.jobs}
         others = [job for job in held.open_jobs.values() if job.job_id not in known_ids]
         return self._outcomes_of_stopped(held, run) + released_outcomes(others)
 
     async def _run_in_thread(self, run: BatchRun) -> list[bytes]:
-        """Runs a batch in a thread and returns the results in the order of its jobs; waits for the
-        end of the run. Stops it after the model's own time limit, else PREDICTION_TIMEOUT, and
-        raises RunHung if it then does not end within the grace period.
+        """Runs a batch in a thread and returns results as `execution.run` does; waits for the end
+        of the run. Stops it after the model's own time limit, else PREDICTION_TIMEOUT, and raises
+        RunHung if it then does not end within the grace period.
 
         Raises Stopped if it was stopped for any reason, ModelFailed and OutOfMemory.
         """
-        future = asyncio.get_running_loop().run_in_executor(
-            self._threads, execution.run, run.batch, run.stop
-        )
+        work = partial(execution.run, run.batch, run.stop, self._output_sizes.max_bytes)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
         self._on_step("running")
         done = await done_within(future, self._timeout_seconds(run.batch))
         if not done:
