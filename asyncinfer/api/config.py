@@ -1,10 +1,14 @@
 """The configuration of an API process."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from asyncinfer.repository.policy import Policy
+
+if TYPE_CHECKING:
+    from asyncinfer.telemetry.tracing import Tracing
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True):
@@ -42,3 +46,5 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """How long a stream may be silent before it sends a comment; proxies close silent streams."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""
+    tracing: "Tracing | None" = None
+    """Records the spans of submits; None: there are none. The server closes it at its end."""

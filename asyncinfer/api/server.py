@@ -34,8 +34,12 @@ async def serve_on(
 ) -> None:
     """`serve` on a socket that is already bound."""
     app = create_app(config)
-    async with app.lifespan():
-        await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    try:
+        async with app.lifespan():
+            await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    finally:
+        if config.tracing:
+            config.tracing.close()
 
 
 class Server(uvicorn.Server):

@@ -330,7 +330,7 @@ class BulkReader:
             parsed, key = await read_long_line(line.text, query, served, max_ttl_seconds, limiter)
         else:
             parsed, key = read_line(line.text, query, served, max_ttl_seconds)
-        return new_job(self._request.tenant, served.queue, parsed, key)
+        return new_job(self._request.tenant, served.queue, parsed, key, self._request.trace)
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
         """Adds the responses of a batch as one block. `queue` is that of its jobs, empty if the

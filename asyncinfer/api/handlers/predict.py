@@ -1,5 +1,6 @@
 """POST /predict: submits an input as a job."""
 
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -9,6 +10,7 @@ from asyncinfer.api.bulk.reader import predict_lines
 from asyncinfer.api.handlers.results import ResultForm, requested_form, result_reply
 from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
+from asyncinfer.api.http.server_span import in_server_span
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import explain_submit_error, new_job, refused_submit_error
 from asyncinfer.api.inputs.request_input import read_input
@@ -28,6 +30,7 @@ from asyncinfer.errors import (
 from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.telemetry.trace_context import sampled_context
 
 
 async def predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
@@ -36,6 +39,15 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time;
     NDJSON is answered with a stream of lines. Raises the errors that the route table lists.
     """
+    tracing = services.config.tracing
+    if tracing is None:
+        request.trace = sampled_context(request.headers)
+        return await _predict(services, request)
+    return await in_server_span(tracing, request, partial(_predict, services, request))
+
+
+async def _predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
+    """`predict` within its span, if it has one."""
     if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
@@ -47,6 +59,7 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
         served.queue,
         await read_input(request, services.config, served, services.long_reads),
         key,
+        request.trace,
     )
     if wait_seconds is None:
         return await _submitted_reply(services, job, await _submit(services, job))

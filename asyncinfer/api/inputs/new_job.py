@@ -27,9 +27,16 @@ _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
 
 
-def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
+def new_job(
+    tenant: str,
+    queue: str,
+    checked: Input,
+    key: str | None,
+    trace: jobs.TraceContext | None = None,
+) -> NewJob:
     """Makes a job with a new id, created now; stores nothing. `key` is the client's
-    Idempotency-Key, which is kept as a digest with the tenant."""
+    Idempotency-Key, which is kept as a digest with the tenant; `trace` is the span that submits
+    it."""
     now_ms = jobs.now_ms()
     record = jobs.Record(
         schema=jobs.SCHEMA,
@@ -42,6 +49,7 @@ def new_job(tenant: str, queue: str, checked: Input, key: str | None) -> NewJob:
         options=checked.options,
         answer=checked.answer,
         outputs=checked.outputs,
+        trace=trace,
     )
     job = NewJob(jobs.new_id(now_ms), queue, checked.content, record)
     if key is None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
+from asyncinfer.worker.running.spans import JobSpans
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
@@ -42,8 +44,10 @@ class Finisher:
         *,
         start_task: StartTask,
         on_step: Callable[[Step], None],
+        spans: JobSpans | None = None,
     ) -> None:
-        """`start_task` starts a task that the worker waits for at its end."""
+        """`start_task` starts a task that the worker waits for at its end; `spans` None: no end is
+        traced."""
         self.verdict_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""
@@ -53,6 +57,7 @@ class Finisher:
         self._builder = builder
         self._start_task = start_task
         self._on_step = on_step
+        self._spans = spans
         self._given_up = False
 
     def jobs_done(self) -> JobsDone:
@@ -150,6 +155,7 @@ class Finisher:
         (`following` is left out before that is accepted), or after `give_up`: those jobs are
         redelivered when their lease ends.
         """
+        start_ns = time.time_ns() if self._spans else 0
         while True:
             try:
                 verdicts, claimed = await self._runs.finish(
@@ -169,6 +175,8 @@ class Finisher:
                 await pause_before_retry()
             else:
                 self.verdict_counts.update(verdicts)
+                if self._spans:
+                    self._spans.finished(held, outcomes, verdicts, start_ns)
                 if stale := verdicts.count("stale"):
                     _log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed
