@@ -81,6 +81,7 @@ def headers_of_caller() -> Mapping[str, str]:
 
 def _checked_state(state: str) -> str:
     """The value of `tracestate`, empty if it is malformed or too long."""
+    state = state.strip(" \t")
     members = state.split(",")
     is_valid = (
         len(state) <= _MAX_STATE_LENGTH

@@ -1,12 +1,13 @@
 """The span of a request that submits, by the conventions for HTTP servers."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from asyncinfer.api.http.messages import Reply, Request, Stream
+from asyncinfer.api.http.messages import ClientGone, Reply, Request, Stream
 from asyncinfer.errors import RequestError
 from asyncinfer.telemetry.trace_context import of_headers
 
@@ -36,8 +37,12 @@ async def in_server_span(
         # An error of the client is none of the server.
         _end(span, error.status, error.code if error.status >= _FIRST_SERVER_ERROR else "")
         raise
-    except BaseException as error:
-        span.end(error=type(error).__name__)
+    except (ClientGone, asyncio.CancelledError):
+        # There is no answer any more that could have a status.
+        span.end()
+        raise
+    except Exception as error:
+        _end(span, _FIRST_SERVER_ERROR, type(error).__name__)
         raise
     if isinstance(answered, Stream):
         return replace(answered, chunks=_chunks(answered, span))
