@@ -132,6 +132,11 @@ class Deployment(msgspec.Struct, frozen=True):
             running(config) as port,
             AsyncClient(f"http://127.0.0.1:{port}") as client,
         ):
+
+            async def are_listed() -> bool:
+                return set(models) <= {model.model for model in await client.models()}
+
+            await eventually(are_listed, "the API lists the models")
             yield Service(client, spans, self.server)
 
 

@@ -119,7 +119,9 @@ def test_every_process_exports_its_last_spans_as_it_stops(tmp_path: Path) -> Non
             serve.process.process.send_signal(signal.SIGTERM)
             assert serve.process.process.wait(30) == 0
 
-    assert [collector.count(word) for word in ("POST", "queued", "run", "finish")] == [jobs] * 4
+    assert [collector.count(word) for word in ("queued", "run", "finish")] == [jobs] * 3
+    # A client tries again while an API does not know the model yet.
+    assert collector.count("POST") >= jobs
     assert sorted(collector.services.values()) == [
         "asyncinfer-api",
         "asyncinfer-api",
@@ -146,8 +148,8 @@ def test_a_silent_collector_delays_no_job_and_no_stop(tmp_path: Path) -> None:
             eventually_sync(lambda: collector.requests >= 2, "both wait for the collector")
             # Many more spans than the queues of both processes hold.
             began = time.monotonic()
-            results = list(client.map(ROW * 300, batch=1, progress=False))
-            assert len(results) == 300
+            results = list(client.map(ROW * 100, batch=1, progress=False))
+            assert len(results) == 100
             assert time.monotonic() - began < 9, "an export that is not answered takes 10 s"
             began = time.monotonic()
             serve.process.process.send_signal(signal.SIGTERM)

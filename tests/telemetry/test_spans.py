@@ -8,8 +8,12 @@ import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
 
+from asyncinfer.api.config import ApiConfig
 from asyncinfer.client import Client, JobFailed
 from asyncinfer.jobs import TraceContext
+from asyncinfer.repository.store import Store
+from tests.api.harness import announce, client_of, running
+from tests.faults.proxy import proxied
 
 from .harness import Deployment, Service, Spans, attributes_of, context_of, links_of, parent_id
 
@@ -194,6 +198,24 @@ async def test_a_request_that_is_refused_has_a_span_with_its_status(
     (submit,) = spans.named("POST")
     assert attributes_of(submit)["http.response.status_code"] == 422
     assert submit.status.status_code is StatusCode.UNSET
+
+
+async def test_an_answer_without_redis_is_an_error_of_the_api_with_its_code(
+    deployment: Deployment, spans: Spans, store: Store
+) -> None:
+    await announce(store, "iris", default="iris")
+    async with proxied(deployment.redis_url) as proxy:
+        config = ApiConfig(redis_url=proxy.url, policy=deployment.policy, tracing=spans.tracing())
+        async with running(config) as port, client_of(port) as http:
+            proxy.black_hole()
+            reply = await http.post("/predict", json={"data": ROW})
+            proxy.restore()
+
+    assert reply.status_code == 503
+    (submit,) = spans.named("POST")
+    assert attributes_of(submit)["http.response.status_code"] == 503
+    assert attributes_of(submit)["error.type"] == "redis_unavailable"
+    assert submit.status.status_code is StatusCode.ERROR
 
 
 async def test_a_retry_is_another_round_in_the_same_trace(
