@@ -5,14 +5,17 @@ import json
 
 import httpx2
 import pytest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.client import Client, JobFailed
-from asyncinfer.jobs import TraceContext
+from asyncinfer.jobs import SCHEMA, Record, TraceContext
 from asyncinfer.repository.store import Store
+from asyncinfer.repository.submissions import NewJob, Submissions
 from tests.api.harness import announce, client_of, running
+from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 
 from .harness import Deployment, Service, Spans, attributes_of, context_of, links_of, parent_id
@@ -299,3 +302,31 @@ async def test_a_worker_without_traces_runs_jobs_that_have_one_and_keeps_it_in_t
     assert record.trace == TraceContext(
         f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     )
+
+
+@pytest.mark.parametrize("parent", [f"00-{'ab' * 16}-{'cd' * 8}-01", "00-no-trace-01", "x" * 5000])
+async def test_whatever_a_record_says_its_job_runs_and_its_spans_can_be_exported(
+    parent: str, deployment: Deployment, spans: Spans, store: Store
+) -> None:
+    record = Record(
+        SCHEMA,
+        QUEUE,
+        "iris",
+        "default",
+        -5,
+        round=2**64 - 1,
+        errors=2**64 - 1,
+        trace=TraceContext(parent, "no state"),
+    )
+    job = NewJob("strange", QUEUE, json.dumps(ROW).encode(), record)
+    async with deployment.service(spans, None, spans.tracing()):
+        submissions = Submissions(store)
+        await submissions.submit_many(QUEUE, [job])
+        await eventually(lambda: _is_completed(submissions, "strange"), "the job is completed")
+
+    assert len(spans.all()) == (3 if parent.startswith("00-ab") else 0)
+    assert encode_spans(spans.all()).SerializeToString() or not spans.all()
+
+
+async def _is_completed(submissions: Submissions, job_id: str) -> bool:
+    return await submissions.statuses([job_id]) == ["completed"]
