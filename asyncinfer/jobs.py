@@ -96,6 +96,14 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ) = None
 
 
+class TraceContext(Struct, frozen=True, array_like=True):
+    """The W3C trace context of a span, in the values of its two headers."""
+
+    traceparent: str
+    """`00-`, the trace's id, the span's id and the flags, in hex digits."""
+    tracestate: str = ""
+
+
 class Record(Struct, frozen=True, array_like=True):
     """The value of `job:{id}:meta`: what is known of a job besides its data, status, result and
     error.
@@ -132,6 +140,9 @@ class Record(Struct, frozen=True, array_like=True):
     """The SHA-256 of the model file that gave the result, in hex digits."""
     request_id: str = ""
     """The X-Request-ID of the submit; empty in records of earlier releases."""
+    trace: TraceContext | None = None
+    """The span that submitted the job, in whose trace a worker puts the job's spans; None if that
+    trace is not recorded. It is the last field: one that is None is not stored."""
 
 
 class _Head(Struct, frozen=True, array_like=True):
@@ -199,6 +210,8 @@ _decode_head = msgspec.msgpack.Decoder(_Head).decode
 _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 
 _SEQ_BYTES: Final = 8
+_UNTRACED_HEADER: Final = b"\xdc" + (len(Record.__struct_fields__) - 1).to_bytes(2)
+"""How the msgpack array of a record without its last field begins (more than 15 elements)."""
 _NO_FACTS: Final = Facts()
 
 _read_facts = lenient_decoder(_decode_facts)
@@ -207,7 +220,10 @@ _read_facts = lenient_decoder(_decode_facts)
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
     """The bytes of `job:{id}:meta`. `seq` is the 8-byte prefix of the record it replaces; for a new
     job it is empty, and `submit` adds one."""
-    return seq + _encode_msgpack(record)
+    packed = _encode_msgpack(record)
+    if record.trace is None:
+        return seq + _UNTRACED_HEADER + packed[len(_UNTRACED_HEADER) : -1]
+    return seq + packed
 
 
 def decode_record(meta: bytes) -> Record:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import msgspec.inspect as types
@@ -313,6 +313,15 @@ class Settings(Struct, frozen=True, kw_only=True):
             "Delivery attempts before a job becomes a dead letter.", unit="attempts", ge=1, le=100
         ),
     ] = 3
+
+    # --- traces
+    traces: Annotated[
+        Literal["off", "on"],
+        _about(
+            "Export spans of jobs with OpenTelemetry, which `pip install 'asyncinfer[otel]'` adds.",
+            allowed="off or on",
+        ),
+    ] = "off"
 
 
 _COMMON: Final = frozenset(

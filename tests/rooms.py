@@ -5,7 +5,7 @@ ROOMS = (
     ("errors",),
     ("jobs", "timeouts"),
     ("settings", "tensors", "api_keys", "processes"),
-    ("models", "schemas"),
+    ("models", "schemas", "telemetry"),
     ("client", "repository", "engine"),
     ("api", "testing", "worker"),
     ("cli",),
@@ -82,5 +82,6 @@ DOORS = {
     "rich": "cli",
     "httpx2": "client",
     "tqdm": "client",
+    "opentelemetry": "telemetry",
     "pytest": "testing",
 }

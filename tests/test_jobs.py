@@ -34,6 +34,20 @@ def test_a_record_of_an_earlier_release_still_reads() -> None:
     assert jobs.decode_record(bytes(8) + earlier) == RECORD
 
 
+def test_a_record_without_a_trace_is_stored_as_before_there_were_traces() -> None:
+    *fields, trace = msgspec.to_builtins(RECORD)
+    assert trace is None
+    assert jobs.encode_record(RECORD, b"12345678") == b"12345678" + msgspec.msgpack.encode(fields)
+    assert jobs.decode_record(jobs.encode_record(RECORD, bytes(8))) == RECORD
+
+
+@pytest.mark.parametrize("state", ["", "vendor=1"])
+def test_a_record_keeps_its_trace(state: str) -> None:
+    trace = jobs.TraceContext(f"00-{'a' * 32}-{'b' * 16}-01", state)
+    record = msgspec.structs.replace(RECORD, trace=trace)
+    assert jobs.decode_record(jobs.encode_record(record, bytes(8))) == record
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_decode_to_a_record_or_a_decode_error(meta: bytes) -> None:
     try:

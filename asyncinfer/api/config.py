@@ -1,10 +1,14 @@
 """The configuration of an API process."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from asyncinfer.repository.policy import Policy
+
+if TYPE_CHECKING:
+    from asyncinfer.telemetry.tracing import Tracing
 
 
 class ApiConfig(Struct, frozen=True, kw_only=True):
@@ -48,3 +52,11 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """Whether a usual submit is answered without a task."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""
+    tracing: "Tracing | None" = None
+    """Records the spans of submits; None: there are none. The server closes it at its end."""
+
+    @property
+    def has_short_way(self) -> bool:
+        """Whether usual submits are answered without a task: not if each request is to be logged or
+        traced, which the ordinary way does."""
+        return self.express and not self.access_log and self.tracing is None

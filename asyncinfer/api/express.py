@@ -25,8 +25,8 @@ from asyncinfer.schemas.requests import RequestOptions
 
 _ROUTE: Final = next(route for route in ROUTES if route.handler is predict)
 _PATH: Final = b"/predict"
-_UNUSUAL: Final = frozenset({b"prefer", b"idempotency-key"})
-"""Headers whose requests may have to wait for more than the submit."""
+_UNUSUAL: Final = frozenset({b"prefer", b"idempotency-key", b"traceparent"})
+"""Headers of requests that may have to wait for more than the submit, or are part of a trace."""
 
 
 class Express:

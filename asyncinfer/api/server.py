@@ -38,8 +38,12 @@ async def serve_on(
 ) -> None:
     """`serve` on a socket that is already bound."""
     app = create_app(config)
-    async with app.lifespan():
-        await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    try:
+        async with app.lifespan():
+            await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
+    finally:
+        if config.tracing:
+            config.tracing.close()
     _log.info("Stopped.")
 
 
@@ -61,7 +65,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._on_ready = on_ready
         self._connection = connection
-        self._short_way = Express(app) if config.express and not config.access_log else None
+        self._short_way = Express(app) if config.has_short_way else None
         self._limits = ConnectionLimits(
             header_seconds=config.header_timeout_seconds,
             body_seconds=config.body_timeout_seconds,

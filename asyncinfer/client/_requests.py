@@ -23,6 +23,7 @@ from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, T, exchange
 from asyncinfer.client._wait_reasons import CADENCE, Cadence, WaitingFor
 from asyncinfer.errors import InvalidInput, ModelLoading, NoModelAnnounced
+from asyncinfer.telemetry.trace_context import headers_of_caller
 
 RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 FIRST_WORKER_RETRIES: Final = 2
@@ -107,8 +108,10 @@ def _is_retryable(server: RemoteServer, response: Response) -> bool:
 
 
 def with_client_headers(server: RemoteServer, request: Request) -> Request:
-    """The request with the client's own headers, which have the API key."""
-    return msgspec.structs.replace(request, headers={**server.headers, **request.headers})
+    """The request with the client's own headers, which have the API key, and with the trace of the
+    caller's span, if one is active."""
+    headers = {**headers_of_caller(), **server.headers, **request.headers}
+    return msgspec.structs.replace(request, headers=headers)
 
 
 def is_final_loss(reply: Response | Lost, losses: int) -> bool:

@@ -35,6 +35,8 @@ class Engine:
         self, runner: Runner, signature: Signature, timeout_seconds: float | None = None
     ) -> None:
         self.run = runner.run
+        self.provider = runner.provider
+        """The name of ONNX Runtime's execution provider that runs what it can."""
         self.signature = signature
         self.plan = batching.batch_plan(signature)
         """How its jobs share a run; None if they do not."""

@@ -50,6 +50,8 @@ class Runner:
         self._turn = itertools.count()
         self._outputs = list(outputs)
         session = sessions[0]
+        self.provider = str(session.get_providers()[0])
+        """The name of the execution provider that runs what it can; others run the rest."""
         types = {node.name: node.type for node in session.get_outputs()}
         inputs = (*session.get_inputs(), *session.get_overridable_initializers())
         kinds = (*(node.type for node in inputs), *types.values())

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Final, Literal
 
 from asyncinfer.engine import Stop
-from asyncinfer.jobs import now_ms
+from asyncinfer.jobs import TraceContext, now_ms
 from asyncinfer.repository.claims import Claim, ClaimedJob
 from asyncinfer.worker.execution import Batch
 from asyncinfer.worker.lease_renewer import LeaseRenewer
@@ -63,6 +63,10 @@ class HeldClaim:
         self.run: BatchRun | None = None
         self.early_tasks: set[asyncio.Task[None]] = set()
         """Tasks that store outcomes of jobs that were cancelled or expired during the run."""
+        self.traces: dict[str, TraceContext] = {}
+        """By id the jobs whose traces are recorded; empty without TRACES."""
+        self.run_traces: dict[str, TraceContext] = {}
+        """By id the span of the last run that a job was in."""
 
     @cached_property
     def open_jobs(self) -> dict[str, ClaimedJob]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
@@ -30,6 +30,9 @@ from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.source import ModelSource
 from asyncinfer.worker.monitor import Metrics, Monitor, open_listener, serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
+
+if TYPE_CHECKING:
+    from asyncinfer.telemetry.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class WorkerProcessConfig(Struct, frozen=True, kw_only=True):
     """The port for probes and metrics; None: there is none."""
     monitor_host: str = "127.0.0.1"
     worker: WorkerConfig
+    tracing: "Tracing | None" = None
+    """Records the spans of jobs; None: there are none. `run` closes it at its end."""
 
 
 def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _: None) -> int:
@@ -82,6 +87,8 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
         # With the default of 5 ms a thread that renders results delays the loop's next call.
         sys.setswitchinterval(_SWITCH_SECONDS)
         code = _exit_code(_work(config, library, listener, on_step))
+    if config.tracing:
+        config.tracing.close()
     if code or cache.is_loading:
         # A thread that does not stop cannot be joined, and the interpreter would wait for it.
         guard.prepare_exit()
@@ -140,6 +147,7 @@ async def _work(
             config.worker,
             on_step,
             default_is_set=config.default_model is not None,
+            tracing=config.tracing,
         )
         monitor.why_not_ready = worker.why_not_ready
         async with asyncio.TaskGroup() as group:

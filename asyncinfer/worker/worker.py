@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import msgspec
@@ -48,7 +48,11 @@ from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
 from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
+from asyncinfer.worker.running.spans import JobSpans
 from asyncinfer.worker.running.timings import JobTimes
+
+if TYPE_CHECKING:
+    from asyncinfer.telemetry.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +111,11 @@ class Worker:
         on_step: Callable[[Step], None] = lambda _: None,
         *,
         default_is_set: bool = False,
+        tracing: "Tracing | None" = None,
     ) -> None:
         """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
-        for this worker. Takes over the callbacks of the library, which must be open."""
+        for this worker. `tracing` None: no spans are made. Takes over the callbacks of the library,
+        which must be open."""
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.is_hung = False
         """Whether a run did not stop, so that its thread is lost and the process must end."""
@@ -129,6 +135,7 @@ class Worker:
         self._job_times = JobTimes()
         self._answered_at = time.monotonic()
         self._started_ms = now_ms()
+        self._spans = JobSpans(tracing, self.worker_id) if tracing else None
         runs = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)
@@ -160,6 +167,7 @@ class Worker:
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
+            spans=self._spans,
         )
         self._failed_jobs = FailedJobsLog(self.worker_id, self._queues.model_of)
         self.finisher = Finisher(
@@ -171,6 +179,7 @@ class Worker:
             start_task=lambda work: self._group.create_task(work),
             failed_jobs=self._failed_jobs,
             on_step=on_step,
+            spans=self._spans,
         )
         self._control_listener = ControlListener(store, self._on_control_message)
         self._announcer = Announcer(
@@ -372,6 +381,8 @@ class Worker:
         Never raises for a job: an unexpected error fails the jobs that have no outcome yet.
         """
         finished: list[JobOutcome] = []
+        if self._spans:
+            self._spans.claimed(held)
         try:
             prepared = await self.runner.prepare(held.claim)
             finished += [

@@ -331,7 +331,14 @@ class BulkReader:
         else:
             parsed, key = read_line(line.text, query, served, max_ttl_seconds)
         request = self._request
-        return new_job(request.tenant, served.queue, parsed, key, request_id=request.request_id)
+        return new_job(
+            request.tenant,
+            served.queue,
+            parsed,
+            key,
+            request_id=request.request_id,
+            trace=request.trace,
+        )
 
     def _add(self, answers: Sequence[bytes | Due], queue: str) -> None:
         """Adds the responses of a batch as one block. `queue` is that of its jobs, empty if the

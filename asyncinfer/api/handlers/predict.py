@@ -11,6 +11,7 @@ from asyncinfer.api.handlers.results import ResultForm, requested_form, result_r
 from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
 from asyncinfer.api.http.messages import Header, Reply, Request, Stream, json_reply
+from asyncinfer.api.http.server_span import in_server_span
 from asyncinfer.api.inputs.envelope import IDEMPOTENCY_KEY
 from asyncinfer.api.inputs.new_job import (
     explain_submit_error,
@@ -35,6 +36,7 @@ from asyncinfer.errors import (
 from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.telemetry.trace_context import sampled_context
 
 
 async def predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
@@ -44,6 +46,15 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     there is room for a large result; NDJSON is answered with a stream of lines. Raises the errors
     that the route table lists.
     """
+    tracing = services.config.tracing
+    if tracing is None:
+        request.trace = sampled_context(request.headers)
+        return await _predict(services, request)
+    return await in_server_span(tracing, request, partial(_predict, services, request))
+
+
+async def _predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
+    """`predict` within its span, if it has one."""
     if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)

@@ -14,6 +14,7 @@ from asyncinfer.api.admission import Admission, Reach
 from asyncinfer.api.http.byte_budget import ByteBudget, Reservation
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
+from asyncinfer.jobs import TraceContext
 
 OWS: Final = " \t"
 """Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip()` also removes other
@@ -56,6 +57,7 @@ class Request(Generic[Query]):
         "receive",
         "reservation",
         "tenant",
+        "trace",
         "uploads",
     )
 
@@ -82,6 +84,13 @@ class Request(Generic[Query]):
         self.downloads = downloads
         self.reservation: Reservation | None = None
         """That of the whole body; None if it is small or not read."""
+        self.trace: TraceContext | None = None
+        """The context that the request's jobs get; None if their trace is not recorded."""
+
+    @property
+    def scope(self) -> Scope:
+        """The ASGI scope, for what a span says of the request."""
+        return self._scope
 
     def release_body(self) -> None:
         """Gives back what the body takes of the budget: call it once the body is in memory no more.

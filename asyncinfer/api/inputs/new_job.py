@@ -42,6 +42,8 @@ class JobHead(Struct, frozen=True):
     key: str | None
     """The client's Idempotency-Key."""
     request_id: str
+    trace: jobs.TraceContext | None
+    """The span that submits the job."""
     max_ttl_seconds: int
 
 
@@ -50,19 +52,43 @@ def job_head(
 ) -> JobHead:
     """Checks the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
     check_query_ttl(request.query, max_ttl_seconds)
-    return JobHead(request.tenant, served, request.query, key, request.request_id, max_ttl_seconds)
+    return JobHead(
+        request.tenant,
+        served,
+        request.query,
+        key,
+        request.request_id,
+        request.trace,
+        max_ttl_seconds,
+    )
 
 
 def job_of(head: JobHead, body: Body) -> NewJob:
     """The job of a request whose body was read; stores nothing. Raises a RequestError if the input
     does not fit the model. Takes milliseconds for a long body."""
     checked = input_of(body, head.options, head.served, head.max_ttl_seconds)
-    return new_job(head.tenant, head.served.queue, checked, head.key, request_id=head.request_id)
+    return new_job(
+        head.tenant,
+        head.served.queue,
+        checked,
+        head.key,
+        request_id=head.request_id,
+        trace=head.trace,
+    )
 
 
-def new_job(tenant: str, queue: str, checked: Input, key: str | None, *, request_id: str) -> NewJob:
+def new_job(
+    tenant: str,
+    queue: str,
+    checked: Input,
+    key: str | None,
+    *,
+    request_id: str,
+    trace: jobs.TraceContext | None,
+) -> NewJob:
     """Makes a job with a new id, created now; stores nothing. `key` is the client's
-    Idempotency-Key, which is kept as a digest with the tenant."""
+    Idempotency-Key, which is kept as a digest with the tenant; `trace` is the span that submits
+    it."""
     now_ms = jobs.now_ms()
     record = jobs.Record(
         schema=jobs.SCHEMA,
@@ -76,6 +102,7 @@ def new_job(tenant: str, queue: str, checked: Input, key: str | None, *, request
         answer=checked.answer,
         outputs=checked.outputs,
         request_id=request_id,
+        trace=trace,
     )
     job = NewJob(jobs.new_id(now_ms), queue, checked.content, record)
     if key is None:

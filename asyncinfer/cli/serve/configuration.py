@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asyncinfer.models.folder import ModelFile
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
+    from asyncinfer.telemetry.tracing import Tracing
     from asyncinfer.worker.models.source import ModelSource
     from asyncinfer.worker.process import WorkerProcessConfig
 
@@ -148,6 +149,34 @@ def policy(settings: Settings) -> "Policy":
     )
 
 
+def check_traces(settings: Settings) -> None:
+    """Raises StartError if TRACES is on and OpenTelemetry is not installed."""
+    if settings.traces == "off":
+        return
+    from importlib.util import find_spec
+
+    needed = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    try:
+        is_installed = all(map(find_spec, needed))
+    except ModuleNotFoundError:
+        is_installed = False
+    if not is_installed:
+        raise StartError(
+            "TRACES is on, and OpenTelemetry is not installed. Run "
+            "`pip install 'asyncinfer[otel]'`, or set TRACES=off."
+        )
+
+
+def _tracing(settings: Settings, service_name: str) -> "Tracing | None":
+    """The tracing of this process, None with TRACES=off; raises StartError as `check_traces`."""
+    if settings.traces == "off":
+        return None
+    check_traces(settings)
+    from asyncinfer.telemetry.tracing import open_tracing
+
+    return open_tracing(service_name)
+
+
 def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) -> "ApiConfig":
     """The configuration of an API process; `url` is that of its Redis.
 
@@ -173,6 +202,7 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
         max_inflight_bytes=settings.max_inflight_bytes,
         express=settings.express,
         access_log=settings.access_log,
+        tracing=_tracing(settings, "asyncinfer-api"),
     )
 
 
@@ -198,6 +228,7 @@ def worker_process(settings: Settings, url: str) -> "WorkerProcessConfig":
         allow_custom_ops=settings.allow_custom_ops,
         monitor_port=settings.monitor_port,
         monitor_host=settings.monitor_host,
+        tracing=_tracing(settings, "asyncinfer-worker"),
         worker=WorkerConfig(
             concurrency=concurrency,
             max_batch=settings.max_batch,

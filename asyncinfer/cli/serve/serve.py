@@ -32,6 +32,7 @@ def run_serve(settings: Settings, *, work: bool, insecure: bool) -> int:
 
     from asyncinfer.processes import supervisor
 
+    configuration.check_traces(settings)
     _reject_open_host(settings, insecure)
     redis_url = configuration.redis_url(settings)
     with_worker = work or redis_url is None

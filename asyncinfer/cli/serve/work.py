@@ -42,6 +42,7 @@ def run_work(settings: Settings) -> int:
     Raises StartError if there is no Redis, or the settings can give no model. A second signal ends
     the process at once.
     """
+    configuration.check_traces(settings)
     set_up_logging("worker", settings.log_level, settings.log_format)
     tune_for_start()
     with _exiting_at_once():

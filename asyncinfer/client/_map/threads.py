@@ -1,5 +1,6 @@
 """Several flows at once in threads, their outcomes as they come."""
 
+import contextvars
 import queue
 import threading
 import time
@@ -52,7 +53,9 @@ class FlowThreads:
         `number` comes back in its outcome.
         """
         if len(self._threads) < self._size:
-            thread = threading.Thread(target=self._work, name="asyncinfer-map", daemon=True)
+            # In the context of the caller, whose trace the jobs continue.
+            work = partial(contextvars.copy_context().run, self._work)
+            thread = threading.Thread(target=work, name="asyncinfer-map", daemon=True)
             self._threads.append(thread)
             thread.start()
         self._todo.put((number, flow))

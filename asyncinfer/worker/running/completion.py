@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
+from asyncinfer.worker.running.spans import JobSpans
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
@@ -46,8 +48,10 @@ class Finisher:
         start_task: StartTask,
         failed_jobs: FailedJobsLog,
         on_step: Callable[[Step], None],
+        spans: JobSpans | None = None,
     ) -> None:
-        """`start_task` starts a task that the worker waits for at its end."""
+        """`start_task` starts a task that the worker waits for at its end; `spans` None: no end is
+        traced."""
         self.verdict_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""
@@ -58,6 +62,7 @@ class Finisher:
         self._start_task = start_task
         self._failed_jobs = failed_jobs
         self._on_step = on_step
+        self._spans = spans
         self._given_up = False
 
     def jobs_done(self) -> JobsDone:
@@ -167,6 +172,7 @@ class Finisher:
         (`following` is left out before that is accepted), or after `give_up`: those jobs are
         redelivered when their lease ends.
         """
+        start_ns = time.time_ns() if self._spans else 0
         while True:
             try:
                 verdicts, claimed = await self._runs.finish(
@@ -186,10 +192,22 @@ class Finisher:
                 _log.debug("Finishing %d jobs waits for Redis.", len(outcomes))
                 await pause_before_retry()
             else:
-                self.verdict_counts.update(verdicts)
-                for outcome, verdict in zip(outcomes, verdicts, strict=True):
-                    if outcome.outcome in ("failed", "dead") and verdict != "stale":
-                        self._failed_jobs.note(held.claim.queue, outcome)
-                if stale := verdicts.count("stale"):
-                    _log.warning("%d results came too late: their jobs had been taken.", stale)
+                self._note_stored(held, outcomes, verdicts, start_ns)
                 return claimed
+
+    def _note_stored(
+        self,
+        held: HeldClaim,
+        outcomes: Sequence[JobOutcome],
+        verdicts: Sequence[str],
+        start_ns: int,
+    ) -> None:
+        """Counts, logs and traces what the queue made of the outcomes."""
+        self.verdict_counts.update(verdicts)
+        for outcome, verdict in zip(outcomes, verdicts, strict=True):
+            if outcome.outcome in ("failed", "dead") and verdict != "stale":
+                self._failed_jobs.note(held.claim.queue, outcome)
+        if self._spans:
+            self._spans.finished(held, outcomes, verdicts, start_ns)
+        if stale := verdicts.count("stale"):
+            _log.warning("%d results came too late: their jobs had been taken.", stale)

@@ -1,6 +1,7 @@
 """Running batches in threads: stopped when too slow, split in two when they fail."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,10 +19,13 @@ from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.output_sizes import OutputSizes
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes, suspect_outcomes
+from asyncinfer.worker.running.spans import JobSpans
 from asyncinfer.worker.running.timings import RunTimes
 
 _LITTLE_BYTES: Final = 8192
 """Inputs of a claim up to this size together are decoded in the event loop."""
+
+_UNTRACED: Final = contextlib.nullcontext()
 
 
 class RunHung(Exception):
@@ -48,9 +52,11 @@ class BatchRunner:
         prediction_timeout_seconds: float,
         hang_grace_seconds: float,
         on_step: Callable[[Step], None],
+        spans: JobSpans | None = None,
     ) -> None:
         """`model_of` gives the model of jobs in a queue that name none, None if there is none;
-        `output_sizes` bounds the results of a run; `concurrency` is the number of threads."""
+        `output_sizes` bounds the results of a run; `concurrency` is the number of threads; `spans`
+        None: no run is traced."""
         self.times = RunTimes()
         """How long the runs took that gave results."""
         self._library = library
@@ -60,6 +66,7 @@ class BatchRunner:
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
         self._on_step = on_step
+        self._spans = spans
         self._given_up = False
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="slot")
 
@@ -126,7 +133,8 @@ class BatchRunner:
         held.run = run
         try:
             started_at = time.monotonic()
-            bodies = await self._run_in_thread(run)
+            with self._spans.run(held, run) if self._spans else _UNTRACED:
+                bodies = await self._run_in_thread(run)
             seconds = time.monotonic() - started_at
         except Stopped:
             return self._outcomes_of_stopped(held, run)
