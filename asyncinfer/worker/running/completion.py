@@ -15,6 +15,7 @@ from asyncinfer.repository.claims import (
     ClaimedJob,
     ClaimReply,
     ClaimRequest,
+    FinishVerdict,
     JobOutcome,
     QueueConsumer,
 )
@@ -199,7 +200,7 @@ class Finisher:
         self,
         held: HeldClaim,
         outcomes: Sequence[JobOutcome],
-        verdicts: Sequence[str],
+        verdicts: Sequence[FinishVerdict],
         start_ns: int,
     ) -> None:
         """Counts, logs and traces what the queue made of the outcomes."""
