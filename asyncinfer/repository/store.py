@@ -12,10 +12,12 @@ from redis.asyncio import Redis
 
 from asyncinfer.errors import (
     DefaultModelChanged,
+    RequestError,
     ServerRefused,
     WritesRefused,
     WrongKeyType,
 )
+from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.endpoint import Endpoint, close
@@ -55,8 +57,10 @@ class BlockingConnection:
 
     _MARGIN_SECONDS: Final = 1.0
 
-    def __init__(self, client: Redis) -> None:
+    def __init__(self, client: Redis, errors: Counts) -> None:
+        """`errors` are those of the store, to which those of this connection are added."""
         self._client = client
+        self._errors = errors
         self._link = new_link(client)
         self._skipped_until: dict[str, float] = {}
         """{key of the wrong type: when it is tried again}."""
@@ -123,7 +127,10 @@ class BlockingConnection:
         except CALL_ERRORS as error:
             if is_not_primary(error):
                 await self._link.disconnect()
-            raise translate(error) from error
+            failure = translate(error)
+            if not self.closed:
+                self._errors.add((failure.code,))
+            raise failure from error
 
     async def close(self) -> None:
         """Closes the connection; a call in progress raises RedisUnavailable."""
@@ -143,6 +150,8 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
+        self.errors = Counts()
+        """By code, the calls that Redis did not answer, or refused."""
         self.functions = Functions(queue_name)
         self._client = endpoint.client(name)
         # A copy, since a ClientLink clears those of the client.
@@ -174,7 +183,7 @@ class Store:
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
-        return BlockingConnection(self.endpoint.client(self.name))
+        return BlockingConnection(self.endpoint.client(self.name), self.errors)
 
     @property
     def moved_at(self) -> float:
@@ -288,10 +297,11 @@ class Store:
         except CALL_ERRORS as error:
             raise await self._failure(error) from error
 
-    async def _failure(self, error: Exception) -> Exception:
+    async def _failure(self, error: Exception) -> RequestError:
         """What to raise for an error of a call. As a local variable of the frame that raises it, it
         would keep the call's arguments in memory until the garbage collector finds the cycle."""
         failure = await self._translate(error)
+        self.errors.add((failure.code,))
         if isinstance(failure, WritesRefused):
             self.writes_refused = failure
         return failure
@@ -306,7 +316,7 @@ class Store:
             await self._translate(error)
             raise lost from error
 
-    async def _translate(self, error: Exception) -> Exception:
+    async def _translate(self, error: Exception) -> RequestError:
         """As `translate`; disconnects from a server that is no primary any more."""
         if is_not_primary(error):
             await self._link.disconnect()

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import InternalError, RedisUnavailable, RequestError, WritesRefused
 from asyncinfer.jobs import Options, Record, Status, encode_record
+from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
@@ -131,6 +132,8 @@ class Submissions:
     """Submits, reads and watches jobs. Submits of one event loop tick share a script call."""
 
     def __init__(self, store: Store) -> None:
+        self.accepted = Counts()
+        """By model, the jobs that Redis has stored."""
         self._store = store
         self._tick: _Tick | None = None
         self._arrived = asyncio.Event()
@@ -191,6 +194,7 @@ class Submissions:
             )
         names = [queue, keys.queues(self._store.queue_name)]
         reply = await self._store.call(script("submit"), names, args)
+        self.accepted.add((jobs[0].record.model,), reply.count(b"ok"))
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> list[SubmitReply | RequestError]:

@@ -518,4 +518,37 @@ FAULTS: Final = (
         ("tests/faults/test_slow_links.py::test_a_small_submit_passes_beside_large_results",),
         only_soak=True,
     ),
+    # --- metrics
+    Fault(
+        "what_a_killed_process_has_counted_is_dropped",
+        "asyncinfer/api/process_figures.py",
+        "self._ended.add(Figures(figures.counts, figures.histograms))",
+        "self._ended.add(Figures())",
+        (
+            "tests/processes/test_process_metrics.py::test_what_a_killed_process_has_counted_stays_and_what_it_held_goes",
+        ),
+    ),
+    Fault(
+        "a_repeated_submit_is_counted_again",
+        "asyncinfer/repository/submissions.py",
+        'reply.count(b"ok")',
+        "len(jobs)",
+        (
+            "tests/api/test_metrics.py::test_accepted_jobs_and_refusals_are_counted_also_of_bulk_lines",
+        ),
+    ),
+    Fault(
+        "any_name_in_redis_becomes_a_label",
+        "asyncinfer/api/families.py",
+        "is_own = found.is_announced and found.model is not None",
+        "is_own = found.model is not None",
+        ("tests/api/test_metrics.py::test_models_that_nobody_announced_share_one_label",),
+    ),
+    Fault(
+        "labels_have_no_bound",
+        "asyncinfer/monitoring/counts.py",
+        "elif len(self) < MAX_SERIES:",
+        "elif True:",
+        ("tests/monitoring/test_exposition.py::test_labels_beyond_the_bound_share_one_series",),
+    ),
 )

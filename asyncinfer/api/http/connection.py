@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NoReturn, Protocol
 from urllib.parse import unquote
 
@@ -49,6 +49,8 @@ class ConnectionLimits(Struct, frozen=True, kw_only=True):
     connections: int
     idle_seconds: float
     """How long a connection is kept open between requests."""
+    on_refusal: Callable[[str], None] = lambda _: None
+    """Is called with the code of each error with which a connection itself answers."""
 
 
 class Registry(Protocol):
@@ -545,6 +547,7 @@ class Connection(asyncio.Protocol):
         closing."""
         if self._transport.is_closing():
             return
+        self._limits.on_refusal(error.code)
         reply = problem_reply(error)
         head = head_of(reply.status, (*header_block(reply), CONNECTION_CLOSE))
         self._send(head, reply.body)

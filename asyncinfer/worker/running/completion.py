@@ -26,6 +26,9 @@ from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
 
+OnStored = Callable[[HeldClaim, Sequence[JobOutcome], Sequence[str]], None]
+"""Is called with outcomes that were sent to Redis, and what it did with each."""
+
 StartTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
@@ -42,6 +45,7 @@ class Finisher:
         *,
         start_task: StartTask,
         on_step: Callable[[Step], None],
+        on_stored: OnStored,
     ) -> None:
         """`start_task` starts a task that the worker waits for at its end."""
         self.verdict_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
@@ -53,6 +57,7 @@ class Finisher:
         self._builder = builder
         self._start_task = start_task
         self._on_step = on_step
+        self._on_stored = on_stored
         self._given_up = False
 
     def jobs_done(self) -> JobsDone:
@@ -169,6 +174,7 @@ class Finisher:
                 await pause_before_retry()
             else:
                 self.verdict_counts.update(verdicts)
+                self._on_stored(held, outcomes, verdicts)
                 if stale := verdicts.count("stale"):
                     _log.warning("%d results came too late: their jobs had been taken.", stale)
                 return claimed

@@ -13,6 +13,7 @@ from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
 from asyncinfer.timeouts import done_within
 from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch, ModelRef, Prepared
+from asyncinfer.worker.figures import WorkerFigures
 from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes, suspect_outcomes
@@ -45,6 +46,7 @@ class BatchRunner:
         prediction_timeout_seconds: float,
         hang_grace_seconds: float,
         on_step: Callable[[Step], None],
+        figures: WorkerFigures,
     ) -> None:
         """`model_of` gives the model of jobs in a queue that name none, None if there is none;
         `concurrency` is the number of threads."""
@@ -56,6 +58,7 @@ class BatchRunner:
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
         self._on_step = on_step
+        self._figures = figures
         self._given_up = False
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="slot")
 
@@ -117,7 +120,9 @@ class BatchRunner:
             started_at = time.monotonic()
             bodies = await self._run_in_thread(run)
             seconds = time.monotonic() - started_at
-            self.times.add(batch.engine.signature.model, sum(batch.rows), seconds)
+            model, rows = batch.engine.signature.model, sum(batch.rows)
+            self.times.add(model, rows, seconds)
+            self._figures.ran(model, rows, seconds)
         except Stopped:
             return self._outcomes_of_stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
