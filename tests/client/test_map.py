@@ -262,12 +262,14 @@ def test_the_jobs_of_a_map_that_cannot_be_resumed_are_kept_for_an_hour(
     shipped_models: Path, redis_url: str, server: redis.Redis
 ) -> None:
     rows = iris_rows(20).tolist()
-    with service(shipped_models / "iris", redis_url=redis_url) as running:
-        with Client(running.url) as client:
-            list(client.map(rows, progress=False))
-            kept = [server.ttl(key) for key in server.scan_iter("job:*:result")]
-            list(client.map(rows, group="named", progress=False))
-            (named,) = client.jobs(group="named")
+    with (
+        service(shipped_models / "iris", redis_url=redis_url) as running,
+        Client(running.url) as client,
+    ):
+        list(client.map(rows, progress=False))
+        kept = [server.ttl(key) for key in server.scan_iter("job:*:result")]
+        list(client.map(rows, group="named", progress=False))
+        (named,) = client.jobs(group="named")
 
     assert kept == [pytest.approx(3600, abs=60)]
     assert server.ttl(f"job:{named.id}:result") == pytest.approx(24 * 3600, abs=60)
