@@ -22,7 +22,7 @@ DEFAULT_TENANT: Final = "default"
 """The tenant of jobs that were submitted without API keys, and of external jobs."""
 
 SCHEMA: Final = 1
-"""Version of the record. Fields are only ever added before `trace`, with a default.
+"""Version of the record. Fields are only ever added at its end, with a default.
 
 It is raised when a worker that does not know a field would run the job wrongly: such a worker
 releases the job to one that does. An older release that rewrites a record of its own version
@@ -145,7 +145,7 @@ class Record(Struct, frozen=True, array_like=True):
     in records of earlier releases."""
     trace: TraceContext | None = None
     """The span that submitted the job, in whose trace a worker puts the job's spans; None if that
-    trace is not recorded. It is the last field: one that is None is not stored."""
+    trace is not recorded."""
 
 
 class _Head(Struct, frozen=True, array_like=True):
@@ -216,8 +216,6 @@ _decode_head = msgspec.msgpack.Decoder(_Head).decode
 _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 
 _SEQ_BYTES: Final = 8
-_UNTRACED_HEADER: Final = b"\xdc" + (len(Record.__struct_fields__) - 1).to_bytes(2)
-"""How the msgpack array of a record without its last field begins (more than 15 elements)."""
 _NO_FACTS: Final = Facts()
 
 _read_facts = lenient_decoder(_decode_facts)
@@ -226,10 +224,7 @@ _read_facts = lenient_decoder(_decode_facts)
 def encode_record(record: Record, seq: bytes = b"") -> bytes:
     """The bytes of `job:{id}:meta`. `seq` is the 8-byte prefix of the record it replaces; for a new
     job it is empty, and `submit` adds one."""
-    packed = _encode_msgpack(record)
-    if record.trace is None:
-        return seq + _UNTRACED_HEADER + packed[len(_UNTRACED_HEADER) : -1]
-    return seq + packed
+    return seq + _encode_msgpack(record)
 
 
 def decode_record(meta: bytes) -> Record:

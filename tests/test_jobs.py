@@ -34,13 +34,6 @@ def test_a_record_of_an_earlier_release_still_reads() -> None:
     assert jobs.decode_record(bytes(8) + earlier) == RECORD
 
 
-def test_a_record_without_a_trace_is_stored_as_before_there_were_traces() -> None:
-    *fields, trace = msgspec.to_builtins(RECORD)
-    assert trace is None
-    assert jobs.encode_record(RECORD, b"12345678") == b"12345678" + msgspec.msgpack.encode(fields)
-    assert jobs.decode_record(jobs.encode_record(RECORD, bytes(8))) == RECORD
-
-
 @pytest.mark.parametrize("state", ["", "vendor=1"])
 def test_a_record_keeps_its_trace(state: str) -> None:
     trace = jobs.TraceContext(f"00-{'a' * 32}-{'b' * 16}-01", state)
