@@ -20,7 +20,7 @@ AsyncinferError
 |   |-- RedisUnavailable      503
 |   |   |-- WritesRefused
 |   |   `-- RedisRefused
-|   |       `-- WrongKeyType
+|   |       `-- RightMissing, WrongKeyType
 |   `-- NoModelAnnounced      503
 |       `-- ModelLoading
 |-- JobError                  ends a job as failed; stored in `job:{id}:error`
@@ -281,6 +281,10 @@ class RedisRefused(RedisUnavailable):
     code, title = "redis_refused", "Redis refused a command"
 
 
+class RightMissing(RedisRefused):
+    """The ACL of the Redis user lacks a right; the detail names it."""
+
+
 class WrongKeyType(RedisRefused):
     """A key does not have the type that asyncinfer uses; the detail names it if it is known."""
 
@@ -369,7 +373,8 @@ class InvalidSetting(StartError):
 
 
 class ServerRefused(StartError):
-    """The Redis server cannot keep jobs safely: it is too old, a cluster, or evicts keys."""
+    """The Redis server cannot be used until a person changes something: it is too old, evicts keys,
+    refuses the login, lacks a right, or has a certificate that is not trusted."""
 
     code = "server_refused"
 

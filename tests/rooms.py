@@ -3,7 +3,7 @@
 ROOMS = (
     ("untrusted",),
     ("errors",),
-    ("jobs", "timeouts"),
+    ("jobs", "redis_url", "timeouts", "tls_errors"),
     ("settings", "tensors", "api_keys", "processes"),
     ("models", "schemas"),
     ("client", "repository", "engine"),
@@ -40,6 +40,7 @@ INSIDE = {
     "repository": (
         ("keys", "policy", "redis_errors", "scripts", "wire"),
         ("endpoint", "functions", "link"),
+        ("diagnosis",),
         ("store",),
         ("announcements", "claims", "doorbell", "leases", "libraries", "stored_jobs"),
         ("maintenance", "submissions"),

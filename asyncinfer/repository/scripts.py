@@ -32,6 +32,7 @@ NAMES: Final = (
     "default",
     "retract",
     "announce",
+    "probe",
 )
 
 LIBRARY_PREFIX: Final = "asyncinfer_"

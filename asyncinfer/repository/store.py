@@ -12,12 +12,17 @@ from redis.asyncio import Redis
 
 from asyncinfer.errors import (
     DefaultModelChanged,
+    RedisRefused,
+    RedisUnavailable,
+    RightMissing,
     ServerRefused,
+    StorageFull,
     WritesRefused,
     WrongKeyType,
 )
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
+from asyncinfer.repository.diagnosis import diagnose
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.functions import Functions
 from asyncinfer.repository.link import Command, Lanes, new_link
@@ -27,8 +32,8 @@ from asyncinfer.repository.redis_errors import (
     NO_REPLY_ERRORS,
     WRONG_TYPE_WARNING,
     is_not_primary,
+    server_refusal,
     translate,
-    translate_errors,
     write_refusal,
     wrong_type_error,
 )
@@ -40,6 +45,8 @@ _TRY_SHARE: Final = 0.6
 
 _LARGE_BYTES: Final = 64 << 10
 """Calls with more than this go beside the small ones, which would have to wait for them."""
+
+_NO_JOB: Final = "0" * 32
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -362,17 +369,46 @@ class Store:
     # --- the server and the default model -----------------------------------------------------
 
     async def check_server(self) -> str:
-        """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
-        refuses the login, RedisUnavailable if it does not answer."""
-        with translate_errors():
-            try:
-                reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
-            except redis_errors.AuthenticationError as error:
-                raise ServerRefused(
-                    f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
-                    "redis://user:password@host:6379."
-                ) from error
-        return check_info(self._parse(("INFO",), reply))
+        """The server's name and version. Raises ServerRefused if it cannot keep jobs safe, and as
+        `read_info` and `check_rights` do."""
+        server = check_info(await self.read_info())
+        await self.check_rights()
+        return server
+
+    async def read_info(self) -> Mapping[str, Any]:
+        """The reply to INFO. Raises ServerRefused if login, TLS or database are refused, and
+        RedisUnavailable if the server does not answer."""
+        try:
+            reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
+        except CALL_ERRORS as error:
+            raise await self._why_no_info(error) from error
+        info: Mapping[str, Any] = self._parse(("INFO",), reply)
+        return info
+
+    async def _why_no_info(self, error: Exception) -> Exception:
+        if refusal := server_refusal(error, self.endpoint.url.database):
+            return ServerRefused(f"{refusal}.")
+        if isinstance(error, NO_REPLY_ERRORS) and not self.moved_at:
+            found = await diagnose(self.endpoint, error)
+            if found.is_final:
+                return ServerRefused(f"Redis cannot be used: {found.reason}.")
+            return RedisUnavailable(
+                f"Redis does not answer: {found.reason}.", retry_after_seconds=1
+            )
+        return await self._translate(error)
+
+    async def check_rights(self) -> None:
+        """Raises ServerRefused if the server's ACL does not let this user call scripts, or read or
+        write keys of queues and jobs; RedisUnavailable if it does not answer."""
+        n = self.queue_name
+        try:
+            names = [keys.write_probe(n), n, keys.status(_NO_JOB)]
+            await self.call(script("probe"), names, [encode_args({})])
+        except RightMissing as error:
+            raise ServerRefused(error.detail) from error
+        except (RedisRefused, WritesRefused, StorageFull):
+            # Of the state of the server, not of the rights of the user.
+            return
 
     async def default_model(self) -> str | None:
         """The name of the default model, whose queue is QUEUE_NAME itself; None if there is none,

@@ -33,14 +33,17 @@ async def live(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def ready(services: Services, request: Request[NoQuery]) -> Reply:
-    """Whether jobs can be accepted: Redis answers, takes writes and keeps jobs safely.
+    """Whether jobs can be accepted: Redis answers, runs scripts, takes writes and keeps jobs safe.
 
     Raises RedisUnavailable or WritesRefused if not, which are answered with 503.
     """
-    try:
-        await services.store.check_server()
-    except ServerRefused as error:
-        raise RedisUnavailable(error.detail) from error
+    if not request.admission.has_scope("read"):
+        await _check_server_for_all(services)
+    else:
+        try:
+            await services.store.check_server()
+        except ServerRefused as error:
+            raise RedisUnavailable(error.detail) from error
     if refusal := services.store.writes_refused:
         # Found by the last sweep or submit, at most some seconds ago.
         raise WritesRefused(refusal.detail, retry_after_seconds=1)
@@ -55,7 +58,8 @@ async def health(services: Services, request: Request[NoQuery]) -> Reply:
     `read` gets the status alone.
     """
     if not request.admission.has_scope("read"):
-        return await _health_for_all(services)
+        await _check_server_for_all(services)
+        return json_reply(200, Health())
     try:
         health_now = await services.inspection.health()
     except ServerRefused as error:
@@ -72,9 +76,9 @@ async def health(services: Services, request: Request[NoQuery]) -> Reply:
     )
 
 
-async def _health_for_all(services: Services) -> Reply:
-    """The answer without the scope `read`; raises RedisUnavailable. Messages of Redis or redis-py
-    may hold names, so none is passed on."""
+async def _check_server_for_all(services: Services) -> None:
+    """For callers without the scope `read`; raises RedisUnavailable. Messages of Redis or redis-py
+    may hold names, and others the server's address, so none is passed on."""
     try:
         await services.store.check_server()
     except RedisUnavailable:
@@ -84,4 +88,3 @@ async def _health_for_all(services: Services) -> Reply:
             "Redis answers, but cannot be used for jobs. Retry with an API key that has the scope "
             "`read` to see why."
         ) from None
-    return json_reply(200, Health())

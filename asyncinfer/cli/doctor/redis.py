@@ -9,7 +9,7 @@ from typing import Final
 from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import seconds, size
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.errors import AsyncinferError, ServerRefused
 from asyncinfer.repository.inspect.server_info import ServerInfo, read_server_info
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -34,6 +34,9 @@ async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> li
             url, queue_name=queue_name, policy=Policy(), name="asyncinfer-doctor"
         ) as store:
             info = await read_server_info(store)
+    except ServerRefused as error:
+        what, _, remedy = error.detail.partition(". ")
+        return [problem("Redis", f"{shown}: {what}", remedy.rstrip("."))]
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]

@@ -9,8 +9,7 @@ from msgspec import Struct
 
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves_or_loads
-from asyncinfer.repository.redis_errors import translate_errors
-from asyncinfer.repository.store import Store, server_name
+from asyncinfer.repository.store import Store, check_info, server_name
 
 _CALLS: Final = 20
 
@@ -49,14 +48,15 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
 
 
 async def read_server_info(store: Store) -> ServerInfo:
-    """Reads the state of the server; raises RedisUnavailable."""
+    """Reads the state of the server; raises RedisUnavailable, and ServerRefused if this user may
+    not read it."""
+    info = await store.read_info()
+    await store.check_rights()
     try:
-        await store.check_server()
+        check_info(info)
         refusal = ""
     except ServerRefused as error:
         refusal = error.detail
-    with translate_errors():
-        info: Mapping[str, Any] = await store.command("INFO", "everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
     workers = (await Announcements(store).read_workers()).values()
