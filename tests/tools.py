@@ -30,6 +30,7 @@ TOOLS: Final = {
     for tool in (
         Tool("curl", "curl"),
         Tool("git", "git"),
+        Tool("redis-server", "redis-server"),
         Tool("localedef", "locales", Path("/usr/share/i18n/locales/en_US")),
     )
 }

@@ -78,7 +78,13 @@ async def _of_place(place: _Place, error: Exception) -> Diagnosis:
     found = await (_probe_with_tls(place) if place.has_tls else _probe_without_tls(place))
     if found:
         return Diagnosis(f"{place}: {found}", is_final=True)
-    return Diagnosis(f"{place} is silent ({type(error).__name__})", is_final=False)
+    if isinstance(error, TimeoutError | redis_errors.TimeoutError):
+        return Diagnosis(f"{place} is silent", is_final=False)
+    if place.has_tls and "ssl_certfile" not in place.tls:
+        hint = " (some do that to clients without a certificate: ssl_certfile and ssl_keyfile)"
+    else:
+        hint = ""
+    return Diagnosis(f"{place} ends the connection{hint}", is_final=False)
 
 
 # --- probes: what a port speaks --------------------------------------------------------------

@@ -3,18 +3,25 @@
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, ConnectionPool
 
 # This is the only module that uses names of redis-py that its documentation does not have: those
-# below. `unexpected` finds whether the installed version has them; if not, all commands go through
-# redis-py's client and pool, where each call has a connection of its own and time-outs count the
-# whole call. That took 23 % more CPU time a job in a worker whose jobs come one at a time, and
-# 19 % more while it drains a queue.
+# below, and `ssl_context`, without which nothing is shared. `unexpected` finds whether the
+# installed version has the others; if not, all commands go through redis-py's client and pool,
+# where each call has a connection of its own and time-outs count the whole call. That took 23 %
+# more CPU time a job in a worker whose jobs come one at a time, and 19 % more while it drains a
+# queue.
+
+_SHARED_SECONDS: Final = 10.0
+_tls_contexts: Final[WeakKeyDictionary[ConnectionPool, tuple[float, Any]]] = WeakKeyDictionary()
+"""By pool, when its last TLS context was made, and that context."""
 
 _STREAMS: Final = ("_reader", "_writer")
 _log = logging.getLogger(__name__)
@@ -24,6 +31,7 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
     """A connection that redis-py has made and logged in, and which is the caller's now. Raises
     redis-py's exceptions and OSError."""
     connection: Any = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    _share_tls(client.connection_pool, connection)
     try:
         await connection.connect()
     except BaseException:
@@ -32,6 +40,20 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
     writer: asyncio.StreamWriter = connection._writer
     connection._reader = connection._writer = None
     return writer
+
+
+def _share_tls(pool: ConnectionPool, connection: Any) -> None:
+    """Gives a connection the TLS context of one that its pool made just before: to load all trusted
+    certificates takes some 70 ms, in which the event loop stands still. For a short time only, so
+    that certificates which were renewed are read."""
+    if not hasattr(connection, "ssl_context"):
+        return
+    now = time.monotonic()
+    made_at, context = _tls_contexts.get(pool, (-_SHARED_SECONDS, None))
+    if now - made_at < _SHARED_SECONDS:
+        connection.ssl_context = context
+    else:
+        _tls_contexts[pool] = now, connection.ssl_context
 
 
 class ClientLink:

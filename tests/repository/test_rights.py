@@ -1,0 +1,92 @@
+"""The rights of the Redis user: those of the security page are enough, and each is needed."""
+
+import re
+from importlib.resources import files
+from typing import Final
+
+import pytest
+import redis
+
+from asyncinfer.errors import RedisUnavailable, ServerRefused
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from tests.queue_driver import Q, QueueDriver
+from tests.restricted_user import restricted_user
+
+_PAGE: Final = (files("asyncinfer") / "docs" / "security.md").read_text()
+_LINE: Final = re.search(r"^ACL SETUSER asyncinfer on >PASSWORD (.*)$", _PAGE, re.MULTILINE)
+assert _LINE
+RIGHTS: Final = _LINE[1].split()
+GIVEN: Final = [right for right in RIGHTS if right != "-@dangerous"]
+
+
+async def start_and_run_a_job(url: str, server: redis.Redis) -> None:
+    """What API and worker do: start, submit, claim, finish and list."""
+    async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+        await store.check_server()
+        hands = QueueDriver(store, server)
+        await hands.announcements.announce_worker("w", {}, 15)
+        await hands.submit_one()
+        await store.time_ms()
+        assert await hands.finish_for_verdicts(await hands.claim_jobs()) == ["completed"]
+        await store.transaction(("LLEN", Q), ("GET", keys.default_model(Q)))
+        bell = store.blocking_connection()
+        await bell.pop([keys.wake(Q)], 0.01)
+        await bell.close()
+
+
+@pytest.mark.parametrize("removed", GIVEN)
+async def test_each_right_of_the_security_page_is_needed_and_its_lack_is_named(
+    removed: str, server: redis.Redis, redis_url: str
+) -> None:
+    rights = [right for right in RIGHTS if right != removed]
+    with (
+        restricted_user(server, redis_url, *rights) as url,
+        pytest.raises((ServerRefused, RedisUnavailable)) as refused,
+    ):
+        await start_and_run_a_job(url, server)
+    message = refused.value.detail
+    assert "NOPERM" in message
+    assert "another type" not in message
+    if removed in ("+info", "+@scripting", "+time"):
+        assert f"Give it {removed} with ACL SETUSER" in message
+    elif removed.startswith("~"):
+        assert "Give it ~job:* ~QUEUE_NAME* ~{QUEUE_NAME*" in message
+    assert isinstance(refused.value, ServerRefused) or removed in ("+@transaction", "+time")
+
+
+async def test_the_table_of_rights_names_each_right_of_the_line() -> None:
+    table = _PAGE.partition("| right | without it |")[2].partition("\n\n")[0]
+    named = re.findall(
+        r"`([~+][^`]+)`", "\n".join(row.split("|")[1] for row in table.split("\n")[2:])
+    )
+    assert named == [right for right in GIVEN if right.startswith("~")] + [
+        right for right in GIVEN if right.startswith("+")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rights", "words"),
+    [
+        (("~*", "+@all", "-@scripting"), "permission to run EVALSHA (NOPERM). Give it +@scripting"),
+        (("~*", "+@all", "-@write"), "permission to run SET (NOPERM). Give it +set"),
+        (
+            ("%R~*", "+@all"),
+            "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*",
+        ),
+        (("~*", "+@all", "-info"), "permission to run INFO (NOPERM). Give it +info"),
+        (("~other*", "+@all"), "permission to use a key that asyncinfer needs (NOPERM)"),
+        (("~*", "+@all", "-client"), "permission to run CLIENT SETNAME (NOPERM). Give it"),
+        ((), "NOPERM"),
+    ],
+)
+async def test_a_user_who_lacks_a_right_is_refused_at_the_start_with_its_name(
+    rights: tuple[str, ...], words: str, server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, *rights) as url:
+        async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+            with pytest.raises(ServerRefused) as refused:
+                await store.check_server()
+    assert words in refused.value.detail
+    assert "another type" not in refused.value.detail
