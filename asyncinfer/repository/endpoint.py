@@ -1,11 +1,13 @@
 """The endpoint: REDIS_URL, parsed, and the clients for it."""
 
 import functools
+import inspect
 from typing import Any, Final
 
 import redis
 from msgspec import Struct
 from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.connection import SSLConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
@@ -14,6 +16,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from asyncinfer import redis_url
+from asyncinfer.errors import InvalidSetting
 from asyncinfer.redis_url import RedisUrl
 
 CONNECT_SECONDS: Final = 0.5
@@ -27,7 +30,13 @@ class Endpoint(Struct, frozen=True):
     @classmethod
     def parse(cls, url: str) -> "Endpoint":
         """Raises InvalidSetting for a URL of no known form."""
-        return cls(redis_url.parse(url))
+        parsed = redis_url.parse(url)
+        for option in parsed.tls.keys() - inspect.signature(SSLConnection).parameters:
+            raise InvalidSetting(
+                f"REDIS_URL has the option {option}, which redis-py {redis.__version__} does not "
+                "have. Install a newer redis-py, or leave the option out."
+            )
+        return cls(parsed)
 
     def client(self, name: str) -> AsyncRedis:
         """An asyncio client whose pool makes connections that repeat no command by themselves."""
@@ -95,8 +104,14 @@ class Endpoint(Struct, frozen=True):
         }
 
     def _tls_options(self, has_tls: bool) -> dict[str, Any]:
-        # Before its release 6 redis-py compared no host names unless it was told to.
-        return {"ssl": True, "ssl_check_hostname": True, **self.url.tls} if has_tls else {}
+        if not has_tls:
+            return {}
+        # Before its release 6 redis-py compared no host names unless it was told to, and failed if
+        # it was told to without verification.
+        options = {"ssl": True, "ssl_check_hostname": True, **self.url.tls}
+        if options.get("ssl_cert_reqs") == "none":
+            options["ssl_check_hostname"] = False
+        return options
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -12,6 +13,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests.queue_driver import Q, QueueDriver
+from tests.redis_server import running_server
 from tests.restricted_user import restricted_user
 
 _PAGE: Final = (files("asyncinfer") / "docs" / "security.md").read_text()
@@ -58,9 +60,8 @@ async def test_each_right_of_the_security_page_is_needed_and_its_lack_is_named(
 
 async def test_the_table_of_rights_names_each_right_of_the_line() -> None:
     table = _PAGE.partition("| right | without it |")[2].partition("\n\n")[0]
-    named = re.findall(
-        r"`([~+][^`]+)`", "\n".join(row.split("|")[1] for row in table.split("\n")[2:])
-    )
+    cells = [row.split("|")[1] for row in table.split("\n")[2:]]
+    named = re.findall(r"`([~+][^`]+)`", "".join(cells))
     assert named == [right for right in GIVEN if right.startswith("~")] + [
         right for right in GIVEN if right.startswith("+")
     ]
@@ -90,3 +91,30 @@ async def test_a_user_who_lacks_a_right_is_refused_at_the_start_with_its_name(
                 await store.check_server()
     assert words in refused.value.detail
     assert "another type" not in refused.value.detail
+
+
+@pytest.mark.system("redis-server")
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [
+        ("+@scripting", "permission to run EVALSHA (NOPERM). Give it +@scripting"),
+        ("+@write", "permission to run a command that a script needs (NOPERM). Give it +@read"),
+        ("~job:*", "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*"),
+        ("+info", "permission to run INFO (NOPERM). Give it +info"),
+        (None, None),
+    ],
+)
+async def test_redis_says_it_in_other_words_than_valkey_and_is_understood_too(
+    removed: str | None, words: str | None, tmp_path: Path
+) -> None:
+    with running_server("redis-server", "--port", "{port}", "--dir", str(tmp_path)) as port:
+        server = redis.Redis(port=port)
+        rights = [right for right in RIGHTS if right != removed]
+        with restricted_user(server, f"redis://127.0.0.1:{port}", *rights) as url:
+            if words is None:
+                await start_and_run_a_job(url, server)
+            else:
+                with pytest.raises(ServerRefused) as refused:
+                    await start_and_run_a_job(url, server)
+                assert words in refused.value.detail
+        server.close()

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.addresses import is_loopback
+from asyncinfer.cli.addresses import is_loopback, shown_url
 from asyncinfer.cli.api_client import connect, seconds_by_rows
 from asyncinfer.cli.bench.http_load import LoadConnection
 from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides, latency, verdict
@@ -63,7 +63,7 @@ def measure(server: ServerOptions, name: str | None, seconds: float, connections
             if lost is None or others:
                 raise
             raise ConnectionFailed(
-                f"A connection to {server.url} was cut while it was under load."
+                f"A connection to {shown_url(server.url)} was cut while it was under load."
             ) from errors
         finally:
             client.cancel_all(group=group)

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from asyncinfer.cli.addresses import api_url
+from asyncinfer.cli.addresses import api_url, shown_url
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
@@ -36,10 +36,10 @@ def examine_api(
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     if not port_is_taken(parts.hostname or "127.0.0.1", port):
-        yield _nothing_listens(address, required=url is not None)
+        yield _nothing_listens(shown_url(address), required=url is not None)
     else:
         with connect(ServerOptions(address, api_key, ca)) as client:
-            yield from _examine_answers(client, address, settings)
+            yield from _examine_answers(client, shown_url(address), settings)
     if settings.monitor_port and port_is_taken(settings.monitor_host, settings.monitor_port):
         found = f"port {settings.monitor_port} is in use: by a worker of yours or another program"
         yield ok("monitor port", found)

@@ -32,7 +32,9 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
     """
     with connect(server, retries=0) as client:
-        yield lambda: Snapshot(time.time(), client.url, client.queues(), _workers(client))
+        yield lambda: Snapshot(
+            time.time(), shown_url(client.url), client.queues(), _workers(client)
+        )
 
 
 def _workers(client: "Client") -> list[Worker] | None:
