@@ -19,7 +19,9 @@ from asyncinfer import redis_url
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.redis_url import RedisUrl
 
-CONNECT_SECONDS: Final = 0.5
+_CONNECT_SECONDS: Final = 0.5
+_TLS_CONNECT_SECONDS: Final = 2.0
+"""Three round trips instead of one, and the time to load the certificates that are trusted."""
 
 
 class Endpoint(Struct, frozen=True):
@@ -87,7 +89,7 @@ class Endpoint(Struct, frozen=True):
             "password": url.password,
             "protocol": 2,
             "client_name": name,
-            "socket_connect_timeout": CONNECT_SECONDS,
+            "socket_connect_timeout": _TLS_CONNECT_SECONDS if url.has_tls else _CONNECT_SECONDS,
             **driver_options(),
         }
 
@@ -99,7 +101,9 @@ class Endpoint(Struct, frozen=True):
             "password": self.url.sentinel_password,
             "protocol": 2,
             "socket_timeout": _SENTINEL_SECONDS,
-            "socket_connect_timeout": _SENTINEL_SECONDS,
+            "socket_connect_timeout": (
+                _TLS_SENTINEL_SECONDS if self.url.sentinel_tls else _SENTINEL_SECONDS
+            ),
             **driver_options(),
         }
 
@@ -122,6 +126,7 @@ def driver_options() -> dict[str, Any]:
 
 
 _SENTINEL_SECONDS: Final = 0.2
+_TLS_SENTINEL_SECONDS: Final = 0.5
 """A sentinel that is down must not use up the time of a call, so that the next can be asked."""
 
 

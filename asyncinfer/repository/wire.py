@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, ConnectionPool
@@ -20,8 +19,9 @@ from redis.asyncio.connection import Connection, ConnectionPool
 # queue.
 
 _SHARED_SECONDS: Final = 10.0
-_tls_contexts: Final[WeakKeyDictionary[ConnectionPool, tuple[float, Any]]] = WeakKeyDictionary()
-"""By pool, when its last TLS context was made, and that context."""
+_tls_contexts: Final[dict[tuple[tuple[str, Any], ...], tuple[float, Any]]] = {}
+"""By the TLS options of a pool, when the last TLS context with them was made, and that context. A
+process has one REDIS_URL, so there is one entry."""
 
 _STREAMS: Final = ("_reader", "_writer")
 _log = logging.getLogger(__name__)
@@ -43,17 +43,20 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
 
 
 def _share_tls(pool: ConnectionPool, connection: Any) -> None:
-    """Gives a connection the TLS context of one that its pool made just before: to load all trusted
+    """Gives a connection the TLS context of one that was made just before: to load all trusted
     certificates takes some 70 ms, in which the event loop stands still. For a short time only, so
     that certificates which were renewed are read."""
     if not hasattr(connection, "ssl_context"):
         return
+    options = pool.connection_kwargs.items()
+    key = tuple(sorted(item for item in options if item[0].startswith("ssl_")))
     now = time.monotonic()
-    made_at, context = _tls_contexts.get(pool, (-_SHARED_SECONDS, None))
-    if now - made_at < _SHARED_SECONDS:
+    made_at, context = _tls_contexts.get(key, (0.0, None))
+    if context is not None and now - made_at < _SHARED_SECONDS:
         connection.ssl_context = context
     else:
-        _tls_contexts[pool] = now, connection.ssl_context
+        _tls_contexts.clear()
+        _tls_contexts[key] = now, connection.ssl_context
 
 
 class ClientLink:

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import msgspec
+import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.probe_paths import HEALTH_PATHS
@@ -16,6 +18,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.store import Store
 from tests.queue_driver import QueueDriver
+from tests.restricted_user import restricted_user
 
 from .harness import QUEUE, ProxiedApi, announce, assert_problem, client_of, running, signature
 
@@ -176,3 +179,25 @@ def _references(part: Any) -> Iterator[str]:
     elif isinstance(part, list):
         for inner in part:
             yield from _references(inner)
+
+
+async def test_a_right_that_the_redis_user_lost_is_named_to_those_who_may_read(
+    config: ApiConfig, server: redis.Redis, redis_url: str, key_file: Path
+) -> None:
+    acl: Any = server
+    with restricted_user(server, redis_url, "~*", "&*", "+@all") as url:
+        with_keys = msgspec.structs.replace(config, redis_url=url, api_keys=key_file)
+        async with running(with_keys) as port, client_of(port) as anyone:
+            reader = {"x-api-key": "reader"}
+            assert (await anyone.get("/health/ready")).status_code == 200
+            acl.execute_command("ACL", "SETUSER", "restricted", "-@scripting")
+            for path in ("/health/ready", "/health"):
+                problem = assert_problem(
+                    await anyone.get(path, headers=reader), 503, "redis_unavailable"
+                )
+                assert "no permission to run EVALSHA (NOPERM)" in problem["detail"]
+                assert "Give it +@scripting" in problem["detail"]
+                problem = assert_problem(await anyone.get(path), 503, "redis_unavailable")
+                assert "NOPERM" not in problem["detail"]
+            acl.execute_command("ACL", "SETUSER", "restricted", "+@scripting")
+            assert (await anyone.get("/health/ready")).status_code == 200

@@ -19,6 +19,7 @@ from asyncinfer.settings import Settings
 from tests import zoo
 from tests.cli.command_line import run_command
 from tests.faults.harness import eventually_sync
+from tests.restricted_user import restricted_user
 
 from .submitted_jobs import submit
 
@@ -274,3 +275,27 @@ def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> 
 
     (finding,) = (entry for entry in findings if entry["about"].startswith("model odd"))
     assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"
+
+
+def test_a_right_that_the_redis_user_lacks_is_a_problem(
+    server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, "%R~*", "+@all") as url:
+        ran = run_command("doctor", "--redis-url", url)
+
+    assert ran.code == 1
+    assert "no permission to use a key that asyncinfer needs (NOPERM)" in ran.out
+    assert "-> Give it ~job:* ~QUEUE_NAME* ~{QUEUE_NAME*" in ran.out
+    assert "another type" not in ran.out
+
+
+def test_a_login_that_redis_refuses_is_a_problem_without_the_password(
+    server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url) as url:
+        ran = run_command("doctor", "--redis-url", url.replace(":pass@", ":secret@"))
+
+    assert ran.code == 1
+    assert "Redis refuses the login (invalid username-password pair or user is disabled)" in ran.out
+    assert "-> Put user and password into REDIS_URL" in ran.out
+    assert "secret" not in ran.out + ran.err
