@@ -33,7 +33,7 @@ which has all of them; the tree shows those that a user of the client is likely 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
@@ -234,8 +234,8 @@ def normalized_url(url: str) -> str:
 
 def shown_url(url: str) -> str:
     """A valid URL without user and password, to be shown."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    scheme, netloc, path, query, fragment = urlsplit(url)
+    return urlunsplit((scheme, netloc.rpartition("@")[2], path, query, fragment))
 
 
 def checked_ca(path: str) -> str | None:

@@ -1,6 +1,7 @@
 """Why the server of REDIS_URL does not answer, in words; asked at the start, before it ever did."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.redis_errors import CALL_ERRORS, login_refusal, tls_refusal
 from asyncinfer.tls_errors import causes, tls_fault
 
-_PROBE_SECONDS: Final = 0.4
+_PROBE_SECONDS: Final = 0.8
 _MAX_SENTINELS: Final = 5
 _PING: Final = b"PING\r\n"
 _TLS_ALERT: Final = b"\x15\x03"
@@ -149,6 +150,8 @@ async def _connected(
             yield reader, writer
         finally:
             writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 def _unverified(tls: dict[str, Any]) -> ssl.SSLContext:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import redis
 from msgspec import Struct
 from redis.asyncio import Redis as AsyncRedis
-from redis.asyncio.connection import SSLConnection
+from redis.asyncio.connection import ConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
@@ -18,6 +18,7 @@ from redis.sentinel import Sentinel
 from asyncinfer import redis_url
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.redis_url import RedisUrl
+from asyncinfer.repository.wire import TlsConnection, TlsSentinelConnection
 
 _CONNECT_SECONDS: Final = 0.5
 _TLS_CONNECT_SECONDS: Final = 2.0
@@ -42,21 +43,19 @@ class Endpoint(Struct, frozen=True):
 
     def client(self, name: str) -> AsyncRedis:
         """An asyncio client whose pool makes connections that repeat no command by themselves."""
-        options = {**self._options(name), "socket_timeout": None}
+        options = {**self._options(name), "socket_timeout": None, **_no_retry()}
         if not self.url.sentinels:
-            return AsyncRedis(**options, retry=AsyncRetry(NoBackoff(), 0))
-        sentinel = AsyncSentinel(
-            list(self.url.sentinels),
-            sentinel_kwargs={**self._sentinel_options(), "retry": AsyncRetry(NoBackoff(), 0)},
-        )  # type: ignore[no-untyped-call]
-        options["retry"] = AsyncRetry(NoBackoff(), 0)
+            return _client(options)
+        sentinel = AsyncSentinel([])  # type: ignore[no-untyped-call]
+        sentinel.sentinels = [self.sentinel_client(*address) for address in self.url.sentinels]
+        if options.pop("ssl", False):
+            options["connection_class"] = TlsSentinelConnection
         client: AsyncRedis = sentinel.master_for(self.url.service, **options)
         return client
 
     def sentinel_client(self, host: str, port: int) -> AsyncRedis:
         """An asyncio client for one sentinel."""
-        retry = AsyncRetry(NoBackoff(), 0)
-        return AsyncRedis(host=host, port=port, **self._sentinel_options(), retry=retry)
+        return _client({"host": host, "port": port, **self._sentinel_options(), **_no_retry()})
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
         """A blocking client, for the thread that renews leases."""
@@ -116,6 +115,16 @@ class Endpoint(Struct, frozen=True):
         if options.get("ssl_cert_reqs") == "none":
             options["ssl_check_hostname"] = False
         return options
+
+
+def _no_retry() -> dict[str, Any]:
+    return {"retry": AsyncRetry(NoBackoff(), 0)}
+
+
+def _client(options: dict[str, Any]) -> AsyncRedis:
+    if not options.pop("ssl", False):
+        return AsyncRedis(**options)
+    return AsyncRedis.from_pool(ConnectionPool(connection_class=TlsConnection, **options))
 
 
 @functools.cache

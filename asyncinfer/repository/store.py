@@ -1,5 +1,6 @@
 """The store: the connections of one process to Redis, and calls of scripts on them."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -178,6 +179,8 @@ class Store:
         await self._link.close()
         await self._lanes.close()
         await close(self._client)
+        # Transports that were aborted close their sockets in the next turn of the event loop.
+        await asyncio.sleep(0)
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""

@@ -1,6 +1,7 @@
 """What `Link` needs of redis-py that redis-py does not document, and what to do without it."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -9,7 +10,8 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.asyncio.connection import Connection, ConnectionPool
+from redis.asyncio.connection import Connection, ConnectionPool, SSLConnection
+from redis.asyncio.sentinel import SentinelManagedSSLConnection
 
 # This is the only module that uses names of redis-py that its documentation does not have: those
 # below, and `ssl_context`, without which nothing is shared. `unexpected` finds whether the
@@ -19,6 +21,9 @@ from redis.asyncio.connection import Connection, ConnectionPool
 # queue.
 
 _SHARED_SECONDS: Final = 10.0
+"""To load all certificates that are trusted takes 70 ms and more, in which the event loop stands
+still; a store opens five connections at once."""
+
 _tls_contexts: Final[dict[tuple[tuple[str, Any], ...], tuple[float, Any]]] = {}
 """By the TLS options of a pool, when the last TLS context with them was made, and that context. A
 process has one REDIS_URL, so there is one entry."""
@@ -31,7 +36,6 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
     """A connection that redis-py has made and logged in, and which is the caller's now. Raises
     redis-py's exceptions and OSError."""
     connection: Any = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    _share_tls(client.connection_pool, connection)
     try:
         await connection.connect()
     except BaseException:
@@ -42,21 +46,40 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
     return writer
 
 
-def _share_tls(pool: ConnectionPool, connection: Any) -> None:
-    """Gives a connection the TLS context of one that was made just before: to load all trusted
-    certificates takes some 70 ms, in which the event loop stands still. For a short time only, so
-    that certificates which were renewed are read."""
+class TlsConnection(SSLConnection):
+    """A connection with TLS that shares its context with those made just before."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _share_context(self, options)
+
+
+class TlsSentinelConnection(SentinelManagedSSLConnection):
+    """As `TlsConnection`, to the server that the sentinels name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        _share_context(self, options)
+
+
+def _share_context(connection: Any, options: dict[str, Any]) -> None:
+    """Shares a context for a short time only, so that certificates which were renewed are read.
+
+    A new one is loaded here, before a time-out begins to count.
+    """
     if not hasattr(connection, "ssl_context"):
         return
-    options = pool.connection_kwargs.items()
-    key = tuple(sorted(item for item in options if item[0].startswith("ssl_")))
+    key = tuple(sorted(item for item in options.items() if item[0].startswith("ssl_")))
     now = time.monotonic()
     made_at, context = _tls_contexts.get(key, (0.0, None))
     if context is not None and now - made_at < _SHARED_SECONDS:
         connection.ssl_context = context
-    else:
-        _tls_contexts.clear()
-        _tls_contexts[key] = now, connection.ssl_context
+        return
+    # A file that has become unusable is reported by the connection.
+    with contextlib.suppress(OSError):
+        connection.ssl_context.get()
+    _tls_contexts.clear()
+    _tls_contexts[key] = now, connection.ssl_context
 
 
 class ClientLink:

@@ -82,8 +82,7 @@ class SecureRedis:
             f"sentinel monitor main 127.0.0.1 {server_port} 1\n"
             "sentinel auth-user main admin\nsentinel auth-pass main secret\n"
             "user default off\nuser admin on >secret ~* &* +@all\n"
-            "user watcher on >watchword +sentinel|masters +sentinel|get-master-addr-by-name "
-            "+client|setname +client|setinfo\n"
+            "user watcher on >watchword +sentinel|masters +sentinel|get-master-addr-by-name\n"
         )
         with running_server("redis-server", str(conf), "--sentinel", *self.flags) as port:
             client = self.client(port, username="admin", password="secret")
@@ -159,7 +158,7 @@ def test_all_runs_through_a_sentinel_with_a_password_and_tls_too(
             (url.replace(ENCODED, "s3cret"), "Redis refuses the login"),
         ):
             ran = run_command("doctor", "--redis-url", wrong)
-            assert words in ran.out
+            assert words in ran.out.replace("\n         -> ", ". ")
             assert not any(part in ran.out + ran.err for part in (*PARTS, "s3cret", "watchword"))
 
 

@@ -73,7 +73,7 @@ def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
 
 async def test_each_kind_of_url_makes_its_kind_of_connection() -> None:
     tls = Endpoint.parse("rediss://user:pass@h:6380/2").client("t")
-    assert tls.connection_pool.connection_class is SSLConnection
+    assert issubclass(tls.connection_pool.connection_class, SSLConnection)
     assert tls.connection_pool.connection_kwargs["db"] == 2
     unix = Endpoint.parse("unix:///run/x.sock").client("t")
     assert unix.connection_pool.connection_class is UnixDomainSocketConnection
