@@ -11,11 +11,18 @@ from typing import Any, Final
 import redis.exceptions as redis_errors
 from msgspec import Struct
 
+from asyncinfer.repository import wire
 from asyncinfer.repository.endpoint import Endpoint, close
-from asyncinfer.repository.redis_errors import CALL_ERRORS, login_refusal, tls_refusal
+from asyncinfer.repository.redis_errors import (
+    CALL_ERRORS,
+    login_refusal,
+    server_refusal,
+    tls_refusal,
+)
 from asyncinfer.tls_errors import causes, tls_fault
 
 _PROBE_SECONDS: Final = 0.8
+_ATTEMPT_SECONDS: Final = 3.0
 _MAX_SENTINELS: Final = 5
 _PING: Final = b"PING\r\n"
 _TLS_ALERT: Final = b"\x15\x03"
@@ -48,11 +55,28 @@ async def diagnose(endpoint: Endpoint, error: Exception) -> Diagnosis:
     """Why a connection failed with `error`, which may take a second to find out: it connects to
     the server once more, or to the sentinels."""
     url = endpoint.url
+    if isinstance(error, TimeoutError | redis_errors.TimeoutError):
+        # The call did not wait for the end of its attempt to connect.
+        error = await _connect_once(endpoint) or error
     if url.socket_path:
         return _of_socket(url.socket_path, error)
     if url.sentinels:
         return await _of_sentinels(endpoint, error)
-    return await _of_place(_Place(url.host, url.port, url.has_tls, url.tls), error)
+    return await _of_place(_Place(url.host, url.port, url.has_tls, url.tls), error, url.database)
+
+
+async def _connect_once(endpoint: Endpoint) -> Exception | None:
+    """The error of another attempt to connect; None if it succeeded."""
+    client = endpoint.client("asyncinfer")
+    try:
+        async with asyncio.timeout(_ATTEMPT_SECONDS):
+            writer = await wire.connect(client)
+        writer.transport.abort()
+    except CALL_ERRORS as error:
+        return error
+    finally:
+        await close(client)
+    return None
 
 
 def _of_socket(path: str, error: Exception) -> Diagnosis:
@@ -66,9 +90,11 @@ def _of_socket(path: str, error: Exception) -> Diagnosis:
     return Diagnosis(f"{path}: {type(error).__name__}", is_final=False)
 
 
-async def _of_place(place: _Place, error: Exception) -> Diagnosis:
-    if isinstance(error, redis_errors.AuthenticationError):
-        return Diagnosis(login_refusal(error, is_sentinel=place.is_sentinel), is_final=True)
+async def _of_place(place: _Place, error: Exception, database: int = 0) -> Diagnosis:
+    if isinstance(error, redis_errors.AuthenticationError) and place.is_sentinel:
+        return Diagnosis(login_refusal(error, is_sentinel=True), is_final=True)
+    if refusal := server_refusal(error, database):
+        return Diagnosis(refusal, is_final=True)
     if fault := tls_fault(error):
         return Diagnosis(f"{place}: {tls_refusal(fault)}", is_final=True)
     for cause in causes(error):
@@ -175,7 +201,7 @@ async def _of_sentinels(endpoint: Endpoint, error: Exception) -> Diagnosis:
         place = _Place(host, port, url.sentinel_tls, url.tls, is_sentinel=True)
         answer = await _ask_sentinel(endpoint, place)
         if isinstance(answer, _Place):
-            return await _of_place(answer, error)
+            return await _of_place(answer, error, url.database)
         found.append(answer)
     reasons = "; ".join(dict.fromkeys(diagnosis.reason for diagnosis in found))
     return Diagnosis(
