@@ -67,6 +67,8 @@ async def diagnose(endpoint: Endpoint, error: Exception) -> Diagnosis:
 
 async def _connect_once(endpoint: Endpoint) -> Exception | None:
     """The error of another attempt to connect; None if it succeeded."""
+    if not wire.is_as_expected():
+        return None
     client = endpoint.client("asyncinfer")
     try:
         async with asyncio.timeout(_ATTEMPT_SECONDS):
