@@ -44,6 +44,8 @@ async def _serving(upstream_url: str, context: ssl.SSLContext) -> AsyncIterator[
     server.close()
     for writer in writers:
         writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _dial(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -11,7 +11,6 @@ from typing import Any, Final
 import redis.exceptions as redis_errors
 from msgspec import Struct
 
-from asyncinfer.repository import wire
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.redis_errors import (
     CALL_ERRORS,
@@ -22,7 +21,6 @@ from asyncinfer.repository.redis_errors import (
 from asyncinfer.tls_errors import causes, tls_fault
 
 _PROBE_SECONDS: Final = 0.8
-_ATTEMPT_SECONDS: Final = 3.0
 _MAX_SENTINELS: Final = 5
 _PING: Final = b"PING\r\n"
 _TLS_ALERT: Final = b"\x15\x03"
@@ -55,30 +53,11 @@ async def diagnose(endpoint: Endpoint, error: Exception) -> Diagnosis:
     """Why a connection failed with `error`, which may take a second to find out: it connects to
     the server once more, or to the sentinels."""
     url = endpoint.url
-    if isinstance(error, TimeoutError | redis_errors.TimeoutError):
-        # The call did not wait for the end of its attempt to connect.
-        error = await _connect_once(endpoint) or error
     if url.socket_path:
         return _of_socket(url.socket_path, error)
     if url.sentinels:
         return await _of_sentinels(endpoint, error)
     return await _of_place(_Place(url.host, url.port, url.has_tls, url.tls), error, url.database)
-
-
-async def _connect_once(endpoint: Endpoint) -> Exception | None:
-    """The error of another attempt to connect; None if it succeeded."""
-    if not wire.is_as_expected():
-        return None
-    client = endpoint.client("asyncinfer")
-    try:
-        async with asyncio.timeout(_ATTEMPT_SECONDS):
-            writer = await wire.connect(client)
-        writer.transport.abort()
-    except CALL_ERRORS as error:
-        return error
-    finally:
-        await close(client)
-    return None
 
 
 def _of_socket(path: str, error: Exception) -> Diagnosis:

@@ -47,6 +47,7 @@ _TRY_SHARE: Final = 0.6
 _LARGE_BYTES: Final = 64 << 10
 """Calls with more than this go beside the small ones, which would have to wait for them."""
 
+_FIRST_TLS_SECONDS: Final = 3.0
 _NO_JOB: Final = "0" * 32
 
 _log = LimitedLog(logging.getLogger(__name__))
@@ -382,11 +383,18 @@ class Store:
         """The reply to INFO. Raises ServerRefused if login, TLS or database are refused, and
         RedisUnavailable if the server does not answer."""
         try:
-            reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
+            reply = await self._link.ask(("INFO", "everything"), self._first_seconds())
         except CALL_ERRORS as error:
             raise await self._why_no_info(error) from error
         info: Mapping[str, Any] = self._parse(("INFO",), reply)
         return info
+
+    def _first_seconds(self) -> float:
+        """How long a call waits that may have to connect first; by TLS that takes several round
+        trips and a look into files, and only its end says why it failed."""
+        url = self.endpoint.url
+        is_slow = not self.moved_at and (url.has_tls or url.sentinel_tls)
+        return max(_FIRST_TLS_SECONDS, self.call_seconds) if is_slow else self.call_seconds
 
     async def _why_no_info(self, error: Exception) -> Exception:
         if refusal := server_refusal(error, self.endpoint.url.database):
