@@ -42,7 +42,8 @@ async def _serving(upstream_url: str, context: ssl.SSLContext) -> AsyncIterator[
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     yield server.sockets[0].getsockname()[1]
     server.close()
-    for writer in writers:
+    while writers:
+        writer = writers.pop()
         writer.transport.abort()
         with contextlib.suppress(OSError):
             await writer.wait_closed()

@@ -30,8 +30,8 @@ TOOLS: Final = {
     for tool in (
         Tool("curl", "curl"),
         Tool("git", "git"),
-        Tool("redis-server", "redis-server"),
         Tool("localedef", "locales", Path("/usr/share/i18n/locales/en_US")),
+        Tool("redis-server", "redis-server"),
     )
 }
 """Without those that every Debian has, such as bash."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
+import redis.exceptions as redis_errors
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, ConnectionPool, SSLConnection
 from redis.asyncio.sentinel import SentinelManagedSSLConnection
@@ -38,8 +39,11 @@ async def connect(client: Redis) -> asyncio.StreamWriter:
     connection: Any = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     try:
         await connection.connect()
-    except BaseException:
+    except BaseException as error:
         await connection.disconnect()
+        # At a Unix socket redis-py hides the refusal of a login in another error.
+        if isinstance(error.__cause__, redis_errors.AuthenticationError):
+            raise error.__cause__ from None
         raise
     writer: asyncio.StreamWriter = connection._writer
     connection._reader = connection._writer = None

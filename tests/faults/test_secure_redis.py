@@ -186,7 +186,7 @@ def doctor(url: str) -> str:
     return printed
 
 
-@pytest.mark.parametrize("command", ["serve", "serve --work", "serve --api-processes 2", "work"])
+@pytest.mark.parametrize("command", ["serve", "serve --work", "work"])
 @pytest.mark.parametrize(
     ("url", "words"),
     [
