@@ -135,7 +135,7 @@ def driver_options() -> dict[str, Any]:
 
 
 _SENTINEL_SECONDS: Final = 0.2
-_TLS_SENTINEL_SECONDS: Final = 0.5
+_TLS_SENTINEL_SECONDS: Final = 1.0
 """A sentinel that is down must not use up the time of a call, so that the next can be asked."""
 
 

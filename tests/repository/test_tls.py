@@ -183,7 +183,6 @@ def places(tmp_path: Path) -> Iterator[dict[str, str]]:
         ("unix://:secret@{absent}", "there is no socket {absent}."),
         ("sentinel://{closed}/main", "no sentinel names a server: nothing listens at {closed}."),
         pytest.param("redis://{silent}", "{silent} is silent.", marks=pytest.mark.soak),
-        pytest.param("rediss://{silent}", "{silent} is silent.", marks=pytest.mark.soak),
     ],
 )
 async def test_only_where_nothing_listens_it_is_said_that_nothing_listens(
