@@ -158,6 +158,18 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = True
 
+    metrics_port: Annotated[
+        _Port | None,
+        _about(
+            "Port of the API for /metrics.",
+            unset="off",
+            allowed="a whole number from 1 to 65535",
+        ),
+    ] = None
+    metrics_host: Annotated[str, _about("Address that METRICS_PORT listens on.", min_length=1)] = (
+        "127.0.0.1"
+    )
+
     # --- a worker
     concurrency: Annotated[
         int,

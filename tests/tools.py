@@ -31,6 +31,7 @@ TOOLS: Final = {
         Tool("curl", "curl"),
         Tool("git", "git"),
         Tool("localedef", "locales", Path("/usr/share/i18n/locales/en_US")),
+        Tool("promtool", "prometheus"),
         Tool("redis-server", "redis-server"),
     )
 }

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from asyncinfer.api.app import Api, check_scope, error_reply
+from msgspec import Struct
+
+from asyncinfer.api.app import Api, check_scope
+from asyncinfer.api.figures import RequestKey
 from asyncinfer.api.handlers.predict import accepted_reply, predict
 from asyncinfer.api.http.body import Body, is_plain_json
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
@@ -20,13 +23,22 @@ from asyncinfer.api.inputs.new_job import (
 )
 from asyncinfer.api.routes import ROUTES
 from asyncinfer.errors import RequestError
+from asyncinfer.monitoring.histogram import Histogram
 from asyncinfer.repository.submissions import NewJob, SubmitReply
 from asyncinfer.schemas.requests import RequestOptions
 
-_ROUTE: Final = next(route for route in ROUTES if route.handler is predict)
+_ROUTE, _ROUTE_OF_MODEL = (route for route in ROUTES if route.handler is predict)
 _PATH: Final = b"/predict"
+_ACCEPTED: Final = 202
 _UNUSUAL: Final = frozenset({b"prefer", b"idempotency-key", b"traceparent"})
 """Headers of requests that may have to wait for more than the submit, or are part of a trace."""
+
+
+class _Path(Struct, frozen=True):
+    """A path that takes submits, and the seconds of its requests whose job was accepted."""
+
+    template: str
+    accepted: Histogram
 
 
 class Express:
@@ -36,17 +48,24 @@ class Express:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._max_bytes = min(SMALL_BODY_BYTES, api.config.max_json_bytes)
+        figures = api.request_figures
+        # Nearly all are accepted, so theirs are not looked for at each request.
+        self._default, self._named = (
+            _Path(route.path, figures.of(_key(route.path, _ACCEPTED)))
+            for route in (_ROUTE, _ROUTE_OF_MODEL)
+        )
 
     def begin(self, exchange: Exchange) -> Callable[[], bool] | None:
         """Checks the head of a request, and returns what submits its job when its body is received,
         or returns False for a body that is left to the ordinary way. None leaves the request to
         it already now, so that a wrong head is answered before its body has come."""
         scope = exchange.scope
-        path: bytes = scope["raw_path"]
-        before, _, model = path.partition(_PATH + b"/")
-        is_submit = path == _PATH or (model and not before)
+        raw_path: bytes = scope["raw_path"]
+        before, _, model = raw_path.partition(_PATH + b"/")
+        is_submit = raw_path == _PATH or (model and not before)
         if not is_submit or scope["method"] != "POST" or scope["query_string"]:
             return None
+        started_at = self._api.clock()
         try:
             request: Request[RequestOptions] = self._api.admit(_ROUTE, scope, exchange.receive)
             check_scope(_ROUTE, request)
@@ -57,7 +76,8 @@ class Express:
         except Exception:
             # Whatever it is, the ordinary way meets it too, and answers or logs it.
             return None
-        return partial(self._submit, exchange, request, head)
+        path = self._named if model else self._default
+        return partial(self._submit, exchange, request, head, path, started_at)
 
     def _is_usual(self, request: Request[RequestOptions]) -> bool:
         """Whether the headers announce a small body of JSON and ask for nothing else."""
@@ -70,7 +90,14 @@ class Express:
             and _UNUSUAL.isdisjoint(headers)
         )
 
-    def _submit(self, exchange: Exchange, request: Request[RequestOptions], head: JobHead) -> bool:
+    def _submit(
+        self,
+        exchange: Exchange,
+        request: Request[RequestOptions],
+        head: JobHead,
+        path: _Path,
+        started_at: float,
+    ) -> bool:
         """Submits the job of a request whose body is received; returns whether that has begun."""
         body = exchange.take_body()
         try:
@@ -81,22 +108,32 @@ class Express:
             exchange.add_body(body)
             return False
         submitted = self._api.services.submissions.begin_submit(job)
-        submitted.add_done_callback(partial(self._answer, exchange, job))
+        submitted.add_done_callback(partial(self._answer, exchange, job, path, started_at))
         return True
 
     def _answer(
-        self, exchange: Exchange, job: NewJob, submitted: "asyncio.Future[SubmitReply]"
+        self,
+        exchange: Exchange,
+        job: NewJob,
+        path: _Path,
+        started_at: float,
+        submitted: "asyncio.Future[SubmitReply]",
     ) -> None:
-        """Answers a request whose submit has ended."""
-        services = self._api.services
+        """Answers a request whose submit has ended, and counts it."""
         try:
             if refusal := self._refusal(job, submitted):
-                reply = error_reply(refusal, exchange.scope)
+                reply = self._api.error_reply(refusal, exchange.scope)
             else:
-                reply = accepted_reply(services, job.job_id, "pending", job.record)
+                reply = accepted_reply(self._api.services, job.job_id, "pending", job.record)
             exchange.reply(reply)
         except Exception as error:
-            exchange.reply(error_reply(error, exchange.scope))
+            reply = self._api.error_reply(error, exchange.scope)
+            exchange.reply(reply)
+        seconds = self._api.clock() - started_at
+        if reply.status == _ACCEPTED:
+            path.accepted.observe(seconds)
+        else:
+            self._api.request_figures.answered(_key(path.template, reply.status), seconds)
 
     def _refusal(
         self, job: NewJob, submitted: "asyncio.Future[SubmitReply]"
@@ -110,3 +147,8 @@ class Express:
         return refused_submit_error(
             submitted.result(), job, services.config.policy, services.wait_reasons
         )
+
+
+def _key(path: str, status: int) -> RequestKey:
+    """That of a request which was answered here."""
+    return (_ROUTE.method, path, status, False)

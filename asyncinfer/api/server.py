@@ -5,6 +5,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from types import FrameType
 from typing import Any, Final, cast
 
@@ -25,21 +26,31 @@ _GRACE_SECONDS: Final = 5
 """The time for slow clients to read their answers; waiting clients are answered at once."""
 
 
-async def serve(config: ApiConfig, *, on_ready: Callable[[], None]) -> None:
+Beside = Callable[[Api], AbstractAsyncContextManager[None]]
+"""What runs beside the server, from when Redis was checked until the server has stopped."""
+
+
+async def serve(
+    config: ApiConfig, *, on_ready: Callable[[], None], beside: Beside | None = None
+) -> None:
     """Serves until SIGINT or SIGTERM; returns once open requests are answered, at most 5 s later.
     `on_ready` is called once connections are accepted. Raises StartError if the address is taken or
     Redis cannot be used."""
     with contextlib.closing(listen(config.host, config.port)) as listener:
-        await serve_on(listener, config, on_ready=on_ready)
+        await serve_on(listener, config, on_ready=on_ready, beside=beside)
 
 
 async def serve_on(
-    listener: socket.socket, config: ApiConfig, *, on_ready: Callable[[], None]
+    listener: socket.socket,
+    config: ApiConfig,
+    *,
+    on_ready: Callable[[], None],
+    beside: Beside | None = None,
 ) -> None:
     """`serve` on a socket that is already bound."""
     app = create_app(config)
     try:
-        async with app.lifespan():
+        async with app.lifespan(), beside(app) if beside else contextlib.nullcontext():
             await Server(app, config, on_ready=on_ready).serve(sockets=[listener])
     finally:
         if config.tracing:
@@ -72,6 +83,7 @@ class Server(uvicorn.Server):
             header_bytes=config.max_header_bytes,
             connections=config.max_connections,
             idle_seconds=self.config.timeout_keep_alive,
+            on_refusal=app.request_figures.refused,
         )
 
     def _connect(self, **_: Any) -> Connection:

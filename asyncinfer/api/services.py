@@ -6,6 +6,7 @@ from msgspec import Struct
 from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.figures import RequestFigures
 from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
@@ -29,6 +30,7 @@ class Services(Struct, frozen=True, kw_only=True):
     tasks."""
 
     config: ApiConfig
+    request_figures: RequestFigures
     store: Store
     submissions: Submissions
     announcements: Announcements

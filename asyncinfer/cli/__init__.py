@@ -46,10 +46,10 @@ def _find_command(arguments: list[str]) -> Callable[[], int]:
             from asyncinfer.cli.serve.work import work_from_environment
 
             return work_from_environment
-        case ["api-process", held_fd, report_fd, own_worker_since_ms]:
+        case ["api-process", *numbers]:
             from asyncinfer.cli.serve.api_process import api_process
 
-            return lambda: api_process(int(held_fd), int(report_fd), int(own_worker_since_ms))
+            return lambda: api_process(*map(int, numbers))
         case _:
             from asyncinfer.cli.commands import parse_and_run
 

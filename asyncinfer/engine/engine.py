@@ -1,5 +1,6 @@
 """A loaded version of a model: its sessions, its signature, and whether its jobs share runs."""
 
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -32,7 +33,11 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, signature: Signature, timeout_seconds: float | None = None
+        self,
+        runner: Runner,
+        signature: Signature,
+        timeout_seconds: float | None = None,
+        probe_seconds: float = 0.0,
     ) -> None:
         self.run = runner.run
         self.provider = runner.provider
@@ -42,6 +47,8 @@ class Engine:
         """How its jobs share a run; None if they do not."""
         self.timeout_seconds = timeout_seconds
         """How long one run may take; None if `model.toml` does not say."""
+        self.probe_seconds = probe_seconds
+        """How long it took to learn the signature and to probe the model."""
 
     @classmethod
     def load(
@@ -64,6 +71,7 @@ class Engine:
         sessions, sha256 = open_sessions(
             file, intra_op_threads=intra_op_threads, allow_custom_ops=allow_custom_ops
         )
+        opened_at = time.perf_counter()
         onnx = read_graph(file)
         graph = onnx.graph if onnx else None
         signature = signatures.describe(file, sessions[0], sha256, graph)
@@ -77,7 +85,8 @@ class Engine:
         signature = _with_verdict(signature, verdict)
         signatures.check_rows(signature, file)
         signature = examples.with_example(signature, file, runner.run, probe_seconds)
-        return cls(runner, signature, file.config.limits.timeout_seconds)
+        taken_seconds = time.perf_counter() - opened_at
+        return cls(runner, signature, file.config.limits.timeout_seconds, taken_seconds)
 
 
 def _with_verdict(signature: Signature, verdict: BatchingVerdict) -> Signature:

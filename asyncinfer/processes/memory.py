@@ -21,6 +21,16 @@ def usable_bytes(root: Path = _ROOT) -> int:
     return min(machine, group_limit_bytes(root) or machine)
 
 
+def resident_bytes(root: Path = _ROOT) -> int | None:
+    """The memory of this process that is in RAM; None where the system does not say. `root` is as
+    in `usable_bytes`."""
+    try:
+        pages = int((root / "proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def group_limit_bytes(root: Path = _ROOT) -> int | None:
     """The memory that the control group of this process and those above it allow, version 2 or 1;
     None without a limit. `root` is as in `usable_bytes`."""

@@ -20,6 +20,7 @@ from asyncinfer.errors import (
     WritesRefused,
     WrongKeyType,
 )
+from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.processes.outage import RedisReport
 from asyncinfer.repository import keys
@@ -73,9 +74,11 @@ class BlockingConnection:
 
     _MARGIN_SECONDS: Final = 1.0
 
-    def __init__(self, client: Redis, report: RedisReport | None = None) -> None:
-        """Its failures are noted in `report`, those that `close` causes excepted."""
+    def __init__(self, client: Redis, errors: Counts, report: RedisReport | None = None) -> None:
+        """Its failures are added to `errors`, those of the store, and noted in `report`, those that
+        `close` causes excepted."""
         self._client = client
+        self._errors = errors
         self._report = report
         self._link = new_link(client)
         self._skipped_until: dict[str, float] = {}
@@ -145,6 +148,7 @@ class BlockingConnection:
                 await self._link.disconnect()
             failure = translate(error)
             if not self.closed:
+                self._errors.add((failure.code,))
                 note_failure(self._report, failure)
             raise failure from error
         if self._report:
@@ -177,6 +181,8 @@ class Store:
         self.policy = policy
         self.name = name
         self.call_seconds = call_seconds
+        self.errors = Counts()
+        """By code, the calls that Redis did not answer, or refused."""
         self.functions = Functions(queue_name)
         self._client = endpoint.client(name)
         # A copy, since a ClientLink clears those of the client.
@@ -221,7 +227,7 @@ class Store:
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
-        return BlockingConnection(self.endpoint.client(self.name), self.report)
+        return BlockingConnection(self.endpoint.client(self.name), self.errors, self.report)
 
     @property
     def moved_at(self) -> float:
@@ -356,11 +362,12 @@ class Store:
             self.report.outage.answered()
         return reply
 
-    async def _failure(self, error: Exception) -> Exception:
+    async def _failure(self, error: Exception) -> StorageFull | RedisUnavailable:
         """What to raise for an error of a call. As a local variable of the frame that raises it, it
         would keep the call's arguments in memory until the garbage collector finds the cycle."""
         failure = await self._translate(error)
         if not self._is_closed:
+            self.errors.add((failure.code,))
             note_failure(self.report, failure)
         return failure
 

@@ -15,6 +15,7 @@ from asyncinfer.errors import (
     WritesRefused,
 )
 from asyncinfer.jobs import Options, Record, Status, encode_record
+from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.intake import call_submit
@@ -149,6 +150,8 @@ class Submissions:
     """Submits, reads and watches jobs. Submits of one event loop tick share a script call."""
 
     def __init__(self, store: Store) -> None:
+        self.accepted = Counts()
+        """By model, the jobs that Redis has stored."""
         self._store = store
         self._tick: _Tick | None = None
         self._arrived = asyncio.Event()
@@ -215,6 +218,7 @@ class Submissions:
             )
         reply = await call_submit(self._store, queue, args, before_send)
         self._store.note_denied_submit(None)
+        self.accepted.add((jobs[0].record.model,), reply.count(b"ok"))
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> list[SubmitReply | RequestError]:

@@ -17,6 +17,8 @@ from msgspec import Struct
 from asyncinfer.engine import Engine
 from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
+from asyncinfer.monitoring.page import MetricsPage, WriteText
+from asyncinfer.monitoring.port import open_listener
 from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
@@ -24,12 +26,14 @@ from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.unserved_models import UnservedModels
 from asyncinfer.timeouts import set_within
+from asyncinfer.worker.families import metrics_text
+from asyncinfer.worker.figures import WorkerFigures, WorkerMetrics
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.crash_guard import CrashGuard
 from asyncinfer.worker.models.engine_cache import CacheBounds, EngineCache
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.models.source import ModelSource
-from asyncinfer.worker.monitor import Metrics, Monitor, open_listener, serve_monitor
+from asyncinfer.worker.monitor import serve_monitor
 from asyncinfer.worker.worker import Worker, WorkerConfig
 
 if TYPE_CHECKING:
@@ -82,12 +86,13 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
             ),
             allow_custom_ops=config.allow_custom_ops,
         )
-        cache = EngineCache(guard, config.bounds)
+        figures = WorkerFigures()
+        cache = EngineCache(figures.measured(guard), config.bounds)
         library = Library(config.source, cache, allow_custom_ops=config.allow_custom_ops)
         library.open()
         # With the default of 5 ms a thread that renders results delays the loop's next call.
         sys.setswitchinterval(_SWITCH_SECONDS)
-        code = _exit_code(_work(config, library, listener, on_step))
+        code = _exit_code(_work(config, library, figures, listener, on_step))
     if config.tracing:
         config.tracing.close()
     if code or cache.is_loading:
@@ -103,7 +108,7 @@ def _opened_listener(config: WorkerProcessConfig) -> AbstractContextManager[sock
     be opened."""
     if config.monitor_port is None:
         return contextlib.nullcontext()
-    return contextlib.closing(open_listener(config.monitor_host, config.monitor_port))
+    return contextlib.closing(open_listener(config.monitor_host, config.monitor_port, "MONITOR"))
 
 
 def _exit_code(work: Coroutine[Any, Any, int]) -> int:
@@ -122,6 +127,7 @@ def _exit_code(work: Coroutine[Any, Any, int]) -> int:
 async def _work(
     config: WorkerProcessConfig,
     library: Library,
+    figures: WorkerFigures,
     listener: socket.socket | None,
     on_step: Callable[[Step], None],
 ) -> int:
@@ -149,11 +155,11 @@ async def _work(
             on_step,
             default_is_set=config.default_model is not None,
             tracing=config.tracing,
+            figures=figures,
         )
         monitor.why_not_ready = worker.why_not_ready
+        monitor.metrics = MetricsPage(partial(_read_metrics, worker, library, store, config))
         async with asyncio.TaskGroup() as group:
-            if listener:
-                group.create_task(_serve_metrics(monitor, worker, library))
             drain_task = group.create_task(_drain_when(stopping, worker))
             code = await worker.run()
             drain_task.cancel()
@@ -199,28 +205,21 @@ async def agree_on_default_model(store: Store, configured: str | None) -> str | 
     return configured
 
 
-async def _serve_metrics(monitor: Monitor, worker: Worker, library: Library) -> None:
-    """Lets the monitor answer /metrics, as soon as the library for that is imported."""
-    monitor.metrics = await asyncio.to_thread(_metrics, worker, library)
-
-
-def _metrics(worker: Worker, library: Library) -> Metrics:
-    """The metrics of this worker, read anew for each request. Blocks for the import, so it is
-    called in a thread."""
-    # Imported late: it takes a tenth of a second, and a worker without the port needs no metrics.
-    from asyncinfer.worker import metrics
-
-    def read_values() -> metrics.MetricValues:
-        """The present figures, in one record."""
-        return metrics.MetricValues(
-            served=list(library.table.uncontested_signatures().values()),
-            refused=sorted(library.table.problems()),
-            loaded=len(library.cache.labels),
-            runs=worker.runner.times.sums(),
-            ended=worker.finisher.verdict_counts,
-        )
-
-    return metrics.Metrics(read_values)
+async def _read_metrics(
+    worker: Worker, library: Library, store: Store, config: WorkerProcessConfig
+) -> WriteText:
+    """Reads the present figures of this worker; returns what writes them, in a thread."""
+    values = WorkerMetrics(
+        served=list(library.table.uncontested_signatures().values()),
+        refused=sorted(library.table.problems()),
+        loaded=len(library.cache.labels),
+        loaded_bytes=library.cache.size_bytes,
+        slots=config.worker.concurrency,
+        busy=worker.busy_slots,
+        counts={**worker.figures.counts(), "asyncinfer_redis_errors": dict(store.errors)},
+        histograms=worker.figures.histograms(),
+    )
+    return partial(metrics_text, values)
 
 
 async def _drain_when(stopping: asyncio.Event, worker: Worker) -> None:

@@ -36,6 +36,7 @@ from asyncinfer.worker import execution
 from asyncinfer.worker.claiming.claim_waiter import ClaimWaiter
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.claiming.control_listener import ControlListener
+from asyncinfer.worker.figures import WorkerFigures
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
 from asyncinfer.worker.lease_renewer import LeaseRenewer
 from asyncinfer.worker.models.announcer import Announcer, WorkerStatus, announce_forever
@@ -112,10 +113,12 @@ class Worker:
         *,
         default_is_set: bool = False,
         tracing: "Tracing | None" = None,
+        figures: WorkerFigures | None = None,
     ) -> None:
         """`default_model` None: it is not known yet. `default_is_set`: whether it was configured
-        for this worker. `tracing` None: no spans are made. Takes over the callbacks of the library,
-        which must be open."""
+        for this worker. `tracing` None: no spans are made. `figures` are those that already count
+        its loads. Takes over the callbacks of the library, which must be open."""
+        self.figures = figures or WorkerFigures()
         self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.is_hung = False
         """Whether a run did not stop, so that its thread is lost and the process must end."""
@@ -167,6 +170,7 @@ class Worker:
             prediction_timeout_seconds=config.prediction_timeout_seconds,
             hang_grace_seconds=config.hang_grace_seconds,
             on_step=on_step,
+            figures=self.figures,
             spans=self._spans,
         )
         self._failed_jobs = FailedJobsLog(self.worker_id, self._queues.model_of)
@@ -179,6 +183,7 @@ class Worker:
             start_task=lambda work: self._group.create_task(work),
             failed_jobs=self._failed_jobs,
             on_step=on_step,
+            on_stored=self._count_stored,
             spans=self._spans,
         )
         self._control_listener = ControlListener(store, self._on_control_message)
@@ -293,7 +298,7 @@ class Worker:
             "pid": os.getpid(),
             "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
-            "busy": len(self._held.by_token),
+            "busy": self.busy_slots,
             "state": self._state(),
             "jobs_done": self.finisher.jobs_done(),
             "seconds_per_job": self._job_times.seconds_per_job(),
@@ -305,6 +310,11 @@ class Worker:
         hold jobs."""
         if kind in ("cancel", "expire"):
             self._held.check_job(job_id)
+
+    @property
+    def busy_slots(self) -> int:
+        """How many slots have a claim."""
+        return len(self._held.by_token)
 
     def _redis_answered(self) -> None:
         """Notes for `why_not_ready` that Redis has answered now."""
@@ -385,6 +395,8 @@ class Worker:
             self._spans.claimed(held)
         try:
             prepared = await self.runner.prepare(held.claim)
+            model = self._queues.model_of(held.claim.queue)
+            self.figures.claimed(model, held.claim.jobs, held.started_ms)
             finished += [
                 await self._outcome_of_refused(held, job, error) for job, error in prepared.refused
             ]
@@ -436,6 +448,12 @@ class Worker:
             return False
         except RedisUnavailable:
             return True
+
+    def _count_stored(
+        self, held: HeldClaim, outcomes: Sequence[JobOutcome], verdicts: Sequence[str]
+    ) -> None:
+        """Counts outcomes of jobs, which Redis has stored or discarded."""
+        self.figures.stored(self._queues.model_of(held.claim.queue), outcomes, verdicts)
 
     def _note_seconds_per_job(self, held: HeldClaim) -> None:
         """Notes how long the claim occupied its slot, up to now, when its outcomes are stored. Time

@@ -6,12 +6,13 @@ import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
 import redis
 
+from asyncinfer.api.app import Api
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.http.connection import Connection
 from asyncinfer.api.http.exchange import Exchange
@@ -136,6 +137,26 @@ class TwoApis:
             assert short == ordinary, parts
         return short
 
+    async def leave_after(self, sent: bytes) -> None:
+        """Sends the begin of a request to both, and leaves once it was read."""
+        for server, port in self._servers:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            name = name_of(writer)
+            await eventually(lambda s=server, n=name: _has_read_a_head(s, n), "the head is read")  # type: ignore[misc]
+            writer.transport.abort()
+
+    def has_counted(self, requests: int) -> bool:
+        """Whether each has counted so many requests."""
+        apis = (cast(Api, server.config.app) for server, _ in self._servers)
+        return all(sum(_counts_of(api).values()) == requests for api in apis)
+
+    def counts(self) -> dict[str, int]:
+        """What both have counted of requests, submits and refusals, which must be equal."""
+        short, ordinary = (_counts_of(cast(Api, server.config.app)) for server, _ in self._servers)
+        assert short == ordinary
+        return short
+
     async def _answer(self, server: Server, port: int, parts: tuple[bytes, ...]) -> bytes:
         """All that the API answers, without dates and ids."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -154,6 +175,17 @@ class TwoApis:
             return b"reset"
         finally:
             writer.close()
+
+
+def _counts_of(api: Api) -> dict[str, int]:
+    """By name and labels, without what is 0."""
+    figures = api.figures()
+    requests = figures.histograms["asyncinfer_request_seconds"]
+    found = {" ".join(key): sum(histogram.counts) for key, histogram in requests.items()}
+    for name in ("asyncinfer_submits", "asyncinfer_refusals"):
+        for labels, count in figures.counts[name].items():
+            found[" ".join((name, *labels))] = int(count)
+    return {key: count for key, count in found.items() if count}
 
 
 def _has_read_a_head(server: Server, client: tuple[str, int]) -> bool:
@@ -201,6 +233,31 @@ async def test_both_ways_give_the_same_answers_byte_by_byte(two_apis: TwoApis) -
     async with asyncio.TaskGroup() as group:
         for sent in _corpus():
             group.create_task(compare(sent))
+    two_apis.counts()
+
+
+async def test_each_submit_is_counted_once_by_either_way(two_apis: TwoApis) -> None:
+    unknown, invalid = with_body(BODY, path=b"/predict/nothing"), with_body(b'{"data":[[1]]}')
+    for sent in (USUAL, MODEL, USUAL * 3, unknown, invalid):
+        await two_apis.assert_equal_answers(sent)
+    assert two_apis.counts() == {
+        "POST /predict 202 no": 2 * 4,
+        "POST /predict/{model} 202 no": 2,
+        "POST /predict/{model} 404 no": 2,
+        "POST /predict 422 no": 2,
+        "GET /health/live 200 no": 2 * 5,
+        "asyncinfer_submits iris": 2 * 5,
+        "asyncinfer_refusals model_not_found": 2,
+        "asyncinfer_refusals invalid_input": 2,
+    }
+
+
+async def test_a_client_that_leaves_before_the_end_of_its_body_is_counted_by_either_way(
+    two_apis: TwoApis,
+) -> None:
+    await two_apis.leave_after(USUAL[:-1])
+    await eventually(lambda: two_apis.has_counted(1), "both have counted it")
+    assert two_apis.counts() == {"POST /predict 499 no": 1}
 
 
 @pytest.mark.parametrize("refusal", ["full", "takes no writes", "silent"])
@@ -221,7 +278,15 @@ async def test_both_ways_give_the_same_reason_for_a_job_that_is_not_accepted(
             finally:
                 server.config_set("min-replicas-to-write", "0")
                 proxy.restore()
-    assert answers.startswith(b"HTTP/1.1 429 " if refusal == "full" else b"HTTP/1.1 503 ")
+            counts = apis.counts()
+    status, code = {
+        "full": ("429", "queue_full"),
+        "takes no writes": ("503", "too_few_replicas"),
+        "silent": ("503", "redis_unavailable"),
+    }[refusal]
+    assert answers.startswith(f"HTTP/1.1 {status} ".encode())
+    assert counts[f"POST /predict {status} no"] == counts[f"asyncinfer_refusals {code}"] == 2
+    assert "asyncinfer_submits iris" not in counts
 
 
 @pytest.mark.parametrize("sent", [USUAL, MODEL], ids=["default model", "named model"])

@@ -3,8 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +35,7 @@ from .harness import (
     signature,
     submit,
 )
+from .refusals import REFUSALS, refusing
 
 READY: Final = {"status": "ok", "accepting": True}
 
@@ -149,32 +149,6 @@ async def test_an_api_that_stops_is_not_ready(config: ApiConfig, store: Store) -
         assert (await client.get("/health/ready")).status_code == 200
         await app.stop_waiting()
         assert_problem(await client.get("/health/ready"), 503, "server_stopping")
-
-
-@contextmanager
-def refusing(server: Any, begin: Sequence[str], end: Sequence[str]) -> Iterator[None]:
-    """Runs one command before the block and another one after it."""
-    server.execute_command(*begin)
-    try:
-        yield
-    finally:
-        server.execute_command(*end)
-
-
-def configured(name: str, value: str) -> tuple[Sequence[str], Sequence[str]]:
-    return ("CONFIG", "SET", name, value), ("CONFIG", "SET", name, "0")
-
-
-REFUSALS: Final = {
-    "storage_full": configured("maxmemory", "1mb"),
-    "too_few_replicas": configured("min-replicas-to-write", "1"),
-    "redis_read_only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
-    "redis_permission_denied": (
-        ("ACL", "SETUSER", "default", "-fcall", "-eval", "-evalsha"),
-        ("ACL", "SETUSER", "default", "+@all"),
-    ),
-}
-"""The commands that begin and end each state, by its code."""
 
 
 @pytest.mark.parametrize("code", REFUSALS)

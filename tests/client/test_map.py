@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import redis
 
 from asyncinfer.client import (
     AsyncClient,
@@ -255,6 +256,23 @@ def test_a_map_goes_through_a_server_that_keeps_jobs_for_less_than_a_day(
         assert started(client, "short") == ran
         with pytest.raises(InvalidInput, match=r"3601 s is longer .* 3600 s at most.*MAX_TTL"):
             next(client.map(rows, ttl_seconds=3601, progress=False))
+
+
+def test_the_jobs_of_a_map_that_cannot_be_resumed_are_kept_for_an_hour(
+    shipped_models: Path, redis_url: str, server: redis.Redis
+) -> None:
+    rows = iris_rows(20).tolist()
+    with (
+        service(shipped_models / "iris", redis_url=redis_url) as running,
+        Client(running.url) as client,
+    ):
+        list(client.map(rows, progress=False))
+        kept = [server.ttl(key) for key in server.scan_iter("job:*:result")]
+        list(client.map(rows, group="named", progress=False))
+        (named,) = client.jobs(group="named")
+
+    assert kept == [pytest.approx(3600, abs=60)]
+    assert server.ttl(f"job:{named.id}:result") == pytest.approx(24 * 3600, abs=60)
 
 
 def test_a_map_left_early_cancels_what_waits_and_is_resumed(client: Client) -> None:

@@ -138,9 +138,7 @@ def test_a_probe_requests_an_existing_route_on_an_open_port(name: str, probe: st
     read = settings_of(name)
     if name == "asyncinfer-work":
         assert port["containerPort"] == read.monitor_port
-        monitor = Monitor()
-        monitor.why_not_ready = lambda: None
-        assert monitor.answer("GET", http_get["path"]).status == 200
+        assert http_get["path"] in Monitor().pages
     else:
         assert port["containerPort"] == read.port
         assert http_get["path"] in {route.path for route in ROUTES if route.scope is None}
@@ -197,6 +195,25 @@ def test_a_service_targets_a_port_that_its_pods_open() -> None:
         if closed:
             offenders[name_of(service)] = closed
     assert offenders == {}
+
+
+def test_each_pod_is_scraped_on_its_port_for_metrics() -> None:
+    scraped = {
+        monitor["metadata"]["name"]: endpoint["port"]
+        for monitor in MANIFESTS
+        if monitor["kind"] == "PodMonitor"
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]
+    }
+    opened = {
+        name: {port["containerPort"]: port["name"] for port in container_of(name)["ports"]}
+        for name in OURS
+    }
+    serve, work = map(settings_of, OURS)
+    assert (serve.metrics_host, work.monitor_host) == ("0.0.0.0", "0.0.0.0")
+    assert scraped == {
+        "asyncinfer-serve": opened["asyncinfer-serve"][serve.metrics_port or 0],
+        "asyncinfer-work": opened["asyncinfer-work"][work.monitor_port or 0],
+    }
 
 
 def test_the_example_secret_has_every_key_that_is_referenced() -> None:

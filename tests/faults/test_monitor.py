@@ -106,7 +106,7 @@ async def test_prometheus_reads_the_models_of_a_worker_and_its_finished_jobs(
 
         async def failed_job_is_counted() -> bool:
             metrics.update(await probe.metrics())
-            return metrics["asyncinfer_jobs_total", "failed"] == 1
+            return metrics.get(("asyncinfer_jobs_total", "model_failed", "picky", "failed")) == 1
 
         await eventually(failed_job_is_counted, "the failed job is counted", 5)
         assert await worker.stop() == 0
@@ -118,9 +118,20 @@ async def test_prometheus_reads_the_models_of_a_worker_and_its_finished_jobs(
     assert batching.startswith("off: model.toml says so; ")
     assert metrics["asyncinfer_model_refused", "broken", "1"] == 1
     assert metrics[("asyncinfer_models_loaded",)] == 2
-    assert metrics["asyncinfer_run_seconds_count", "slow", "8"] == 1
-    assert 0.001 < metrics["asyncinfer_run_seconds_sum", "slow", "8"] < 1
-    assert metrics["asyncinfer_jobs_total", "completed"] == 5
+    assert metrics[("asyncinfer_models_loaded_bytes",)] > 0
+    assert metrics["asyncinfer_model_loads_total", "slow", "loaded"] == 1
+    assert metrics["asyncinfer_model_loads_total", "broken", "refused"] == 1
+    loading = metrics["asyncinfer_model_load_seconds_sum", "slow"]
+    assert 0 < metrics["asyncinfer_model_probe_seconds_sum", "slow"] < loading
+    assert metrics["asyncinfer_run_seconds_count", "slow"] == 1
+    assert 0.001 < metrics["asyncinfer_run_seconds_sum", "slow"] < 1
+    assert metrics["asyncinfer_run_rows_sum", "slow"] == 5
+    assert metrics["asyncinfer_run_rows_bucket", "4", "slow"] == 0
+    assert metrics["asyncinfer_run_rows_bucket", "8", "slow"] == 1
+    assert metrics["asyncinfer_job_wait_seconds_count", "slow"] == 5
+    # They were submitted before the worker was started.
+    assert metrics["asyncinfer_job_wait_seconds_sum", "slow"] > 5 * loading
+    assert metrics["asyncinfer_jobs_total", "", "slow", "completed"] == 5
     assert metrics[("process_resident_memory_bytes",)] > 0
     assert_at_rest(server, slow.queue, picky.queue)
 

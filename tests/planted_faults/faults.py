@@ -555,4 +555,87 @@ FAULTS: Final = (
         ("tests/faults/test_slow_links.py::test_a_small_submit_passes_beside_large_results",),
         only_soak=True,
     ),
+    # --- metrics
+    Fault(
+        "what_a_killed_process_has_counted_is_dropped",
+        "asyncinfer/api/process_figures.py",
+        "self._ended.add(Figures(figures.counts, figures.histograms))",
+        "self._ended.add(Figures())",
+        (
+            "tests/processes/test_process_metrics.py::test_what_a_killed_process_has_counted_stays_and_what_it_held_goes",
+        ),
+    ),
+    Fault(
+        "a_repeated_submit_is_counted_again",
+        "asyncinfer/repository/submissions.py",
+        'reply.count(b"ok")',
+        "len(jobs)",
+        (
+            "tests/api/test_metrics.py::test_accepted_jobs_and_refusals_are_counted_also_of_bulk_lines",
+        ),
+    ),
+    Fault(
+        "any_name_in_redis_becomes_a_label",
+        "asyncinfer/api/families.py",
+        "is_own = found.is_announced and found.model is not None",
+        "is_own = found.model is not None",
+        ("tests/api/test_metrics.py::test_models_that_nobody_announced_share_one_label",),
+    ),
+    Fault(
+        "submits_of_the_short_way_are_not_counted",
+        "asyncinfer/api/express.py",
+        "path.accepted.observe(seconds)",
+        "pass",
+        ("tests/api/test_express.py::test_each_submit_is_counted_once_by_either_way",),
+    ),
+    Fault(
+        "refusals_of_the_short_way_are_not_counted_as_requests",
+        "asyncinfer/api/express.py",
+        "self._api.request_figures.answered(_key(path.template, reply.status), seconds)",
+        "pass",
+        (
+            "tests/api/test_express.py::test_both_ways_give_the_same_reason_for_a_job_that_is_not_accepted",
+        ),
+    ),
+    Fault(
+        "a_client_that_leaves_the_short_way_is_not_counted",
+        "asyncinfer/api/http/connection.py",
+        "if self._finish and self._answering:",
+        "if False:",
+        (
+            "tests/api/test_express.py::test_a_client_that_leaves_before_the_end_of_its_body_is_counted_by_either_way",
+        ),
+    ),
+    Fault(
+        "errors_of_requests_are_not_counted",
+        "asyncinfer/api/app.py",
+        "self.request_figures.refused(error.code)",
+        "pass",
+        ("tests/api/test_express.py::test_each_submit_is_counted_once_by_either_way",),
+    ),
+    Fault(
+        "a_redis_that_takes_no_jobs_looks_well_in_the_metrics",
+        "asyncinfer/repository/inspect/overview.py",
+        "return await why_no_jobs(store) is None",
+        "return True",
+        (
+            "tests/api/test_metrics.py::test_while_redis_takes_no_jobs_the_metrics_say_so_and_count_why",
+        ),
+    ),
+    Fault(
+        "a_permission_that_another_process_lacks_is_not_in_the_metrics",
+        "asyncinfer/api/families.py",
+        "overview.is_accepting and not is_denied",
+        "overview.is_accepting",
+        (
+            "tests/api/test_metrics.py::test_a_permission_that_only_jobs_need_is_missed_also_by_the_port_of_another_process",
+        ),
+    ),
+    Fault(
+        "labels_have_no_bound",
+        "asyncinfer/monitoring/counts.py",
+        "elif len(self) < MAX_SERIES:",
+        "elif True:",
+        ("tests/monitoring/test_exposition.py::test_labels_beyond_the_bound_share_one_series",),
+    ),
 )

@@ -309,7 +309,7 @@ def stand_in_plan(folder: Path, word: str) -> ApiProcessPlan:
     (folder / "word").write_text(word)
     return ApiProcessPlan(
         count=2,
-        command=lambda fd: (sys.executable, "-c", STAND_IN, str(folder), str(fd)),
+        command=lambda fd, _: (sys.executable, "-c", STAND_IN, str(folder), str(fd)),
         environ=os.environ,
     )
 

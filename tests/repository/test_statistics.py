@@ -7,7 +7,9 @@ import pytest
 
 from asyncinfer.jobs import encode_record, record_seq
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
+from asyncinfer.repository.inspect.overview import read_overview
 from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs, percentiles
@@ -313,3 +315,25 @@ async def test_jobs_of_every_kind_are_encodable(
 ) -> None:
     await hands.submit(new_job(tenant="t"), new_job(priority="low"))
     assert msgspec.json.decode(msgspec.json.encode(await observation.queues()))
+
+
+async def test_an_overview_takes_six_calls_and_one_for_each_40_models(
+    store: Store, hands: QueueDriver
+) -> None:
+    models = [f"model-{number}" for number in range(200)]
+    queues = [keys.queue(Q, model, None) for model in models]
+    await Announcements(store).announce_models({model: {"1": b"{}"} for model in models})
+    await Announcements(store).announce_queues(queues)
+    await read_overview(store)
+    hands.redis.config_resetstat()
+    overview = await read_overview(store)
+    assert overview.loads
+    assert len(overview.loads.queues) == 201
+    assert overview.is_accepting
+    assert overview.used_bytes > 0
+    stats = hands.redis.info("commandstats")
+    # Empty queues, so that of the scripts only that of submits calls one of these.
+    commands = ("fcall", "smembers", "mget", "info")
+    assert {name: stats[f"cmdstat_{name}"]["calls"] for name in commands} == {
+        **{"fcall": 7, "smembers": 2, "mget": 3, "info": 1}
+    }

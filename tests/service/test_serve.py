@@ -99,6 +99,18 @@ def test_a_public_address_without_keys_is_refused(
     assert all(word in message for word in ("keygen", "API_KEYS", "--insecure"))
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_metrics_port_in_use_is_refused(
+    processes: str, capsys: pytest.CaptureFixture[str], redis_url: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        where = ("--redis-url", redis_url, "--port", str(free_port()), "--metrics-port", port)
+        message = refusal(capsys, "serve", *where, "--api-processes", processes)
+    assert f"Cannot listen on 127.0.0.1:{port}" in message
+    assert "METRICS_PORT" in message
+
+
 def test_work_without_a_redis_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "work")
 

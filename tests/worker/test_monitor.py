@@ -1,21 +1,24 @@
 """The monitor port of a worker: health, metrics, and requests that are malformed or too slow."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
-from socket import socket
+from socket import create_connection, socket
 
 import msgspec
 import pytest
 
 from asyncinfer.cli import main
-from asyncinfer.worker.monitor import Monitor, open_listener, serve_monitor
+from asyncinfer.monitoring.port import Answer, open_listener, serve_pages
+from asyncinfer.worker.monitor import Monitor, serve_monitor
 from tests.api.harness import hosted, raw_exchange
+from tests.faults.harness import eventually
 
 
 @pytest.fixture
 def listener() -> Iterator[socket]:
-    with closing(open_listener("127.0.0.1", 0)) as listener:
+    with closing(open_listener("127.0.0.1", 0, "MONITOR")) as listener:
         yield listener
 
 
@@ -98,6 +101,33 @@ async def test_silent_connections_do_not_keep_a_probe_out(port: int) -> None:
         assert await silent[0][0].read() == b""
     for _, writer in silent:
         writer.close()
+
+
+async def test_a_client_that_does_not_read_its_answer_is_disconnected(
+    listener: socket, port: int
+) -> None:
+    async def large_page() -> Answer:
+        return Answer(200, bytes(32 << 20))
+
+    async with hosted(serve_pages(listener, {"/metrics": large_page}, head_seconds=0.1)):
+        with closing(create_connection(("127.0.0.1", port))) as client:
+            open_files = len(os.listdir("/proc/self/fd"))
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            await eventually(
+                lambda: len(os.listdir("/proc/self/fd")) == open_files + 1, "it is accepted"
+            )
+            await eventually(lambda: len(os.listdir("/proc/self/fd")) == open_files, "it is closed")
+
+
+async def test_an_unexpected_error_of_a_page_is_a_problem_and_in_the_log(
+    listener: socket, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken_page() -> Answer:
+        raise ArithmeticError("a bug")
+
+    async with hosted(serve_pages(listener, {"/metrics": broken_page})):
+        assert_problem(await send_request(port, "/metrics"), 500, "internal_error")
+    assert "ArithmeticError: a bug" in caplog.text
 
 
 def test_a_port_in_use_stops_the_start_and_says_what_to_do(

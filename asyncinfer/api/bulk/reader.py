@@ -129,6 +129,7 @@ class BulkReader:
             except _KeyRevoked:
                 pass
             except RequestError as error:
+                self._services.request_figures.refused(error.code)
                 self._add([problem_line(error, self._last_line + 1)], "")
             finally:
                 self._release_line()

@@ -37,16 +37,21 @@ class BatchSubmitter:
         answers: list[bytes | Due] = []
         for number, job in batch:
             if isinstance(job, RequestError):
-                answers.append(problem_line(job, number))
+                answers.append(self._refused(job, number))
                 continue
             submitted = self._submitted_job(job, next(remaining_outcomes), statuses)
             if isinstance(submitted, RequestError):
-                answers.append(problem_line(submitted, number))
+                answers.append(self._refused(submitted, number))
             elif self._wait_seconds is None:
                 answers.append(self._accepted(job, *submitted))
             else:
                 answers.append(Due(number, submitted[0]))
         return answers
+
+    def _refused(self, error: RequestError, number: int) -> bytes:
+        """The error of a line, which is counted, as the line of its answer."""
+        self._services.request_figures.refused(error.code)
+        return problem_line(error, number)
 
     def _accepted(self, job: NewJob, job_id: str, status: Status) -> bytes:
         """The 202 line of a job, which may have been submitted before under another id than

@@ -49,6 +49,8 @@ class ConnectionLimits(Struct, frozen=True, kw_only=True):
     connections: int
     idle_seconds: float
     """How long a connection is kept open between requests."""
+    on_refusal: Callable[[str], None] = lambda _: None
+    """Is called with the code of each error with which a connection itself answers."""
 
 
 class Registry(Protocol):
@@ -262,6 +264,9 @@ class Connection(asyncio.Protocol):
                 timer.cancel()
         self._abandon_all()
         self._waiting.clear()
+        if self._finish and self._answering:
+            # Its body never came. The application sees that, as for any other request.
+            self._start(self._answering)
         self.resume_writing()
         self._registry.connections.discard(self)
         # They refer to this object, which would otherwise wait for the garbage collector.
@@ -581,6 +586,7 @@ class Connection(asyncio.Protocol):
         closing."""
         if self._transport.is_closing():
             return
+        self._limits.on_refusal(error.code)
         reply = problem_reply(error)
         head = head_of(reply.status, (*header_block(reply), CONNECTION_CLOSE))
         self._send(head, reply.body)

@@ -79,7 +79,8 @@ class Inbox:
         self._submissions = submissions
         self._blocking = store.blocking_connection()
         self._tickets: dict[str, list[Ticket]] = {}
-        self._waiters = 0
+        self.waiters = 0
+        """How many requests wait for a job now."""
         self._sizes = AnswerSizes()
         """Of the jobs that it read."""
         self._read_to = b"0"
@@ -114,14 +115,14 @@ class Inbox:
         with this inbox. It is resolved with None at once if the API stops or has too many
         waiters."""
         ticket = Ticket(job_id, self._submissions)
-        if self.closing.is_set() or self._waiters >= _MAX_WAITERS:
+        if self.closing.is_set() or self.waiters >= _MAX_WAITERS:
             _resolve(ticket, None)
         self._tickets.setdefault(job_id, []).append(ticket)
-        self._waiters += 1
+        self.waiters += 1
         try:
             yield ticket
         finally:
-            self._waiters -= 1
+            self.waiters -= 1
             others = self._tickets[job_id]
             others.remove(ticket)
             if not others:

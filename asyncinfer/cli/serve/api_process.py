@@ -1,7 +1,9 @@
 """One of several API processes of a `serve`, which starts it."""
 
+import contextlib
 import os
 import socket
+from typing import TYPE_CHECKING
 
 from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, details
 from asyncinfer.cli.serve import configuration
@@ -12,13 +14,16 @@ from asyncinfer.processes.tuning import tune_for_start
 from asyncinfer.settings import Settings
 from asyncinfer.settings import read as read_settings
 
+if TYPE_CHECKING:
+    from asyncinfer.api.app import Api
 
-def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
+
+def api_process(held_fd: int, report_fd: int, figures_fd: int, own_worker_since_ms: int) -> int:
     """Serves at the address of the bound socket `held_fd` and returns the exit code.
 
     Reports on `report_fd` that it is ready, or why it cannot start; then it returns 2. Else it
-    serves until a signal and returns 0. `own_worker_since_ms` is in milliseconds since 1970, 0 if
-    the `serve` has no worker.
+    serves until a signal and returns 0. Sends its figures to `figures_fd`, if that is not -1.
+    `own_worker_since_ms` is in milliseconds since 1970, 0 if the `serve` has no worker.
     """
     tune_for_start()
     import anyio
@@ -29,7 +34,8 @@ def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
     set_up_logging("api", settings.log_level, settings.log_format)
     try:
         since_ms = own_worker_since_ms or None
-        anyio.run(_serve, settings, held_fd, report_fd, since_ms, backend_options=LOOP)
+        fds = (held_fd, report_fd, figures_fd)
+        anyio.run(_serve, settings, fds, since_ms, backend_options=LOOP)
     except (StartError, BaseExceptionGroup) as error:
         api_processes.report_refusal(report_fd, " ".join(details(error)))
         return EXIT_CANNOT_START
@@ -37,21 +43,29 @@ def api_process(held_fd: int, report_fd: int, own_worker_since_ms: int) -> int:
 
 
 async def _serve(
-    settings: Settings, held_fd: int, report_fd: int, own_worker_since_ms: int | None
+    settings: Settings, fds: tuple[int, int, int], own_worker_since_ms: int | None
 ) -> None:
-    """Serves until it is stopped, and reports on `report_fd` when requests can be answered.
+    """Serves until it is stopped, and reports when requests can be answered.
 
-    Closes `held_fd` at the end.
+    `fds` are those of the held socket, the report and the figures. Closes the first and the last
+    at the end.
     """
     from asyncinfer.api.http.sockets import bind_shared
     from asyncinfer.api.server import serve_on
+    from asyncinfer.monitoring.figures import encode_figures
     from asyncinfer.processes import api_processes
 
     def on_ready() -> None:
         tuning.tune_for_serving()
         api_processes.report_ready(report_fd)
 
+    def beside(app: "Api") -> contextlib.AbstractAsyncContextManager[None]:
+        if figures_fd < 0:
+            return contextlib.nullcontext()
+        return api_processes.sending_figures(figures_fd, lambda: encode_figures(app.figures()))
+
     assert settings.redis_url, "the parent sets REDIS_URL"
+    held_fd, report_fd, figures_fd = fds
     config = configuration.api_config(settings, settings.redis_url, own_worker_since_ms)
     with socket.socket(fileno=held_fd) as held, bind_shared(held) as listener:
-        await serve_on(listener, config, on_ready=on_ready)
+        await serve_on(listener, config, on_ready=on_ready, beside=beside)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asyncinfer.cli.addresses import is_loopback, shown_url
 from asyncinfer.cli.output import say
-from asyncinfer.cli.serve import configuration
+from asyncinfer.cli.serve import configuration, metrics
 from asyncinfer.cli.serve.banner import Banner
 from asyncinfer.cli.serve.leftovers import LeftoverCleaner
 from asyncinfer.cli.serve.log_setup import LOOP, Role, set_up_logging
@@ -104,7 +104,10 @@ async def _api(
         say(banner.text())
 
     config = configuration.api_config(settings, redis_url, cleaner.since_ms if cleaner else None)
-    await serve(config, on_ready=on_ready)
+    with metrics.listening(settings) as listener:
+        await serve(
+            config, on_ready=on_ready, beside=lambda app: metrics.serving_own(listener, app)
+        )
 
 
 async def _apis(
@@ -118,20 +121,29 @@ async def _apis(
     import anyio
 
     from asyncinfer.api.http.sockets import reserve
+    from asyncinfer.api.process_figures import ProcessFigures
     from asyncinfer.processes import api_processes
 
     since_ms = str(cleaner.since_ms if cleaner else 0)
-    with contextlib.closing(reserve(settings.host, settings.port)) as held:
+    figures = ProcessFigures() if settings.metrics_port else None
+    with (
+        contextlib.closing(reserve(settings.host, settings.port)) as held,
+        metrics.listening(settings) as listener,
+    ):
         held_fd = held.fileno()
         plan = api_processes.ApiProcessPlan(
             count=settings.api_processes,
-            command=lambda report_fd: _own_command(
-                "api-process", str(held_fd), str(report_fd), since_ms
+            command=lambda report_fd, figures_fd: _own_command(
+                "api-process", str(held_fd), str(report_fd), str(figures_fd), since_ms
             ),
             environ={**_child_environ(settings), "REDIS_URL": redis_url},
             keep_fds=(held_fd,),
+            figures=figures,
         )
-        async with api_processes.run_api_processes(plan, stop) as ready:
+        async with (
+            metrics.serving_sum(listener, settings, redis_url, figures),
+            api_processes.run_api_processes(plan, stop) as ready,
+        ):
             banner = await _read_banner(settings, cleaner, redis_url)
             await ready.wait()
             tuning.tune_for_serving()

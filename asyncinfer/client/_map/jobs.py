@@ -52,9 +52,12 @@ OnError = Literal["raise", "return"]
 _MAX_ROWS: Final = 256
 """The most rows of one job with batch="auto": larger jobs hardly save requests, and here a bad row
 does not hold up many."""
-_TTL_SECONDS: Final = 24 * 3600
-"""How long a map can be resumed without running its finished jobs again, if the server keeps jobs
-for so long."""
+_RESUMABLE_SECONDS: Final = 24 * 3600
+"""How long a map whose group has a name can be resumed without running its finished jobs again, if
+the server keeps jobs for so long."""
+_UNREAD_SECONDS: Final = 3600
+"""How long the jobs of any other map are kept, which nothing reads once the map has ended: the time
+that a caller may take between two results."""
 _QUEUE_FULL_SECONDS: Final = 600.0
 """How long a full queue is awaited."""
 _ONE_ROW_FAILURES: Final = frozenset(
@@ -105,11 +108,12 @@ def make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapP
     rows_are_inputs = _is_input(first, model)
     shares_jobs = _shares_jobs(model) and not rows_are_inputs
     rows_per_job = _rows_per_job(model, wanted.batch) if shares_jobs else 1
+    kept_seconds = _RESUMABLE_SECONDS if wanted.is_named else _UNREAD_SECONDS
     goes_as_lines = rows_per_job == 1 and is_json_value(first)
     return MapPlan(
         model=model,
         model_name=wanted.model,
-        options={"ttl_seconds": min(_TTL_SECONDS, model.max_ttl_seconds), **wanted.options},
+        options={"ttl_seconds": min(kept_seconds, model.max_ttl_seconds), **wanted.options},
         group=wanted.group,
         rows_are_inputs=rows_are_inputs,
         max_rows_per_job=rows_per_job,

@@ -154,7 +154,8 @@ def combine_load(
 
 def waits_since_ms(record: Record) -> int:
     """When a job began to wait: a requested delay is no waiting."""
-    return record.created_ms + int(record.options.delay_seconds * 1000)
+    delay_seconds = record.options.delay_seconds
+    return record.created_ms + int(delay_seconds * 1000) if delay_seconds else record.created_ms
 
 
 def readable_records(metas: Sequence[bytes]) -> Iterator[Record]:

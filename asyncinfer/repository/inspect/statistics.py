@@ -8,17 +8,14 @@ from msgspec import Struct
 from asyncinfer.jobs import Record
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import (
-    Announcements,
     WorkerAnnouncement,
     decode_worker_announcement,
 )
+from asyncinfer.repository.inspect.overview import read_loads
 from asyncinfer.repository.inspect.queue_load import (
     QueueLoad,
-    combine_load,
-    read_depths,
     readable_records,
     waits_since_ms,
-    workers_and_paces,
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
@@ -58,24 +55,12 @@ class Statistics:
         self._store = store
 
     async def queues(self) -> list[Queue]:
-        """The statistics of all queues, by name; leaves out a queue with a key of the wrong type,
-        and one without jobs whose model is not announced any more."""
-        store = self._store
-        queues = await store.queues()
-        default = await store.default_model()
-        announced = await Announcements(store).read_queues(default)
-        models = [keys.model_of(store.queue_name, queue, default) for queue in queues]
-        read = await read_depths(store, queues)
-        workers, paces = await workers_and_paces(
-            store, read.worker_ids, [model or "" for model in models]
-        )
-        tallies = await self._tallies(queues)
+        """The statistics of the queues that `read_loads` finds, by name."""
+        found = (await read_loads(self._store)).queues
+        tallies = await self._tallies([one.queue for one in found])
         return [
-            _queue(queue, model, combine_load(model or "", depth, workers, pace), tally)
-            for queue, model, depth, pace, tally in zip(
-                queues, models, read.depths, paces, tallies, strict=True
-            )
-            if depth is not None and (queue in announced or not depth.is_at_rest)
+            _queue(one.queue, one.model, one.load, tally)
+            for one, tally in zip(found, tallies, strict=True)
         ]
 
     async def workers(self) -> list[Worker]:

@@ -59,6 +59,11 @@ class EngineCache:
         """The loaded versions, the least recently used first."""
         return list(self._entries)
 
+    @property
+    def size_bytes(self) -> int:
+        """The total size of the files of the loaded versions."""
+        return sum(entry.size_bytes for entry in self._entries.values())
+
     def get(self, label: Label) -> Engine | None:
         """The engine if it is loaded, which then counts as the most recently used; None if it is
         not."""
@@ -144,9 +149,8 @@ class EngineCache:
 
     def _is_full(self) -> bool:
         """Whether more is loaded than the bounds allow."""
-        total_bytes = sum(entry.size_bytes for entry in self._entries.values())
         return len(self._entries) > self._bounds.max_models or (
-            0 < self._bounds.max_bytes < total_bytes
+            0 < self._bounds.max_bytes < self.size_bytes
         )
 
 

@@ -32,6 +32,9 @@ from asyncinfer.worker.running.spans import JobSpans
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
 
+OnStored = Callable[[HeldClaim, Sequence[JobOutcome], Sequence[str]], None]
+"""Is called with outcomes that were sent to Redis, and what it did with each."""
+
 StartTask = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
@@ -49,6 +52,7 @@ class Finisher:
         start_task: StartTask,
         failed_jobs: FailedJobsLog,
         on_step: Callable[[Step], None],
+        on_stored: OnStored,
         spans: JobSpans | None = None,
     ) -> None:
         """`start_task` starts a task that the worker waits for at its end; `spans` None: no end is
@@ -63,6 +67,7 @@ class Finisher:
         self._start_task = start_task
         self._failed_jobs = failed_jobs
         self._on_step = on_step
+        self._on_stored = on_stored
         self._spans = spans
         self._given_up = False
 
@@ -205,6 +210,7 @@ class Finisher:
     ) -> None:
         """Counts, logs and traces what the queue made of the outcomes."""
         self.verdict_counts.update(verdicts)
+        self._on_stored(held, outcomes, verdicts)
         for outcome, verdict in zip(outcomes, verdicts, strict=True):
             if outcome.outcome in ("failed", "dead") and verdict != "stale":
                 self._failed_jobs.note(held.claim.queue, outcome)

@@ -15,6 +15,7 @@ from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
 from asyncinfer.timeouts import done_within
 from asyncinfer.worker import execution
 from asyncinfer.worker.execution import Batch, ModelRef, Prepared
+from asyncinfer.worker.figures import WorkerFigures
 from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.output_sizes import OutputSizes
@@ -52,6 +53,7 @@ class BatchRunner:
         prediction_timeout_seconds: float,
         hang_grace_seconds: float,
         on_step: Callable[[Step], None],
+        figures: WorkerFigures,
         spans: JobSpans | None = None,
     ) -> None:
         """`model_of` gives the model of jobs in a queue that name none, None if there is none;
@@ -66,6 +68,7 @@ class BatchRunner:
         self._prediction_timeout_seconds = prediction_timeout_seconds
         self._hang_grace_seconds = hang_grace_seconds
         self._on_step = on_step
+        self._figures = figures
         self._spans = spans
         self._given_up = False
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="slot")
@@ -145,7 +148,9 @@ class BatchRunner:
             return []
         finally:
             held.run = None
-        self.times.add(signature.model, sum(batch.rows), seconds)
+        rows = sum(batch.rows)
+        self.times.add(signature.model, rows, seconds)
+        self._figures.ran(signature.model, rows, seconds)
         done, *unrendered = batch.split(len(bodies))
         waiting.extendleft(unrendered)
         self._output_sizes.note_run(
