@@ -22,7 +22,7 @@ DEFAULT_TENANT: Final = "default"
 """The tenant of jobs that were submitted without API keys, and of external jobs."""
 
 SCHEMA: Final = 1
-"""Version of the record. Fields are only ever added at its end, with a default.
+"""Version of the record. Fields are only ever added before `trace`, with a default.
 
 It is raised when a worker that does not know a field would run the job wrongly: such a worker
 releases the job to one that does. An older release that rewrites a record of its own version
@@ -140,6 +140,9 @@ class Record(Struct, frozen=True, array_like=True):
     """The SHA-256 of the model file that gave the result, in hex digits."""
     request_id: str = ""
     """The X-Request-ID of the submit; empty in records of earlier releases."""
+    idempotency_digest: str = ""
+    """A digest of tenant and Idempotency-Key, by which Redis holds the key; empty without a key and
+    in records of earlier releases."""
     trace: TraceContext | None = None
     """The span that submitted the job, in whose trace a worker puts the job's spans; None if that
     trace is not recorded. It is the last field: one that is None is not stored."""
@@ -174,6 +177,7 @@ _FACT_LETTERS: Final = {
     "ttl_seconds": "t",
     "inboxes": "w",
     "claimed_before": "r",
+    "idempotency_digest": "k",
 }
 """In Redis one letter names each fact; `lua/_fact_names.lua` has the same."""
 
@@ -202,6 +206,8 @@ class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
     """Keys of the inboxes of the APIs to notify when the job ends."""
     claimed_before: int = 0
     """1: an external job that was claimed before, so that the log shows it once."""
+    idempotency_digest: str = ""
+    """That of the record, of a job with a deadline; empty for any other."""
 
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode

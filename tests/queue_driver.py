@@ -56,8 +56,10 @@ def new_job(
 ) -> NewJob:
     now_ms = time.time_ns() // 1_000_000
     model = queue.partition(":")[2] or "iris"
-    record = Record(SCHEMA, queue, model, tenant, now_ms, options=Options(**options))
-    return NewJob(job_id or new_id(now_ms), queue, data, record, inbox, key, fingerprint)
+    record = Record(
+        SCHEMA, queue, model, tenant, now_ms, options=Options(**options), idempotency_digest=key
+    )
+    return NewJob(job_id or new_id(now_ms), queue, data, record, inbox, fingerprint)
 
 
 def ids_of(jobs: Iterable[NewJob | ClaimedJob | StoredJob]) -> list[str]:

@@ -73,6 +73,15 @@ class Claim(Struct, frozen=True, dict=True):
         return tuple([_parse_job(*parts) for parts in zip(flat, flat, flat, flat, strict=True)])
 
     @cached_property
+    def idempotency_digests(self) -> dict[str, str]:
+        """Those of the jobs that were submitted with an Idempotency-Key, by id; mostly none."""
+        return {
+            job.job_id: job.record.idempotency_digest
+            for job in self.jobs
+            if job.record and job.record.idempotency_digest
+        }
+
+    @cached_property
     def exclusive(self) -> bool:
         """Whether its process may hold nothing beside it: a redelivered job or a suspect."""
         if self.count > 1:
@@ -183,6 +192,8 @@ class QueueConsumer:
     ) -> tuple[list[FinishVerdict], ClaimReply]:
         header: dict[str, Any] = {**self._store.policy.end_arguments(), "token": claim.token}
         header["is_last"] = last
+        if digests := claim.idempotency_digests:
+            header["digests"] = [digests.get(job.job_id) for job in part]
         names = [claim.queue]
         if following:
             header["next"] = await self._claim_args(following)

@@ -145,7 +145,8 @@ def control(q: str) -> str:
 
 
 def idempotency(q: str, digest: str) -> str:
-    """String, TTL 24 h, or JOB_TTL if longer: the job of an Idempotency-Key, and its fingerprint.
+    """String, TTL 24 h, or JOB_TTL if longer; that of its job once ended: the job of an
+    Idempotency-Key, and its fingerprint.
 
     `digest` is a hash over tenant and Idempotency-Key, so neither is readable in Redis.
     """

@@ -119,7 +119,7 @@ class Operations:
         """Cancels jobs of one queue in one script call: some tens of ms for a thousand."""
         args: list[Any] = [encode_args(self._store.policy.end_arguments())]
         for job in jobs:
-            args += (job.job_id, b"")
+            args += (job.job_id, job.idempotency_digest)
         reply = await self._store.call(script("cancel"), [queue_of(self._store, jobs[0])], args)
         return [_parse_cancel(verdict) for verdict in reply]
 
@@ -140,7 +140,7 @@ class Operations:
             if job.record:
                 record = next_round(job.record, now_ms)
                 meta = encode_record(record, record_seq(job.meta))
-                options = pack_options(round_options(record.options))
+                options = pack_options(round_options(record))
             args += (job.job_id, job.meta, meta, options)
         names = [queue_of(self._store, jobs[0]), keys.queues(self._store.queue_name)]
         reply = await self._store.call(script("retry"), names, args)
@@ -148,7 +148,9 @@ class Operations:
 
     async def _forget_together(self, jobs: Sequence[StoredJob]) -> list[ForgetVerdict]:
         """Deletes ended jobs of one queue in one script call, but no job retried since."""
-        args = [encode_args({}), *(job.job_id for job in jobs)]
+        args: list[Any] = [encode_args({})]
+        for job in jobs:
+            args += (job.job_id, job.idempotency_digest)
         reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
         return [_parse_forget(verdict) for verdict in reply]
 

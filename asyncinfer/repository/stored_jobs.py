@@ -41,6 +41,11 @@ class StoredJob(Struct, frozen=True):
         return self.record.options.group if self.record else None
 
     @property
+    def idempotency_digest(self) -> str:
+        """That of the Idempotency-Key that it was submitted with; empty without one."""
+        return self.record.idempotency_digest if self.record else ""
+
+    @property
     def round(self) -> int:
         """The number of the job's round, from 1; each retry begins another."""
         return self.record.round if self.record else 1

@@ -14,7 +14,7 @@ from asyncinfer.errors import (
     RequestError,
     WritesRefused,
 )
-from asyncinfer.jobs import Options, Record, Status, encode_record
+from asyncinfer.jobs import Record, Status, encode_record
 from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -48,8 +48,6 @@ class NewJob(Struct, frozen=True):
     record: Record
     inbox: str = ""
     """The key of the inbox to notify when the job ends."""
-    idempotency_digest: str = ""
-    """A digest of tenant and Idempotency-Key; empty without a key."""
     fingerprint: str = ""
     """A digest of the request, stored with the Idempotency-Key."""
 
@@ -297,18 +295,19 @@ def _size_of_entry(entry: _Entry) -> int:
 def script_options(job: NewJob, n: str) -> dict[str, str | int]:
     """The options of a job in the words of `submit`; empty for most jobs."""
     options = job.record.options
-    fields = round_options(options)
+    fields = round_options(job.record)
     if options.group is not None:
         fields["group"] = keys.group(n, job.record.tenant, options.group)
     if job.inbox:
         fields["inbox"] = job.inbox
-    if job.idempotency_digest:
-        fields |= {"idempotency_key": job.idempotency_digest, "fingerprint": job.fingerprint}
+    if job.record.idempotency_digest:
+        fields["fingerprint"] = job.fingerprint
     return fields
 
 
-def round_options(options: Options) -> dict[str, str | int]:
+def round_options(record: Record) -> dict[str, str | int]:
     """The options of a round in the words of `submit` and `retry`; empty for most jobs."""
+    options = record.options
     fields: dict[str, str | int] = {}
     if options.priority != "normal":
         fields["priority"] = options.priority
@@ -320,6 +319,8 @@ def round_options(options: Options) -> dict[str, str | int]:
         fields["finish_within_ms"] = int(options.finish_within_seconds * 1000)
     if options.delay_seconds:
         fields["delay_ms"] = int(options.delay_seconds * 1000)
+    if record.idempotency_digest:
+        fields["idempotency_key"] = record.idempotency_digest
     return fields
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import httpx2
 import msgspec
@@ -124,6 +125,27 @@ async def test_the_same_key_and_request_give_the_same_job(
     waited = await api.post("/predict", json={"data": ROW}, headers={**once, "prefer": "wait=5"})
     assert (waited.status_code, waited.json()["result"]) == (200, RESULT)
     assert waited.json()["job_id"] == job_id
+
+
+@pytest.mark.parametrize("as_line", [False, True])
+async def test_the_key_of_a_deleted_job_makes_a_new_job(
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis, as_line: bool
+) -> None:
+    def send() -> Coroutine[Any, Any, httpx2.Response]:
+        if as_line:
+            line = msgspec.json.encode({"data": ROW, "idempotency_key": "order-1"})
+            return api.post("/predict", content=line, headers=NDJSON)
+        return api.post("/predict", json={"data": ROW}, headers={"idempotency-key": "order-1"})
+
+    first = (await send()).json()["job_id"]
+    await manual_worker.complete()
+    name = keys.idempotency(QUEUE, hashlib.sha256(b"default\0order-1").hexdigest())
+    assert server.pexpiretime(name) == server.pexpiretime(keys.status(first))
+    assert (await send()).json()["job_id"] == first
+    assert (await api.delete(f"/job/{first}?purge=true")).status_code == 200
+    assert not server.exists(name)
+    assert (await send()).json()["job_id"] != first
+    assert server.llen(QUEUE) == 1
 
 
 async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(

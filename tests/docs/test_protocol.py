@@ -106,7 +106,7 @@ def ttl_seconds(row: Row, policy: Policy, status: bytes | None) -> float | None:
         "none": None,
         "JOB_TTL": policy.job_ttl_seconds,
         "FAILED_TTL": policy.failed_ttl_seconds,
-        "24 h, or JOB_TTL if longer": policy.idempotency_seconds,
+        "24 h, or JOB_TTL if longer; that of its job once ended": policy.idempotency_seconds,
         "half a tick": policy.tick_ms / 2000,
         "one lease": policy.lease_seconds,
         "two leases": 2 * policy.lease_seconds,

@@ -64,6 +64,23 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "an_idempotency_key_outlives_its_job",
+        f"{_LUA}/_ending.lua",
+        "if #owners > 0 then expire_idempotency_keys(q, owners) end",
+        "",
+        ("tests/repository/test_idempotency_keys.py::test_a_key_is_kept_as_long_as_its_ended_job",),
+    ),
+    Fault(
+        "a_job_shortens_the_idempotency_key_of_a_later_one",
+        f"{_LUA}/_idempotency.lua",
+        "if not value or value:sub(1, #prefix) ~= prefix then names[i] = false end",
+        "if not value then names[i] = false end",
+        (
+            "tests/repository/test_idempotency_keys.py::"
+            "test_the_end_of_a_job_leaves_a_key_alone_that_a_later_job_has",
+        ),
+    ),
+    Fault(
         "a_lost_job_is_delivered_once_too_often",
         f"{_LUA}/reap.lua",
         "elseif facts[DELIVERIES] >= args.max_deliveries then",

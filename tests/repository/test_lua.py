@@ -299,8 +299,8 @@ def test_the_options_that_python_packs_are_those_that_submit_documents_and_reads
         ttl_seconds=1,
         group="g",
     )
-    record = Record(SCHEMA, "q", "m", "default", 0, options=options)
-    packed = script_options(NewJob("id", "q", b"x", record, "inbox", "key", "fingerprint"), "q")
+    record = Record(SCHEMA, "q", "m", "default", 0, options=options, idempotency_digest="key")
+    packed = script_options(NewJob("id", "q", b"x", record, "inbox", "fingerprint"), "q")
     code = code_of(script("submit").text)
     assert set(re.findall(r"\boptions\.(\w+)", code)) == set(packed)
     documented = section("submit", "ARGV").partition("options:")[2]

@@ -108,6 +108,8 @@ class QueueView(msgspec.Struct, frozen=True):
     bytes_kept: int
     wake: int
     paused: bool
+    idempotency: dict[str, tuple[str, int]]
+    """{idempotency key: the id that it names, when it expires in ms}."""
 
     @property
     def waiting(self) -> list[str]:
@@ -210,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         pipeline.scard(keys.stale_entries(queue)).get(keys.bytes_waiting(queue))
         pipeline.hgetall(keys.kept(queue)).get(keys.bytes_kept(queue))
         pipeline.llen(keys.wake(queue)).exists(keys.paused(queue))
-        pipeline.keys(keys.claim(queue, "*"))
+        pipeline.keys(keys.claim(queue, "*")).keys(keys.idempotency(queue, "*"))
         (
             *lists,
             delayed,
@@ -225,6 +227,7 @@ class Machine(RuleBasedStateMachine):
             wake,
             paused,
             claims,
+            idempotency,
         ) = pipeline.execute()
         high, normal, low = (texts(ids)[::-1] for ids in lists)
         prefix = len(keys.claim(queue, ""))
@@ -245,7 +248,11 @@ class Machine(RuleBasedStateMachine):
             int(bytes_kept or 0),
             wake,
             bool(paused),
+            {name.decode(): self.idempotency_view(name) for name in idempotency},
         )
+
+    def idempotency_view(self, name: bytes) -> tuple[str, int]:
+        return self.redis.get(name).split()[0].decode(), self.redis.pexpiretime(name)
 
     def do(self, call: Coroutine[Any, Any, T]) -> T:
         return self.world.do(call)
@@ -314,7 +321,8 @@ class Machine(RuleBasedStateMachine):
         assert "full" not in verdicts or len(accepted) == max(0, room)
         if repeat:
             assert verdicts[-1] != "ok" or verdicts[0] == "full"
-        used = [job.idempotency_digest for job in accepted if job.idempotency_digest]
+        digests = (job.record.idempotency_digest for job in accepted)
+        used = [digest for digest in digests if digest]
         assert len(used) == len(set(used))
         known = {*self.ids, *(job.job_id for job in accepted)}
         assert all(reply.job_id in known for reply in replies if reply.verdict == "dup")
@@ -743,6 +751,7 @@ class Machine(RuleBasedStateMachine):
         for name, queue in view.queues.items():
             self.check_claims(queue, view)
             self.check_counters(name, queue, view)
+            self.check_idempotency(queue, view)
         self.check_notices(view)
         self.reopened.clear()
         self.last = view
@@ -832,6 +841,18 @@ class Machine(RuleBasedStateMachine):
             stored[minute] += lost if queue_name == name else 0
         assert queue.bytes_kept == sum(queue.kept.values())
         assert queue.kept == +stored
+
+    def check_idempotency(self, queue: QueueView, view: View) -> None:
+        """A key expires with its job once that has ended, but where no script knew of the key; and
+        else after a day."""
+        a_day_ms = self.hands.store.policy.idempotency_seconds * 1000
+        for job_id, expires_ms in queue.idempotency.values():
+            job = view.jobs[job_id]
+            assert job.status is not None, f"{job_id} was deleted without its key"
+            is_long = 0 <= self.hands.now_ms() + a_day_ms - expires_ms < 600_000
+            assert is_long or (job.ended and expires_ms == job.expires_ms), f"{job_id} {job}"
+            if job.status == "completed":
+                assert expires_ms == job.expires_ms, f"{job_id} {job}"
 
     def check_notices(self, view: View) -> None:
         ended = {job_id for job_id in self.watched if view.jobs[job_id].ended}

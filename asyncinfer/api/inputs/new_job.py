@@ -102,16 +102,13 @@ def new_job(
         answer=checked.answer,
         outputs=checked.outputs,
         request_id=request_id,
+        idempotency_digest="" if key is None else _digest(tenant.encode(), key.encode()),
         trace=trace,
     )
     job = NewJob(jobs.new_id(now_ms), queue, checked.content, record)
     if key is None:
         return job
-    return msgspec.structs.replace(
-        job,
-        idempotency_digest=_digest(tenant.encode(), key.encode()),
-        fingerprint=_digest(*checked.fingerprint_parts()),
-    )
+    return msgspec.structs.replace(job, fingerprint=_digest(*checked.fingerprint_parts()))
 
 
 def _digest(*parts: bytes) -> str:

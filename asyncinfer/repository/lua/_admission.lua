@@ -34,6 +34,8 @@ local function place_with_options(q, id, options, now)
     [INBOXES] = options.inbox and { options.inbox } or nil,
     [START_BY_MS] = start_by,
     [FINISH_BY_MS] = finish_by,
+    -- Whoever ends the job at its deadline does not read its record.
+    [IDEMPOTENCY_DIGEST] = (start_by or finish_by) and options.idempotency_key or nil,
   }
   local packed = next(facts) and cmsgpack.pack(facts) or nil
   if start_by or finish_by then

@@ -1,4 +1,4 @@
--- include: job_keys fact_names log stored_bytes kept
+-- include: job_keys fact_names log stored_bytes kept idempotency
 -- The end of jobs: status, result, TTLs, the log, and the notices to the APIs that wait for them.
 
 -- Notifies APIs that wait for jobs: `notices` is {inbox = {ended, ...}}, by key of the inbox, with
@@ -64,19 +64,22 @@ end
 -- `args.keep_input`) and those for which there is no room, counts what is kept, removes the jobs
 -- from the tables, and notifies log and inboxes. The caller takes them off the lists and adjusts
 -- the waiting bytes.
--- `ends` is a list of {id, status, body, meta, facts}: a terminal status; body, the result or the
--- error JSON, or nil; meta, the new record, or nil to keep the one there is; unpacked facts or nil.
+-- `ends` is a list of {id, status, body, meta, facts, digest}: a terminal status; body, the result or
+-- the error JSON, or nil; meta, the new record, or nil to keep the one there is; unpacked facts or
+-- nil; the digest of its idempotency key, nil if it has none or only its facts may have it.
 -- `args` holds ttl_seconds, failed_ttl_seconds, keep_input and max_kept_bytes. `spent` (may be nil)
 -- lists keys to delete in the same command as the inputs; those are added to it. With no `ends`,
 -- nothing is done: `spent` is not deleted either.
 local function end_jobs(q, ends, args, spent)
   if #ends == 0 then return end
-  local ids, moved, notices, by_ttl, kept, room = {}, {}, {}, {}, {}, nil
+  local ids, moved, notices, by_ttl, kept, owners, room = {}, {}, {}, {}, {}, {}, nil
   spent = spent or {}
   for i, ended in ipairs(ends) do
     local id, status, facts = ended.id, ended.status, ended.facts
     local ttl = facts and facts[TTL_SECONDS]
       or (status == 'failed' and args.failed_ttl_seconds or args.ttl_seconds)
+    local digest = ended.digest or facts and facts[IDEMPOTENCY_DIGEST]
+    if digest then owners[#owners + 1] = { id = id, digest = digest, ttl = ttl } end
     local set, bytes = by_ttl[ttl] or {}, ended.body and #ended.body or 0
     local n = #set
     by_ttl[ttl] = set
@@ -115,6 +118,7 @@ local function end_jobs(q, ends, args, spent)
     set_with_ttl(ttl, set)
     if kept[ttl] then add_kept_bytes(q, redis.call('PEXPIRETIME', set[1]), kept[ttl]) end
   end
+  if #owners > 0 then expire_idempotency_keys(q, owners) end
   if #spent > 0 then redis.call('DEL', unpack(spent)) end
   remove_from_tables(q, ids)
   log_transitions(q, moved)

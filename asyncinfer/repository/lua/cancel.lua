@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- cancel: ends jobs that wait, and requests the end of those that run.
 -- KEYS    1 the queue
--- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}; then per job: id, meta
---         with seq ("": leave it)
+-- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}; then per job: id, digest
+--         of its idempotency key ("" for none)
 -- Returns per job "cancelled" | "stopping" | "absent" | the terminal status it already has
 -- Retry   a second call finds the job cancelled and returns that
 -- include: keys job_keys value fact_names facts priority control waiting_bytes counted_bytes ending
@@ -28,10 +28,10 @@ local function remove_waiting(id, facts)
   redis.call('LREM', list, -1, id)
 end
 
--- Cancels one job; `meta` is its record as it is when it ends, or nil to leave it. Returns
--- cancelled (it has ended), stopping (a claim runs it: its worker is notified, and ends it later),
--- absent, or the status of a job that has already ended.
-local function cancel(id, meta)
+-- Cancels one job; `digest` is that of its idempotency key, nil for none. Returns cancelled (it has
+-- ended), stopping (a claim runs it: its worker is notified, and ends it later), absent, or the
+-- status of a job that has already ended.
+local function cancel(id, digest)
   local status = value_at(job_key(id, 'status'))
   if not status then return 'absent' end
   if status ~= 'pending' and status ~= 'processing' then return status end
@@ -46,7 +46,7 @@ local function cancel(id, meta)
     return 'stopping'
   end
   if status == 'pending' then remove_waiting(id, facts) end
-  end_jobs(q, { { id = id, status = 'cancelled', meta = meta, facts = facts } }, args)
+  end_jobs(q, { { id = id, status = 'cancelled', facts = facts, digest = digest } }, args)
   return 'cancelled'
 end
 

@@ -2,8 +2,9 @@
 -- finish: stores the outcomes of jobs of one claim, and may claim next in the same step.
 -- KEYS    1 the claim's queue, 2.. the queues of the next claim (none: no next claim)
 -- ARGV    1 {token, is_last, ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes,
---         max_dead_letters, next: ARGV 1 of claim}; then per job: id, outcome, body, meta with seq
---         ("" for an external job), delay in ms
+--         max_dead_letters, digests, next: ARGV 1 of claim}; then per job: id, outcome, body, meta
+--         with seq ("" for an external job), delay in ms. digests: of the idempotency key of each
+--         job, nil for none; nil if no job has one
 -- Returns {verdicts, reply of the claim or nil}; a verdict is completed | failed | cancelled |
 --         retry | dead | released | suspect, or stale: this claim does not own the job, or the job
 --         has ended otherwise (an external producer may put one id into two queues)
@@ -49,7 +50,7 @@ local function return_job(id, outcome, meta, delay_ms, facts)
   waiting_ids[#waiting_ids + 1] = id
 end
 
-local seen, returned, ended_elsewhere = {}, {}, {}
+local seen, returned, ended_elsewhere, digests = {}, {}, {}, args.digests or {}
 for i, id in ipairs(ids) do
   local at = 5 * i - 3
   local outcome, body, meta, delay_ms = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
@@ -61,11 +62,13 @@ for i, id in ipairs(ids) do
     ended_elsewhere[#ended_elsewhere + 1] = id
   elseif facts and facts[CANCEL_REQUESTED] then
     outcome = 'cancelled'
-    ends[#ends + 1] = { id = id, status = outcome, meta = meta ~= '' and meta or nil, facts = facts }
+    ends[#ends + 1] = {
+      id = id, status = outcome, meta = meta ~= '' and meta or nil, facts = facts, digest = digests[i],
+    }
   elseif outcome == 'completed' or outcome == 'failed' or outcome == 'cancelled' or outcome == 'dead' then
     ends[#ends + 1] = {
       id = id, status = outcome == 'dead' and 'failed' or outcome, body = body ~= '' and body or nil,
-      meta = meta ~= '' and meta or nil, facts = facts,
+      meta = meta ~= '' and meta or nil, facts = facts, digest = digests[i],
     }
     if outcome == 'dead' then add_dead_letter(q, id, now, args) end
   else

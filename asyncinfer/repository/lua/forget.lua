@@ -1,16 +1,16 @@
 #!lua flags=allow-oom
 -- forget: deletes ended jobs, with all that is kept of them.
 -- KEYS    1 the queue
--- ARGV    1 {}; then ids
+-- ARGV    1 {}; then per job: id, digest of its idempotency key ("" for none)
 -- Returns per job "forgotten" | "absent" | the status of a job that has not ended, which is left
 -- Order   one step, so that a job that is retried meanwhile keeps its input
 -- Retry   a second call finds the job absent
--- include: keys job_keys kept_release
+-- include: keys job_keys kept_release idempotency
 
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 local WORDS = { 'data', 'status', 'result', 'error', 'meta' }
 
-local q, names, ids, verdicts, seen = queue(KEYS[1]), {}, {}, {}, {}
+local q, names, ids, verdicts, seen, owners = queue(KEYS[1]), {}, {}, {}, {}, {}
 
 -- Returns what becomes of a job: forgotten (the caller deletes it, and notes the id in `seen`),
 -- absent (there is no such job, or its id is in `seen`), or the status of one that has not ended,
@@ -21,15 +21,21 @@ local function verdict_of(id)
   return TERMINAL[status] and 'forgotten' or status
 end
 
-for i = 2, #ARGV do
-  local id = ARGV[i]
+for i = 2, #ARGV, 2 do
+  local id, digest = ARGV[i], ARGV[i + 1]
   local verdict = verdict_of(id)
   if verdict == 'forgotten' then
     ids[#ids + 1], seen[id] = id, true
     give_back_kept_bytes(q, id)
     for _, word in ipairs(WORDS) do names[#names + 1] = job_key(id, word) end
+    if digest ~= '' then owners[#owners + 1] = { id = id, digest = digest } end
   end
-  verdicts[i - 1] = verdict
+  verdicts[#verdicts + 1] = verdict
+end
+if #owners > 0 then
+  for _, name in ipairs(own_idempotency_keys(q, owners)) do
+    if name then names[#names + 1] = name end
+  end
 end
 if #ids > 0 then
   -- A stale entry of the job stays counted until a claim drops its id.

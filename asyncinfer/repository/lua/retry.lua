@@ -1,12 +1,13 @@
 #!lua flags=allow-oom
 -- retry: opens a new round of failed or cancelled jobs.
 -- KEYS    1 the queue, 2 the set of all queues
--- ARGV    1 {max_queue, max_bytes, max_kept_bytes}; then per job: id, the meta it must still have,
---         the meta of the new round ("" for an external job), options as in submit
+-- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds}; then per job: id,
+--         the meta it must still have, the meta of the new round ("" for an external job), options
+--         as in submit
 -- Returns per job "ok" | "changed" | "full" | "no_input" | "not_retryable" | "absent"
 -- Retry   the verdict is changed; the caller reads the record again and finds its new round
 -- include: keys job_keys time value fact_names priority doorbell log stored_bytes
--- include: waiting_bytes admission kept_release
+-- include: waiting_bytes admission kept_release idempotency
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local free, free_bytes = free_capacity(q, args)
@@ -53,6 +54,11 @@ local function open_round(id, meta, options, size)
   if meta == '' then redis.call('HSET', q.facts, id, cmsgpack.pack({ [CLAIMED_BEFORE] = 1 })) end
   local list, packed = q.list, nil
   if options then list, packed = place_with_options(q, id, options, now) end
+  local digest = options and options.idempotency_key
+  if digest then
+    local owner = { id = id, digest = digest, ttl = args.idempotency_ttl_seconds }
+    expire_idempotency_keys(q, { owner })
+  end
   if packed then redis.call('HSET', q.facts, id, packed) end
   if list then redis.call('LPUSH', list, id) end
   opened[#opened + 1] = id
