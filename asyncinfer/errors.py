@@ -305,7 +305,7 @@ class TooFewReplicas(WritesRefused):
 
 
 class RedisRefused(RedisUnavailable):
-    """Redis rejected the command: a key of another type, corrupt content, a missing permission."""
+    """Redis rejected the command: a key of another type, corrupt content, a missing right."""
 
     code, title = "redis_refused", "Redis refused a command"
 
@@ -315,7 +315,7 @@ class WrongKeyType(RedisRefused):
 
 
 class PermissionDenied(RedisRefused):
-    """The Redis user may not call a command or read a key (NOPERM)."""
+    """The ACL of the Redis user lacks a right (NOPERM); the detail names it."""
 
     code, title = "redis_permission_denied", "The Redis user lacks a permission"
 
@@ -404,7 +404,8 @@ class InvalidSetting(StartError):
 
 
 class ServerRefused(StartError):
-    """The Redis server cannot keep jobs safely: it is too old, a cluster, or evicts keys."""
+    """The Redis server cannot be used until a person changes something: it is too old, evicts keys,
+    refuses the login, lacks a right, or has a certificate that is not trusted."""
 
     code = "server_refused"
 

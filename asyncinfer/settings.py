@@ -9,6 +9,7 @@ import msgspec
 import msgspec.inspect as types
 from msgspec import Meta, Struct
 
+from asyncinfer import redis_url
 from asyncinfer.errors import InvalidSetting
 from asyncinfer.jobs import NAME_PATTERN
 
@@ -18,7 +19,6 @@ _YEAR_SECONDS: Final = 365 * _DAY_SECONDS
 _ModelName = Annotated[str, Meta(pattern=rf"^(?!stats\Z){NAME_PATTERN}\Z")]
 _MODEL_NAME: Final = "up to 64 letters, digits, `_`, `.` and `-`, not `stats`"
 _Port = Annotated[int, Meta(ge=1, le=65535)]
-_RedisUrl = Annotated[str, Meta(pattern=r"^(rediss?|unix|sentinel)://")]
 
 
 def _about(
@@ -39,7 +39,7 @@ def _about(
 class Settings(Struct, frozen=True, kw_only=True):
     # --- where jobs are
     redis_url: Annotated[
-        _RedisUrl | None,
+        str | None,
         _about(
             "URL of the Redis or Valkey server; wins over REDIS_HOST. With neither, Valkey is "
             "embedded.",
@@ -47,7 +47,10 @@ class Settings(Struct, frozen=True, kw_only=True):
             secret=True,
         ),
     ] = None
-    redis_host: Annotated[str | None, _about("Host of the Redis or Valkey server.")] = None
+    redis_host: Annotated[
+        Annotated[str, Meta(pattern=r"^([^\s/@:?#]+|[0-9A-Fa-f:.]+)\Z")] | None,
+        _about("Host of the Redis or Valkey server.", allowed="a host name or an IP address"),
+    ] = None
     redis_port: Annotated[int, _about("Port of the server at REDIS_HOST.", ge=1, le=65535)] = 6379
     queue_name: Annotated[
         str,
@@ -417,8 +420,8 @@ def _allowed(kind: types.Type) -> str:
 def read(environ: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
     """The settings from flags, by field name, and from the environment; flags win.
 
-    An empty variable counts as unset. Raises InvalidSetting for a value that is not allowed, and
-    for a JOB_TTL or FAILED_TTL above MAX_TTL.
+    An empty variable counts as unset. Raises InvalidSetting for a value that is not allowed, for a
+    JOB_TTL or FAILED_TTL above MAX_TTL, and as `redis_url.parse` does.
     """
     values = {}
     for knob in knobs():
@@ -428,6 +431,8 @@ def read(environ: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
             values[knob.name] = _parse(knob, knob.variable, value)
     found = Settings(**values)
     _check_ttls(found)
+    if found.redis_url:
+        redis_url.parse(found.redis_url)
     return found
 
 

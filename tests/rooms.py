@@ -3,7 +3,7 @@
 ROOMS = (
     ("untrusted",),
     ("errors",),
-    ("jobs", "timeouts"),
+    ("jobs", "redis_url", "timeouts", "tls_errors"),
     ("settings", "tensors", "api_keys", "processes"),
     ("models", "schemas", "telemetry"),
     ("monitoring",),
@@ -42,6 +42,7 @@ INSIDE = {
     "repository": (
         ("keys", "policy", "redis_errors", "scripts", "wire"),
         ("endpoint", "functions", "link"),
+        ("diagnosis",),
         ("store",),
         (
             "announcements",
@@ -53,7 +54,7 @@ INSIDE = {
             "libraries",
             "stored_jobs",
         ),
-        ("maintenance", "submissions"),
+        ("maintenance", "rights", "submissions"),
         ("operations", "reaper"),
         ("inspect",),
         ("unserved_models",),

@@ -44,7 +44,7 @@ def test_the_packages_that_ci_installs_are_those_of_the_missing_programs() -> No
         text=True,
         check=True,
     )
-    assert ran.stdout.split() == ["curl", "git", "locales", "prometheus"]
+    assert ran.stdout.split() == ["curl", "git", "locales", "prometheus", "redis-server"]
     assert "python -m tests.tools" in (REPOSITORY / ".ci" / "run").read_text()
 
 

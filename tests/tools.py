@@ -32,6 +32,7 @@ TOOLS: Final = {
         Tool("git", "git"),
         Tool("localedef", "locales", Path("/usr/share/i18n/locales/en_US")),
         Tool("promtool", "prometheus"),
+        Tool("redis-server", "redis-server"),
     )
 }
 """Without those that every Debian has, such as bash."""

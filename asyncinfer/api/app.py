@@ -74,6 +74,7 @@ from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.reaper import reap_forever
+from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from asyncinfer.repository.unserved_models import UnservedModels
@@ -422,7 +423,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
     another default model. The API starts without a server that does not answer yet or is full. None
     means that no default model is configured, which is not checked."""
     with suppress(RedisUnavailable, StorageFull):
-        _log.info("Connected to %s", await store.check_server())
+        _log.info("Connected to %s", await check_start(store))
         if default_model:
             await UnservedModels(store).claim_default_model(default_model)
 

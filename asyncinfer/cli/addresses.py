@@ -24,8 +24,9 @@ def is_loopback(host: str) -> bool:
 
 
 def shown_url(redis_url: str) -> str:
-    """A REDIS_URL without its user, password and options, to be shown and logged."""
+    """A URL of Redis or of an API without its user, password and options, to be shown and
+    logged."""
     # Not urlsplit, which of Python 3.13 refuses a list of sentinels with an IPv6 address.
-    scheme, _, rest = redis_url.partition("://")
+    scheme, _, rest = redis_url.strip().partition("://")
     authority, slash, path = rest.partition("?")[0].partition("/")
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

@@ -18,7 +18,7 @@ def connect(server: ServerOptions, *, retries: int = _RETRIES) -> "Client":
     """
     from asyncinfer.client import Client
 
-    return Client(server.url, server.api_key, retries=retries)
+    return Client(server.url, server.api_key, retries=retries, ca=server.ca)
 
 
 def seconds_by_rows(times: dict[str, float]) -> list[tuple[int, float]]:

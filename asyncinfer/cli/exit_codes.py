@@ -33,6 +33,7 @@ _TERMINAL_WORDING: Final = {
     "Give the client another key with api_key=, or set ASYNCINFER_API_KEY": (
         "Set ASYNCINFER_API_KEY to one that has it"
     ),
+    "ca=, or ASYNCINFER_CA": "--ca, or ASYNCINFER_CA",
     "Client(url), or ASYNCINFER_URL": "--url, or ASYNCINFER_URL",
     "Give Client the": "Give --url the",
     "No model is the default; give model= one of:": (
@@ -50,9 +51,14 @@ def say_error(detail: str) -> None:
 
     Advice for Python users becomes advice for a shell.
     """
+    say_on_stderr(f"asyncinfer: {in_terminal_words(detail)}")
+
+
+def in_terminal_words(detail: str) -> str:
+    """An error of the Python client, with advice for a shell."""
     for python_wording, wording in _TERMINAL_WORDING.items():
         detail = detail.replace(python_wording, wording)
-    say_on_stderr(f"asyncinfer: {detail}")
+    return detail
 
 
 def report_error(error: AsyncinferError | BaseExceptionGroup[Any]) -> int:

@@ -109,6 +109,8 @@ class ServerOptions(Struct, frozen=True):
 
     url: str
     api_key: str | None
+    ca: str | None = None
+    """A PEM file with the CA of an https:// address."""
 
 
 api_key: Final = click.option(
@@ -119,8 +121,17 @@ api_key: Final = click.option(
 )
 
 
+ca: Final = click.option(
+    "--ca",
+    envvar="ASYNCINFER_CA",
+    metavar="FILE",
+    help="PEM file with the CA of an https:// address, if the system does not trust it. "
+    "[ASYNCINFER_CA]",
+)
+
+
 def server(function: Callable[..., Any]) -> Any:
-    """A decorator that adds --url and --api-key; the command receives them as `server`."""
+    """A decorator that adds --url, --api-key and --ca; the command receives them as `server`."""
 
     @click.option(
         "--url",
@@ -130,9 +141,10 @@ def server(function: Callable[..., Any]) -> Any:
         help="Address of the service. [ASYNCINFER_URL]",
     )
     @api_key
+    @ca
     @functools.wraps(function)
-    def run(*args: Any, url: str, api_key: str | None, **values: Any) -> Any:
-        return function(*args, server=ServerOptions(url, api_key), **values)
+    def run(*args: Any, url: str, api_key: str | None, ca: str | None, **values: Any) -> Any:
+        return function(*args, server=ServerOptions(url, api_key, ca), **values)
 
     return run
 

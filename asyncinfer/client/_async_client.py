@@ -1,6 +1,7 @@
 """The client for event loops: a line a method, with the flows of `Client`."""
 
 import math
+import os
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Unpack
@@ -21,6 +22,7 @@ from asyncinfer.client._client import (
 )
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver
+from asyncinfer.client._errors import shown_url
 from asyncinfer.client._flows import jobs, models, operations, submitting
 from asyncinfer.client._flows.submitting import JobOptions
 from asyncinfer.client._flows.views import View
@@ -63,9 +65,10 @@ class AsyncClient:
         wait_for_models: bool = False,
         on_wait: Callable[[str], None] | None = None,
         cadence: Cadence = CADENCE,
+        ca: str | os.PathLike[str] | None = None,
     ) -> None:
         self._server = new_server(
-            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
+            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence, ca
         )
         self._driver = AsyncDriver(self._server)
 
@@ -280,7 +283,7 @@ class AsyncClient:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<AsyncClient of {self.url}>"
+        return f"<AsyncClient of {shown_url(self.url)}>"
 
     def __del__(self) -> None:
         warn_if_open(self)

@@ -18,7 +18,13 @@ from asyncinfer.client._answers import (
     ValidInput,
 )
 from asyncinfer.client._drivers import Driver
-from asyncinfer.client._errors import CannotSend, normalized_key, normalized_url
+from asyncinfer.client._errors import (
+    CannotSend,
+    checked_ca,
+    normalized_key,
+    normalized_url,
+    shown_url,
+)
 from asyncinfer.client._flows import jobs, models, operations, submitting
 from asyncinfer.client._flows.submitting import JobOptions
 from asyncinfer.client._flows.views import View
@@ -58,6 +64,8 @@ class Client:
         on_wait: Takes lines that say why no answer comes, in the thread that waits. Without it
             those of a map are shown beside its bar or logged, and others are not shown.
         cadence: How soon these lines come, and how often.
+        ca: A PEM file with the CA of an https:// server, trusted besides the system's; else
+            ASYNCINFER_CA.
 
     One client may be used from many threads. Each method may raise ConnectionFailed,
     NotAsyncinfer, Unauthorized, Forbidden (the key lacks a scope), RedisUnavailable and
@@ -98,9 +106,10 @@ class Client:
         wait_for_models: bool = False,
         on_wait: Callable[[str], None] | None = None,
         cadence: Cadence = CADENCE,
+        ca: str | os.PathLike[str] | None = None,
     ) -> None:
         self._server = new_server(
-            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence
+            url, api_key, timeout, retries, total_timeout, wait_for_models, on_wait, cadence, ca
         )
         self._driver = Driver(self._server)
 
@@ -512,7 +521,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client of {self.url}>"
+        return f"<Client of {shown_url(self.url)}>"
 
     def __del__(self) -> None:
         warn_if_open(self)
@@ -535,11 +544,13 @@ def new_server(
     wait_for_models: bool,
     on_wait: Callable[[str], None] | None,
     cadence: Cadence,
+    ca: str | os.PathLike[str] | None,
 ) -> RemoteServer:
-    """The server of a new client; a URL or key that is None or empty comes from the environment.
+    """The server of a new client; a URL, key or CA that is None or empty comes from the
+    environment.
 
-    The arguments are those of a client. Raises WrongAddress for a URL or key that cannot be one.
-    It sends nothing.
+    The arguments are those of a client. Raises WrongAddress for one that cannot be right. It sends
+    nothing.
     """
     url = normalized_url(url or os.environ.get("ASYNCINFER_URL") or _URL)
     key = normalized_key(api_key or os.environ.get("ASYNCINFER_API_KEY") or "")
@@ -549,6 +560,7 @@ def new_server(
         headers=headers,
         timeout_seconds=timeout,
         retries=retries,
+        ca=checked_ca(os.fspath(ca or os.environ.get("ASYNCINFER_CA") or "")),
         until=time.monotonic() + total_timeout,
         waits_for_models=wait_for_models,
         on_wait=on_wait,

@@ -24,12 +24,13 @@ from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import RetryNotices
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 _CONNECT_SECONDS: Final = 5.0
 _CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "UnsupportedProtocol"})
 _REASONS: Final = {
-    "ConnectError": "nothing listens there, or the name is not known",
     "ConnectTimeout": f"no connection within {_CONNECT_SECONDS:g} s",
     "ReadTimeout": "the connection is open, but silent",
     "WriteTimeout": "the connection is open, but takes nothing",
@@ -74,6 +75,7 @@ class Driver:
 
     def __init__(self, server: RemoteServer) -> None:
         self._url = server.url
+        self._ca = server.ca
         self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.Client | None = None
         self._lock = threading.Lock()
@@ -155,7 +157,7 @@ class Driver:
             if self._http is None:
                 import httpx2
 
-                self._http = httpx2.Client(**_settings(self._url))
+                self._http = httpx2.Client(**_settings(self._url, self._ca))
             return self._http
 
 
@@ -164,6 +166,7 @@ class AsyncDriver:
 
     def __init__(self, server: RemoteServer) -> None:
         self._url = server.url
+        self._ca = server.ca
         self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.AsyncClient | None = None
         self._has_answered = False
@@ -238,11 +241,11 @@ class AsyncDriver:
         if self._http is None:
             import httpx2
 
-            self._http = httpx2.AsyncClient(**_settings(self._url))
+            self._http = httpx2.AsyncClient(**_settings(self._url, self._ca))
         return self._http
 
 
-def _settings(url: str) -> dict[str, Any]:
+def _settings(url: str, ca: str | None) -> dict[str, Any]:
     """The arguments of an HTTP client for this server."""
     import httpx2
 
@@ -250,11 +253,24 @@ def _settings(url: str) -> dict[str, Any]:
     return {
         # Loading the certificates takes a while; they are needed for https only, since redirects
         # are not followed.
-        "verify": parts.scheme == "https",
+        "verify": _tls_context(ca) if parts.scheme == "https" else False,
         # A proxy from the environment does not lead to this machine.
         "trust_env": parts.hostname not in _LOCAL_HOSTS,
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=64),
     }
+
+
+def _tls_context(ca: str | None) -> "ssl.SSLContext":
+    """Trusts the CAs of the system, or of SSL_CERT_FILE, and those in the file `ca`."""
+    import ssl
+
+    import httpx2
+
+    if ca is None:
+        return httpx2.create_ssl_context()
+    context = ssl.create_default_context()
+    context.load_verify_locations(ca)
+    return context
 
 
 def _arguments(url: str, request: Request) -> dict[str, Any]:
@@ -291,10 +307,50 @@ def _event(event: "httpx2.ServerSentEvent") -> Event:
 
 def _lost(error: Exception, has_answered: bool) -> Lost:
     """The Lost of an error of the network; `has_answered`: this URL has answered before."""
+    from asyncinfer.tls_errors import tls_fault
+
+    if fault := tls_fault(error):
+        return Lost(
+            reason=str(fault),
+            is_unreachable=True,
+            is_first_contact=not has_answered,
+            advice=_TLS_ADVICE.get(fault.problem.name, _TLS_ADVICE["OTHER"]),
+        )
     kind, text = type(error).__name__, str(error).strip().rstrip(".")
     is_cut = kind not in _CONNECT_ERRORS and "disconnected" in (text or "disconnected")
     return Lost(
-        reason=_REASONS.get(kind) or text or "the connection was cut",
+        reason=_no_connection(error) or _REASONS.get(kind) or text or "the connection was cut",
         is_unreachable=not (has_answered or is_cut),
         is_first_contact=not has_answered,
+        advice=_CUT_ADVICE if is_cut and not has_answered else "",
     )
+
+
+def _no_connection(error: Exception) -> str:
+    """Why no connection came about, as the system says it; empty if it does not."""
+    import socket
+
+    from asyncinfer.tls_errors import causes
+
+    for cause in causes(error):
+        if isinstance(cause, socket.gaierror):
+            return "the host name is not known"
+        if isinstance(cause, ConnectionRefusedError):
+            return "nothing listens there"
+    return ""
+
+
+_TLS_ADVICE: Final = {
+    "UNTRUSTED": "Give the CA that signed it: ca=, or ASYNCINFER_CA.",
+    "EXPIRED": "Renew it on the server.",
+    "NOT_YET_VALID": "Compare the clocks of both machines.",
+    "OTHER_NAME": "Give an address with a name that the certificate has: Client(url), or "
+    "ASYNCINFER_URL.",
+    "NO_TLS": "Give its address with http://: Client(url), or ASYNCINFER_URL.",
+    "CERTIFICATE_WANTED": "This client sends none; give the address of a proxy that needs none.",
+    "OTHER": "Compare the TLS versions and ciphers of both sides.",
+}
+_CUT_ADVICE: Final = (
+    "Is it asyncinfer, and does its address begin with http:// or with https://? Give it: "
+    "Client(url), or ASYNCINFER_URL."
+)

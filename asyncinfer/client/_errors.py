@@ -5,7 +5,7 @@
     ├── NotAsyncinfer                     another program, or another release, answered
     ├── WaitTimeout                       also a TimeoutError: `.job_id`, `.waiting_for`
     ├── CannotSend                        also a ValueError: the input has no form to send it in
-    ├── WrongAddress                      also a ValueError: not a URL, or not an API key
+    ├── WrongAddress                      also a ValueError: not a URL, an API key or a CA file
     ├── ClientClosed
     └── RequestError                      the server's answer: `.status`, `.detail`, `.job_id`
         ├── Unauthorized                  401
@@ -33,7 +33,7 @@ which has all of them; the tree shows those that a user of the client is likely 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
@@ -80,7 +80,8 @@ class CannotSend(AsyncinferError, ValueError):
 
 
 class WrongAddress(AsyncinferError, ValueError):
-    """The URL is not an HTTP URL, or the API key has characters that no key has."""
+    """The URL is not an HTTP URL, the API key has characters that no key has, or the file of CAs
+    cannot be used."""
 
     code = "wrong_address"
 
@@ -172,15 +173,16 @@ def not_asyncinfer_error(response: Response, url: str) -> NotAsyncinfer:
     """Returns the error for a response that asyncinfer would not send."""
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     return NotAsyncinfer(
-        f"{url} answered {response.status} with {kind}, which is not how asyncinfer answers. Give "
-        "the address that `asyncinfer serve` shows as its URL, and check any proxy in between."
+        f"{shown_url(url)} answered {response.status} with {kind}, which is not how asyncinfer "
+        "answers. Give the address that `asyncinfer serve` shows as its URL, and check any proxy "
+        "in between."
     )
 
 
 def retry_reason(reply: Response | Lost, url: str) -> WaitingFor:
     """Why a request has to be sent again, from the reply to it."""
     error = (
-        connection_failed_error(reply.reason, url)
+        connection_failed_error(reply, url)
         if isinstance(reply, Lost)
         else error_of_response(reply, url)
     )
@@ -203,12 +205,16 @@ def reject_unreadable(subject: str) -> Iterator[None]:
         ) from error
 
 
-def connection_failed_error(reason: str, url: str) -> ConnectionFailed:
-    """Returns the error for a request that got no answer; `reason` is in words."""
-    return ConnectionFailed(
-        f"No answer from {url}: {reason}. Is it running? Start it with `asyncinfer serve`, or "
-        "give its address: Client(url), or ASYNCINFER_URL."
-    )
+_START_OR_ADDRESS: Final = (
+    "Is it running? Start it with `asyncinfer serve`, or give its address: Client(url), or "
+    "ASYNCINFER_URL."
+)
+
+
+def connection_failed_error(lost: Lost, url: str) -> ConnectionFailed:
+    """Returns the error for a request that got no answer."""
+    advice = lost.advice or _START_OR_ADDRESS
+    return ConnectionFailed(f"No answer from {shown_url(url)}: {lost.reason}. {advice}")
 
 
 def normalized_url(url: str) -> str:
@@ -219,8 +225,33 @@ def normalized_url(url: str) -> str:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise WrongAddress(f"The URL is {url!r}; give one such as http://127.0.0.1:8000.")
+        # What stands before an @ may be a password.
+        raise WrongAddress(
+            f"The URL is {url.rpartition('@')[2]!r}; give one such as http://127.0.0.1:8000."
+        )
     return url.rstrip("/")
+
+
+def shown_url(url: str) -> str:
+    """A valid URL without user and password, to be shown."""
+    scheme, netloc, path, query, fragment = urlsplit(url)
+    return urlunsplit((scheme, netloc.rpartition("@")[2], path, query, fragment))
+
+
+def checked_ca(path: str) -> str | None:
+    """The path of a PEM file with CAs, None if it is empty; raises WrongAddress if it has none."""
+    if not path:
+        return None
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as error:
+        why = "it has no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise WrongAddress(
+            f"The CA file {path!r} cannot be used: {why}. Give a PEM file: ca=, or ASYNCINFER_CA."
+        ) from error
+    return path
 
 
 def normalized_key(key: str) -> str:

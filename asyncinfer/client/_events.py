@@ -80,7 +80,7 @@ class EventSubscription:
         self._failures += 1
         if is_final_loss(reply, self._failures) or self._failures > self._server.retries:
             if isinstance(reply, Lost):
-                raise connection_failed_error(reply.reason, self._server.url)
+                raise connection_failed_error(reply, self._server.url)
             raise error_of_response(reply, self._server.url)
         requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
         backoff = _PAUSE_SECONDS * 3**self._failures * random.uniform(0.5, 1.0)

@@ -44,10 +44,12 @@ class Lost(Struct, frozen=True):
 
     reason: str
     is_unreachable: bool = False
-    """Nothing has ever answered at this URL and nothing listens there: the address is more likely
-    wrong than the server away."""
+    """The same request would fail again: nothing has ever answered at this URL and nothing listens
+    there, so that the address is more likely wrong than the server away; or TLS is refused."""
     is_first_contact: bool = False
     """Nothing has ever answered at this URL."""
+    advice: str = ""
+    """What to do, where it is not to start the server or to give another address."""
 
 
 class Event(Struct, frozen=True):

@@ -18,6 +18,7 @@ from asyncinfer.client._errors import (
     not_asyncinfer_error,
     retry_after_seconds,
     retry_reason,
+    shown_url,
 )
 from asyncinfer.client._models import Model
 from asyncinfer.client._protocol import Flow, Lost, Pause, Request, Response, T, exchange
@@ -42,6 +43,8 @@ class RemoteServer(Struct):
     headers: dict[str, str]
     timeout_seconds: float
     retries: int
+    ca: str | None = None
+    """A PEM file with CAs that are trusted besides those of the system."""
     until: float = math.inf
     """The client's deadline on the monotonic clock: past it nothing is awaited or sent again."""
     waits_for_models: bool = False
@@ -89,7 +92,7 @@ def fetch(
             break
         yield from wait_before_retry(server, pause, reason, begun_at)
     if isinstance(reply, Lost):
-        raise connection_failed_error(reply.reason, server.url)
+        raise connection_failed_error(reply, server.url)
     return reply
 
 
@@ -178,9 +181,9 @@ def convert(server: RemoteServer, value: Any, kind: type[T]) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise NotAsyncinfer(
-            f"{server.url} answered with other JSON ({error}), which is not how asyncinfer "
-            "answers. Give the address that `asyncinfer serve` shows as its URL, or install the "
-            "server's release."
+            f"{shown_url(server.url)} answered with other JSON ({error}), which is not how "
+            "asyncinfer answers. Give the address that `asyncinfer serve` shows as its URL, or "
+            "install the server's release."
         ) from error
 
 

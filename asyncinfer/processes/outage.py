@@ -77,7 +77,7 @@ class Outage:
                     else _SETTLE_SECONDS
                 )
                 self._began_at = self._logged_at = now
-                _log.warning("%s It is asked again until it does.", reason)
+                _log.warning("%s It is asked again until it answers.", reason)
             elif now - self._logged_at >= _REPEAT_SECONDS:
                 self._logged_at = now
                 _log.warning("Redis has not answered for %.0f s. %s", now - self._began_at, reason)

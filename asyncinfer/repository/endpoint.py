@@ -1,12 +1,13 @@
 """The endpoint: REDIS_URL, parsed, and the clients for it."""
 
 import functools
+import inspect
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from msgspec import Struct
 from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.connection import ConnectionPool, SSLConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
@@ -14,77 +15,116 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from asyncinfer import redis_url
 from asyncinfer.errors import InvalidSetting
+from asyncinfer.redis_url import RedisUrl
+from asyncinfer.repository.wire import TlsConnection, TlsSentinelConnection
 
-_SENTINEL_PORT: Final = 26379
 _CONNECT_SECONDS: Final = 0.5
+_TLS_CONNECT_SECONDS: Final = 2.0
+"""Three round trips instead of one, and the time to load the certificates that are trusted."""
 
 
 class Endpoint(Struct, frozen=True):
-    """A parsed REDIS_URL.
+    """The server of a parsed REDIS_URL, or the sentinels that name it."""
 
-    It accepts `redis://`, `rediss://` and `unix://` as redis-py does, and
-    `sentinel://[user:password@]host[:26379],host2/service[/db]`.
-    """
-
-    url: str
-    sentinels: tuple[tuple[str, int], ...] = ()
-    service: str = ""
-    options: dict[str, Any] = {}
+    url: RedisUrl
 
     @classmethod
     def parse(cls, url: str) -> "Endpoint":
         """Raises InvalidSetting for a URL of no known form."""
-        scheme = url.partition("://")[0]
-        if scheme in ("redis", "rediss", "unix"):
-            return cls(url)
-        if scheme == "sentinel":
-            return _sentinel(url)
-        raise InvalidSetting(
-            f"REDIS_URL starts with {scheme!r}://; it must be redis://, rediss://, unix:// or "
-            "sentinel://host:26379,host2:26379/service."
-        )
+        parsed = redis_url.parse(url)
+        for option in parsed.tls.keys() - inspect.signature(SSLConnection).parameters:
+            raise InvalidSetting(
+                f"REDIS_URL has the option {option}, which redis-py {redis.__version__} does not "
+                "have. Install a newer redis-py, or leave the option out."
+            )
+        return cls(parsed)
 
     def client(self, name: str) -> AsyncRedis:
         """An asyncio client whose pool makes connections that repeat no command by themselves."""
-        options = {
-            **self._common(name),
-            "socket_timeout": None,
-            "retry": AsyncRetry(NoBackoff(), 0),
-        }
-        if not self.sentinels:
-            return AsyncRedis.from_url(self.url, **options)
-        sentinel_options = {
-            **_SENTINEL_OPTIONS,
-            **driver_options(),
-            "retry": AsyncRetry(NoBackoff(), 0),
-        }
-        sentinel = AsyncSentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        client: AsyncRedis = sentinel.master_for(self.service, **{**self.options, **options})
+        options = {**self._options(name), "socket_timeout": None, **_no_retry()}
+        if not self.url.sentinels:
+            return _client(options)
+        sentinel = AsyncSentinel([])  # type: ignore[no-untyped-call]
+        sentinel.sentinels = [self.sentinel_client(*address) for address in self.url.sentinels]
+        if options.pop("ssl", False):
+            options["connection_class"] = TlsSentinelConnection
+        client: AsyncRedis = sentinel.master_for(self.url.service, **options)
         return client
+
+    def sentinel_client(self, host: str, port: int) -> AsyncRedis:
+        """An asyncio client for one sentinel."""
+        return _client({"host": host, "port": port, **self._sentinel_options(), **_no_retry()})
 
     def sync_client(self, name: str, *, reply_seconds: float) -> redis.Redis:
         """A blocking client, for the thread that renews leases."""
-        options = {
-            **self._common(name),
-            "socket_timeout": reply_seconds,
-            "retry": Retry(NoBackoff(), 0 if self.sentinels else 1),
-        }
-        if not self.sentinels:
-            return redis.Redis.from_url(self.url, **options)
-        sentinel_options = {**_SENTINEL_OPTIONS, **driver_options(), "retry": Retry(NoBackoff(), 0)}
-        sentinel = Sentinel(list(self.sentinels), sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
-        client: redis.Redis = sentinel.master_for(self.service, **{**self.options, **options})  # type: ignore[no-untyped-call]
+        options = {**self._options(name), "socket_timeout": reply_seconds}
+        if not self.url.sentinels:
+            return redis.Redis(**options, retry=Retry(NoBackoff(), 1))
+        sentinel = Sentinel(
+            list(self.url.sentinels),
+            sentinel_kwargs={**self._sentinel_options(), "retry": Retry(NoBackoff(), 0)},
+        )  # type: ignore[no-untyped-call]
+        options["retry"] = Retry(NoBackoff(), 0)
+        client: redis.Redis = sentinel.master_for(self.url.service, **options)  # type: ignore[no-untyped-call]
         return client
 
-    @staticmethod
-    def _common(name: str) -> dict[str, Any]:
+    def _options(self, name: str) -> dict[str, Any]:
+        """What redis-py must know of connections to the server."""
+        url = self.url
+        place: dict[str, Any] = {}
+        if url.socket_path:
+            place = {"unix_socket_path": url.socket_path}
+        elif url.host:
+            place = {"host": url.host, "port": url.port}
+        if url.keepalive is not None:
+            place["socket_keepalive"] = url.keepalive
         return {
+            **place,
+            **self._tls_options(url.has_tls),
+            "db": url.database,
+            "username": url.username,
+            "password": url.password,
             "protocol": 2,
             "client_name": name,
-            "socket_connect_timeout": _CONNECT_SECONDS,
+            "socket_connect_timeout": _TLS_CONNECT_SECONDS if url.has_tls else _CONNECT_SECONDS,
             **driver_options(),
         }
+
+    def _sentinel_options(self) -> dict[str, Any]:
+        """What redis-py must know of connections to sentinels."""
+        return {
+            **self._tls_options(self.url.sentinel_tls),
+            "username": self.url.sentinel_username,
+            "password": self.url.sentinel_password,
+            "protocol": 2,
+            "socket_timeout": _SENTINEL_SECONDS,
+            "socket_connect_timeout": (
+                _TLS_SENTINEL_SECONDS if self.url.sentinel_tls else _SENTINEL_SECONDS
+            ),
+            **driver_options(),
+        }
+
+    def _tls_options(self, has_tls: bool) -> dict[str, Any]:
+        if not has_tls:
+            return {}
+        # Before its release 6 redis-py compared no host names unless it was told to, and failed if
+        # it was told to without verification.
+        options = {"ssl": True, "ssl_check_hostname": True, **self.url.tls}
+        if options.get("ssl_cert_reqs") == "none":
+            options["ssl_check_hostname"] = False
+        return options
+
+
+def _no_retry() -> dict[str, Any]:
+    return {"retry": AsyncRetry(NoBackoff(), 0)}
+
+
+def _client(options: dict[str, Any]) -> AsyncRedis:
+    if not options.pop("ssl", False):
+        return AsyncRedis(**options)
+    return AsyncRedis.from_pool(ConnectionPool(connection_class=TlsConnection, **options))
 
 
 @functools.cache
@@ -94,8 +134,9 @@ def driver_options() -> dict[str, Any]:
     return {"driver_info": redis.DriverInfo()} if hasattr(redis, "DriverInfo") else {}
 
 
-# A sentinel that is down must not use up the time of a call, so that the next one can be asked.
-_SENTINEL_OPTIONS: Final = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2}
+_SENTINEL_SECONDS: Final = 0.2
+_TLS_SENTINEL_SECONDS: Final = 1.0
+"""A sentinel that is down must not use up the time of a call, so that the next can be asked."""
 
 
 async def close(client: AsyncRedis) -> None:
@@ -105,39 +146,3 @@ async def close(client: AsyncRedis) -> None:
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             await sentinel.aclose()
-
-
-def _sentinel(url: str) -> Endpoint:
-    # urlsplit of Python 3.13 refuses a list of hosts in which an IPv6 address is not the first.
-    authority, _, rest = url.partition("://")[2].partition("/")
-    parts = urlsplit("/" + rest.lstrip("/"))
-    service, _, database = parts.path.strip("/").partition("/")
-    userinfo, _, hosts = authority.rpartition("@")
-    user, _, password = userinfo.partition(":")
-    try:
-        sentinels = tuple(_parse_sentinel(host) for host in hosts.split(","))
-        options: dict[str, Any] = {"db": int(database or 0)}
-    except ValueError as error:
-        raise InvalidSetting(_SENTINEL_FORM) from error
-    if not service:
-        raise InvalidSetting(_SENTINEL_FORM)
-    if password:
-        options |= {"username": unquote(user) or None, "password": unquote(password)}
-    if parse_qs(parts.query).get("ssl") == ["true"]:
-        options["ssl"] = True
-    return Endpoint(url, sentinels, service, options)
-
-
-_SENTINEL_FORM: Final = (
-    "REDIS_URL with sentinel:// must name sentinels and a service: "
-    "sentinel://host:26379,host2:26379/service."
-)
-
-
-def _parse_sentinel(text: str) -> tuple[str, int]:
-    """Host and port of a sentinel written `host[:port]`; the port is 26379 if there is none. Raises
-    ValueError if there is no host or the port is no number."""
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname:
-        raise ValueError("a sentinel without a host")
-    return parts.hostname, parts.port or _SENTINEL_PORT

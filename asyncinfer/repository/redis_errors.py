@@ -1,7 +1,6 @@
 """Translation of redis-py's exceptions into the errors of this package."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from typing import Final
 
 import redis.exceptions as redis_errors
@@ -18,6 +17,7 @@ from asyncinfer.errors import (
     WrongKeyType,
 )
 from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.tls_errors import TlsFault, TlsProblem, tls_fault
 
 _TRANSIENT_CODES: Final = ("BUSY", "UNBLOCKED")
 """Codes of refusals that pass by themselves: a slow script, a fail-over."""
@@ -64,15 +64,6 @@ def error_of_reply(text: str) -> Exception:
     return kind(message) if kind else redis_errors.ResponseError(text)
 
 
-@contextmanager
-def translate_errors() -> Iterator[None]:
-    """Raises exceptions of redis-py as StorageFull or a kind of RedisUnavailable."""
-    try:
-        yield
-    except CALL_ERRORS as error:
-        raise translate(error) from error
-
-
 def translate(error: Exception) -> StorageFull | RedisUnavailable:
     """The package's error for one of `CALL_ERRORS`."""
     if isinstance(error, redis_errors.OutOfMemoryError):
@@ -88,22 +79,15 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
             retry_after_seconds=1,
         )
     if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _NOT_PRIMARY_ERRORS):
-        return RedisUnavailable(
-            f"Redis does not answer ({type(error).__name__}). Retry in a moment.",
-            retry_after_seconds=1,
-        )
+        return RedisUnavailable(_why_unavailable(error), retry_after_seconds=1)
     if is_transient(error):
         return RedisUnavailable(
             f"Redis cannot do this just now ({error}). Retry in a moment.", retry_after_seconds=1
         )
     if str(error).startswith("WRONGTYPE"):
         return wrong_type_error()
-    if isinstance(error, redis_errors.NoPermissionError):
-        return PermissionDenied(
-            f"The Redis user may not do this ({error}). Give it the permission; the page on "
-            "security lists what it needs.",
-            retry_after_seconds=1,
-        )
+    if refusal := acl_refusal(error):
+        return PermissionDenied(f"{refusal}.", retry_after_seconds=1)
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
@@ -115,6 +99,99 @@ def log_refused(log: LimitedLog, role: str, error: RedisUnavailable) -> None:
     once for all roles."""
     if isinstance(error, RedisRefused):
         log.warning(f"{role}: {error.detail}")
+
+
+def _why_unavailable(error: Exception) -> str:
+    """Without the address of the server, since any client of the API may read it."""
+    if isinstance(error, redis_errors.AuthenticationError):
+        return "Redis refuses the login of this service."
+    if fault := tls_fault(error):
+        return f"Redis cannot be reached: {fault}."
+    return f"Redis does not answer ({type(error).__name__}). Retry in a moment."
+
+
+def server_refusal(error: Exception, database: int) -> str | None:
+    """Why the server refuses this user, or the database, with the remedy; None for an error that
+    may pass."""
+    if isinstance(error, redis_errors.AuthenticationError):
+        return login_refusal(error)
+    if "DB index is out of range" in str(error):
+        return (
+            f"This server has no database {database}. Give REDIS_URL one that it has, or raise "
+            "`databases` in its configuration"
+        )
+    return acl_refusal(error)
+
+
+def login_refusal(error: Exception, *, is_sentinel: bool = False) -> str:
+    """Why a server or sentinel lets nobody in, with the remedy."""
+    reason = str(error).partition(". ")[0].rstrip(".")
+    if is_sentinel:
+        return (
+            f"it refuses the login ({reason}). Give its user and password as the options "
+            "sentinel_username and sentinel_password of REDIS_URL"
+        )
+    return (
+        f"Redis refuses the login ({reason}). Put user and password into REDIS_URL: "
+        "redis://user:password@host:6379, or redis://:password@host:6379 without a user"
+    )
+
+
+_TLS_REMEDIES: Final = {
+    TlsProblem.UNTRUSTED: "Name the CA that signed it in REDIS_URL: ?ssl_ca_certs=/path/to/ca.pem",
+    TlsProblem.EXPIRED: "Renew it on the server",
+    TlsProblem.NOT_YET_VALID: "Compare the clocks of both machines",
+    TlsProblem.OTHER_NAME: "Use a name that it has, or have it issued for this one",
+    TlsProblem.NO_TLS: "Use redis://, or give its TLS port",
+    TlsProblem.CERTIFICATE_WANTED: "Give ssl_certfile and ssl_keyfile in REDIS_URL, signed by a CA "
+    "that it trusts",
+    TlsProblem.OTHER: "Compare the TLS versions and ciphers of both sides",
+}
+
+
+def tls_refusal(fault: TlsFault) -> str:
+    """Why TLS to a server failed, with the remedy."""
+    return f"{fault}. {_TLS_REMEDIES[fault.problem]}"
+
+
+_DENIED_COMMAND: Final = re.compile(r"o permissions to run the '([^']+)' command")
+_DENIED_KEY: Final = ("o permissions to access", "can't access at least one of the keys")
+_DENIED_IN_SCRIPT: Final = "can't run this command or subcommand"
+
+_RIGHTS: Final = {
+    **dict.fromkeys(("eval", "evalsha", "fcall", "function"), "+@scripting"),
+    **dict.fromkeys(("multi", "exec"), "+@transaction"),
+    **dict.fromkeys(("client", "select"), "+@connection"),
+    "info": "+info",
+    "time": "+time",
+    "config": "+config|get",
+}
+"""The right of the page on security by command; of all others it is `_KEY_RIGHTS`."""
+
+_KEY_RIGHTS: Final = "+@read +@write"
+
+
+def acl_refusal(error: Exception) -> str | None:
+    """Which right the ACL of the server's user lacks, and how to give it; None for any other
+    error. The words are those of Redis 7 and of Valkey, also for commands inside of scripts."""
+    text = str(error)
+    if denied := _DENIED_COMMAND.search(text):
+        command = denied[1]
+        right = _RIGHTS.get(command.partition("|")[0], _KEY_RIGHTS)
+        what = f"to run {command.upper().replace('|', ' ')}"
+    elif any(words in text for words in _DENIED_KEY):
+        right = "~job:* ~QUEUE_NAME* ~{QUEUE_NAME* (with your QUEUE_NAME)"
+        what = "to use a key that asyncinfer needs"
+    elif _DENIED_IN_SCRIPT in text:
+        right, what = _KEY_RIGHTS, "to run a command that a script needs"
+    elif isinstance(error, redis_errors.NoPermissionError):
+        right, what = "the rights that it needs", f"that ({text})"
+    else:
+        return None
+    return (
+        f"The Redis user has no permission {what} (NOPERM). Give it {right} with ACL SETUSER; "
+        "docs/security.md has all rights"
+    )
 
 
 def is_transient(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """The store: the connections of one process to Redis, and calls of scripts on them."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.processes.outage import RedisReport
 from asyncinfer.repository import keys
+from asyncinfer.repository.diagnosis import diagnose
 from asyncinfer.repository.endpoint import Endpoint, close
 from asyncinfer.repository.functions import Functions
 from asyncinfer.repository.link import BeforeSend, Command, Lanes, new_link
@@ -32,6 +34,7 @@ from asyncinfer.repository.redis_errors import (
     NO_REPLY_ERRORS,
     WRONG_TYPE_WARNING,
     is_not_primary,
+    server_refusal,
     translate,
     write_refusal,
     wrong_type_error,
@@ -44,6 +47,8 @@ _TRY_SHARE: Final = 0.6
 
 _LARGE_BYTES: Final = 64 << 10
 """Calls with more than this go beside the small ones, which would have to wait for them."""
+
+_FIRST_TLS_SECONDS: Final = 3.0
 
 _log = LimitedLog(logging.getLogger(__name__))
 
@@ -217,6 +222,8 @@ class Store:
         await self._link.close()
         await self._lanes.close()
         await close(self._client)
+        # Transports that were aborted close their sockets in the next turn of the event loop.
+        await asyncio.sleep(0)
 
     def blocking_connection(self) -> BlockingConnection:
         """A new connection for calls that block; the caller closes it."""
@@ -432,20 +439,43 @@ class Store:
     # --- the server and the default model -----------------------------------------------------
 
     async def check_server(self) -> str:
-        """The server's name and version. Raises ServerRefused if it cannot keep jobs safe or
-        refuses the login, RedisUnavailable if it does not answer."""
+        """The server's name and version. Raises ServerRefused if it cannot keep jobs safe, and as
+        `read_info` does."""
+        return check_info(await self.read_info())
+
+    async def read_info(self) -> Mapping[str, Any]:
+        """The reply to INFO. Raises ServerRefused if login, TLS, database or INFO are refused, and
+        RedisUnavailable if the server does not answer."""
         try:
-            reply = await self._link.ask(("INFO", "everything"), self.call_seconds)
-        except redis_errors.AuthenticationError as error:
-            raise ServerRefused(
-                f"Redis refuses the login ({error}). Put user and password into REDIS_URL: "
-                "redis://user:password@host:6379."
-            ) from error
+            reply = await self._link.ask(("INFO", "everything"), self._first_seconds())
         except CALL_ERRORS as error:
-            raise await self._failure(error) from error
+            raise await self._why_no_info(error) from error
         if self.report:
             self.report.outage.answered()
-        return check_info(self._parse(("INFO",), reply))
+        info: Mapping[str, Any] = self._parse(("INFO",), reply)
+        return info
+
+    def _first_seconds(self) -> float:
+        """How long a call waits that may have to connect first; by TLS that takes several round
+        trips and a look into files, and only its end says why it failed."""
+        url = self.endpoint.url
+        is_slow = not self.moved_at and (url.has_tls or url.sentinel_tls)
+        return max(_FIRST_TLS_SECONDS, self.call_seconds) if is_slow else self.call_seconds
+
+    async def _why_no_info(self, error: Exception) -> Exception:
+        if refusal := server_refusal(error, self.endpoint.url.database):
+            if self.report and isinstance(error, redis_errors.ResponseError):
+                self.report.outage.answered()
+            return ServerRefused(f"{refusal}.")
+        if not isinstance(error, NO_REPLY_ERRORS) or self.moved_at:
+            return await self._failure(error)
+        found = await diagnose(self.endpoint, error)
+        if found.is_final:
+            return ServerRefused(f"Redis cannot be used: {found.reason}.")
+        failure = RedisUnavailable(f"Redis does not answer: {found.reason}.", retry_after_seconds=1)
+        if not self._is_closed:
+            note_failure(self.report, failure)
+        return failure
 
     async def default_model(self) -> str | None:
         """The name of the default model, whose queue is QUEUE_NAME itself; None if there is none,

@@ -22,6 +22,7 @@ from asyncinfer.monitoring.port import open_listener
 from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.unserved_models import UnservedModels
 from asyncinfer.timeouts import set_within
@@ -177,7 +178,7 @@ async def _connect(
     """
     while not stopping.is_set():
         try:
-            server = await store.check_server()
+            server = await check_start(store)
             default = await agree_on_default_model(store, config.default_model)
             known = await Announcements(store).read_model_names()
         except (RedisUnavailable, StorageFull):

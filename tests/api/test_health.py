@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import httpx2
@@ -22,6 +23,7 @@ from asyncinfer.repository.store import Store
 from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 from tests.queue_driver import QueueDriver
+from tests.restricted_user import restricted_user
 
 from .harness import (
     QUEUE,
@@ -185,6 +187,53 @@ async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
     assert lines[0].startswith(f"{code}: ")
     assert lines[1].startswith("Redis takes jobs again after ")
     assert lines[1].endswith(f"({code}).")
+
+
+async def test_a_right_that_the_redis_user_lost_is_named_to_those_who_may_read(
+    config: ApiConfig, store: Store, server: redis.Redis, redis_url: str, key_file: Path
+) -> None:
+    await announce(store, "iris", default="iris")
+    acl: Any = server
+    with restricted_user(server, redis_url, "~*", "&*", "+@all") as url:
+        with_keys = msgspec.structs.replace(config, redis_url=url, api_keys=key_file)
+        async with running(with_keys) as port, client_of(port) as anyone:
+            bob = {"x-api-key": "bob"}
+            assert (await anyone.get("/health/ready")).json() == READY
+            acl.execute_command("ACL", "SETUSER", "restricted", "-@scripting")
+            named = await reason_of_no_jobs(anyone, bob)
+            assert "no permission to run EVALSHA (NOPERM). Give it +@scripting" in named
+            assert "NOPERM" not in await reason_of_no_jobs(anyone, {})
+            acl.execute_command("ACL", "SETUSER", "restricted", "+@scripting")
+            await submit(anyone, headers=bob)
+            assert (await anyone.get("/health/ready")).json() == READY
+
+
+async def test_an_api_whose_redis_user_may_not_read_the_state_of_redis_names_the_right(
+    config: ApiConfig, server: redis.Redis, redis_url: str
+) -> None:
+    acl: Any = server
+    with restricted_user(server, redis_url, "~*", "&*", "+@all") as url:
+        with_user = msgspec.structs.replace(config, redis_url=url)
+        async with running(with_user) as port, client_of(port) as client:
+            acl.execute_command("ACL", "SETUSER", "restricted", "-info")
+            body = (await client.get("/health/ready")).json()
+            assert (body["status"], body["accepting"]) == ("ok", False)
+            assert "Give it +info with ACL SETUSER" in body["reason"]["message"]
+            for path in ("/health/ready?for=submit", "/health"):
+                problem = assert_problem(await client.get(path), 503, "redis_unavailable")
+                assert "Give it +info with ACL SETUSER" in problem["detail"]
+
+
+async def reason_of_no_jobs(client: httpx2.AsyncClient, headers: dict[str, str]) -> str:
+    """Why the API accepts no jobs, which all routes about its health must say alike."""
+    code = "redis_permission_denied"
+    refused = await client.get("/health/ready?for=submit", headers=headers)
+    reason = str(assert_problem(refused, 503, code)["detail"])
+    for path in ("/health/ready", "/health"):
+        body = (await client.get(path, headers=headers)).json()
+        assert (body["status"], body["accepting"]) == ("ok", False)
+        assert body["reason"] == {"code": code, "message": reason}
+    return reason
 
 
 async def test_a_start_on_a_full_disk_says_so_and_not_that_no_worker_has_a_model(

@@ -12,15 +12,15 @@ import redis
 from asyncinfer import api_keys
 from asyncinfer.cli.doctor.findings import Finding
 from asyncinfer.cli.doctor.machine import examine_machine
-from asyncinfer.cli.doctor.redis import USER_RULES, findings_of
+from asyncinfer.cli.doctor.redis import findings_of
 from asyncinfer.processes import valkey
 from asyncinfer.processes.memory import usable_bytes
 from asyncinfer.repository.inspect.server_info import ServerInfo
 from asyncinfer.settings import Settings
 from tests import zoo
 from tests.cli.command_line import run_command
-from tests.docs.markdown import page
 from tests.faults.harness import eventually_sync
+from tests.restricted_user import restricted_user
 
 from .submitted_jobs import submit
 
@@ -100,7 +100,6 @@ def test_a_problem_of_redis_is_named_with_its_fix(
         ("Redis disk", "disk_full", {"write_error": "rdb_last_bgsave_status is err"}, "BGSAVE"),
         ("Redis role", "redis_read_only", {"is_replica": True}, "REDIS_URL"),
         ("Redis jobs", "too_few_replicas", {}, "CONFIG SET min-replicas-to-write 0"),
-        ("Redis jobs", "redis_permission_denied", {}, "ACL SETUSER"),
     ],
 )
 def test_a_server_that_takes_no_jobs_is_a_problem_with_the_name_of_its_state(
@@ -126,10 +125,6 @@ def test_a_redis_that_lacks_replicas_is_a_problem_of_redis_and_of_the_api(
     assert "problem  Redis jobs: too_few_replicas: " in done.out
     assert "CONFIG SET min-replicas-to-write 0" in done.out
     assert "it accepts no jobs: too_few_replicas: " in done.out
-
-
-def test_the_rules_of_a_redis_user_are_those_of_the_page() -> None:
-    assert USER_RULES in page("security.md").text
 
 
 def test_a_server_without_persistence_is_a_problem(redis_url: str) -> None:
@@ -315,3 +310,27 @@ def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> 
 
     (finding,) = (entry for entry in findings if entry["about"].startswith("model odd"))
     assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"
+
+
+def test_a_right_that_the_redis_user_lacks_is_a_problem(
+    server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, "%R~*", "+@all") as url:
+        ran = run_command("doctor", "--redis-url", url)
+
+    assert ran.code == 1
+    assert "no permission to use a key that asyncinfer needs (NOPERM)" in ran.out
+    assert "-> Give it ~job:* ~QUEUE_NAME* ~{QUEUE_NAME*" in ran.out
+    assert "another type" not in ran.out
+
+
+def test_a_login_that_redis_refuses_is_a_problem_without_the_password(
+    server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url) as url:
+        ran = run_command("doctor", "--redis-url", url.replace(":pass@", ":secret@"))
+
+    assert ran.code == 1
+    assert "Redis refuses the login (invalid username-password pair or user is disabled)" in ran.out
+    assert "-> Put user and password into REDIS_URL" in ran.out
+    assert "secret" not in ran.out + ran.err

@@ -19,6 +19,7 @@ from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.libraries import Libraries
 from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.scripts import NAMES
 from asyncinfer.repository.store import Store
 from asyncinfer.settings import Settings
@@ -353,7 +354,7 @@ async def test_the_user_of_redis_that_the_security_page_makes_may_do_all_that_is
     assert made
     with restricted_user(server, redis_url, *made[1].split()) as url:
         async with Store.open(url, queue_name=Q, policy=LONG, name="test") as store:
-            await store.check_server()
+            await check_start(store)
             assert await why_no_jobs(store) is None
             await use_every_script(QueueDriver(store, server), lambda: None)
             assert not store.functions.are_refused

@@ -41,7 +41,7 @@ def test_an_outage_has_a_line_at_its_begin_one_each_30_s_and_one_at_its_end(
     clock.seconds += 0.5
     outage.answered()
     assert lines.messages == [
-        "Redis does not answer (ConnectionError). It is asked again until it does.",
+        "Redis does not answer (ConnectionError). It is asked again until it answers.",
         "Redis has not answered for 30 s. Redis does not answer (ConnectionError).",
         "Redis has not answered for 60 s. Redis does not answer (ConnectionError).",
         "Redis answers again after 70.0 s.",

@@ -261,6 +261,6 @@ async def test_a_key_that_the_user_may_not_use_is_named_and_functions_stay_in_us
 ) -> None:
     with restricted_user(server, redis_url, "~other*", "&*", "+@all") as url:
         async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
-            with pytest.raises(RedisRefused, match="o permissions to access"):
+            with pytest.raises(RedisRefused, match="no permission to use a key"):
                 await QueueDriver(store, server).submit_one()
             assert not store.functions.are_refused

@@ -64,7 +64,7 @@ async def test_a_server_that_evicts_is_refused_at_the_start(
 
 
 @pytest.mark.parametrize(
-    "url", ["http://x", "localhost:6379", "sentinel://", "sentinel://h:1", "sentinel://h:x/s", ""]
+    "url", ["http://x", "localhost:6379", "sentinel://", "sentinel://h:1", "sentinel://h:1/", ""]
 )
 def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="sentinel://host:26379"):
@@ -73,7 +73,7 @@ def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
 
 async def test_each_kind_of_url_makes_its_kind_of_connection() -> None:
     tls = Endpoint.parse("rediss://user:pass@h:6380/2").client("t")
-    assert tls.connection_pool.connection_class is SSLConnection
+    assert issubclass(tls.connection_pool.connection_class, SSLConnection)
     assert tls.connection_pool.connection_kwargs["db"] == 2
     unix = Endpoint.parse("unix:///run/x.sock").client("t")
     assert unix.connection_pool.connection_class is UnixDomainSocketConnection
@@ -84,9 +84,13 @@ async def test_each_kind_of_url_makes_its_kind_of_connection() -> None:
 def test_a_sentinel_url_names_sentinels_service_and_database() -> None:
     endpoint = Endpoint.parse("sentinel://me:p%40ss@a:1,b,[::1]:3/main/4?ssl=true")
 
-    assert endpoint.sentinels == (("a", 1), ("b", 26379), ("::1", 3))
-    assert endpoint.service == "main"
-    assert endpoint.options == {"db": 4, "username": "me", "password": "p@ss", "ssl": True}
+    url = endpoint.url
+    assert url.sentinels == (("a", 1), ("b", 26379), ("::1", 3))
+    assert (url.service, url.database) == ("main", 4)
+    assert (url.username, url.password, url.has_tls, url.sentinel_tls) == (
+        *("me", "p@ss"),
+        *(True, False),
+    )
 
 
 @pytest.fixture

@@ -65,6 +65,31 @@ def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--port is '70000'" in refusal(capsys, "serve", "--port", "70000")
 
 
+@pytest.mark.parametrize("command", ["serve", "work", "doctor", "top"])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://h:6379/mydb", "a database that is no number"),
+        ("redis://:s3cret@ss/w#rd@h", "percent-encode"),
+        (
+            "redis://:s3cret@h?decode_responses=true",
+            "the option decode_responses, which",
+        ),
+        ("rediss://:s3cret@h?ssl_ca_cert=x", "Did you mean ssl_ca_certs?"),
+        ("rediss://:s3cret@h?ssl_ca_certs=/absent.pem", "/absent.pem cannot be read"),
+    ],
+)
+def test_a_redis_url_that_cannot_be_meant_is_refused_alike_by_every_command(
+    command: str, url: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = "--redis" if command == "top" else "--redis-url"
+    message = refusal(capsys, command, flag, url)
+
+    assert message.startswith("asyncinfer: REDIS_URL")
+    assert words in message
+    assert not any(part in message for part in ("s3cret", "ss/w", "w#rd"))
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
 def test_a_public_address_without_keys_is_refused(
     host: str, capsys: pytest.CaptureFixture[str]

@@ -24,10 +24,13 @@ class LoadConnection:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, key: str | None) -> AsyncIterator["LoadConnection"]:
+    async def open(
+        cls, url: str, key: str | None, ca: str | None = None
+    ) -> AsyncIterator["LoadConnection"]:
         """Connects to the host of `url`, and closes the connection at the end of the block.
 
-        `key` is an API key or None. Raises OSError, TimeoutError among them, after 5 s.
+        `key` is an API key or None; `ca` a PEM file with the CA of the server. Raises OSError,
+        TimeoutError among them, after 5 s.
         """
         parts = urlsplit(url)
         secure = parts.scheme == "https"
@@ -35,7 +38,7 @@ class LoadConnection:
             reader, writer = await asyncio.open_connection(
                 parts.hostname or "127.0.0.1",
                 parts.port or (443 if secure else 80),
-                ssl=ssl.create_default_context() if secure else None,
+                ssl=_tls_context(ca) if secure else None,
             )
         try:
             yield cls(reader, writer, parts.netloc.rpartition("@")[2], key)
@@ -70,3 +73,10 @@ class LoadConnection:
         _, found, rest = head.partition(b"content-length:")
         if found:
             await self._reader.readexactly(int(rest.partition(b"\r\n")[0]))
+
+
+def _tls_context(ca: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca:
+        context.load_verify_locations(ca)
+    return context

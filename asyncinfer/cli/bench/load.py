@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from statistics import mean, median
 from typing import Final
@@ -12,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.cli.addresses import is_loopback
+from asyncinfer.cli.addresses import is_loopback, shown_url
 from asyncinfer.cli.api_client import connect, seconds_by_rows
 from asyncinfer.cli.bench.http_load import LoadConnection
 from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides, latency, verdict
@@ -62,7 +63,7 @@ def measure(server: ServerOptions, name: str | None, seconds: float, connections
             if lost is None or others:
                 raise
             raise ConnectionFailed(
-                f"A connection to {server.url} was cut while it was under load."
+                f"A connection to {shown_url(server.url)} was cut while it was under load."
             ) from errors
         finally:
             client.cancel_all(group=group)
@@ -144,7 +145,7 @@ class _LoadRunner:
 
         After a refusal for a full queue it pauses; other errors are counted and it goes on.
         """
-        async with LoadConnection.open(self._server.url, self._server.api_key) as connection:
+        async with self._connected() as connection:
             request = connection.encode_request("POST", self._path, self._body, headers)
             while (sent := time.perf_counter()) < until:
                 status = await connection.exchange(request)
@@ -156,11 +157,15 @@ class _LoadRunner:
                 else:
                     counts.errors += 1
 
+    def _connected(self) -> AbstractAsyncContextManager[LoadConnection]:
+        server = self._server
+        return LoadConnection.open(server.url, server.api_key, server.ca)
+
     # --- samples ----------------------------------------------------------------------------
 
     async def _sample_sides(self, model: str, samples: _SideSamples) -> None:
         """Adds samples of API, Redis and workers until it is cancelled."""
-        async with LoadConnection.open(self._server.url, self._server.api_key) as connection:
+        async with self._connected() as connection:
             live = connection.encode_request("GET", "/health/live")
             ready = connection.encode_request("GET", "/health/ready")
             for turn in itertools.count():

@@ -4,10 +4,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from asyncinfer.cli.addresses import api_url
+from asyncinfer.cli.addresses import api_url, shown_url
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
+from asyncinfer.cli.exit_codes import in_terminal_words
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import counted
 from asyncinfer.cli.serve import configuration
@@ -23,7 +24,9 @@ from asyncinfer.errors import AsyncinferError, StartError
 from asyncinfer.settings import Settings
 
 
-def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Iterator[Finding]:
+def examine_api(
+    settings: Settings, url: str | None, api_key: str | None, ca: str | None
+) -> Iterator[Finding]:
     """Checks the API at `url`, else at the address of the settings, and the monitor port.
 
     With `url` it is a problem if nothing listens there; without it, it means that `serve` can use
@@ -33,10 +36,10 @@ def examine_api(settings: Settings, url: str | None, api_key: str | None) -> Ite
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     if not port_is_taken(parts.hostname or "127.0.0.1", port):
-        yield _nothing_listens(address, required=url is not None)
+        yield _nothing_listens(shown_url(address), required=url is not None)
     else:
-        with connect(ServerOptions(address, api_key)) as client:
-            yield from _examine_answers(client, address, settings)
+        with connect(ServerOptions(address, api_key, ca)) as client:
+            yield from _examine_answers(client, shown_url(address), settings)
     if settings.monitor_port and port_is_taken(settings.monitor_host, settings.monitor_port):
         found = f"port {settings.monitor_port} is in use: by a worker of yours or another program"
         yield ok("monitor port", found)
@@ -61,6 +64,9 @@ def _examine_answers(client: Client, address: str, settings: Settings) -> Iterat
         if error.code == "not_asyncinfer":
             mend = f"stop it, or choose another port: asyncinfer serve --port {settings.port + 1}"
             yield problem("port", f"another program answers at {address}", mend)
+        elif error.code == "connection_failed":
+            what, _, mend = in_terminal_words(error.detail).partition(". ")
+            yield problem("API", what, mend.rstrip("."))
         else:
             yield problem("API", f"{address}: {error.detail}", "read the log of `asyncinfer serve`")
         return

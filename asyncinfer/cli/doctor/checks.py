@@ -15,12 +15,14 @@ from asyncinfer.errors import StartError
 from asyncinfer.settings import Settings
 
 
-def examine(settings: Settings, url: str | None, api_key: str | None) -> list[Finding]:
+def examine(
+    settings: Settings, url: str | None, api_key: str | None, ca: str | None = None
+) -> list[Finding]:
     """Runs all checks of `doctor` and returns the findings, Redis first and the API last.
 
-    `url` and `api_key` are those of the API, None if not given. It loads each model in a child
-    process, which may take minutes. A server that does not answer or a folder that cannot be read
-    is a finding, not an exception.
+    `url`, `api_key` and `ca` are those of the API, None if not given. It loads each model in a
+    child process, which may take minutes. A server that does not answer or a folder that cannot be
+    read is a finding, not an exception.
     """
     import anyio
 
@@ -28,7 +30,7 @@ def examine(settings: Settings, url: str | None, api_key: str | None) -> list[Fi
         *with_embedded_fixes(anyio.run(_examine_redis, settings), _embedded_data_dir(settings)),
         *anyio.run(_examine_models, settings),
         *examine_machine(settings, _embedded_data_dir(settings)),
-        *examine_api(settings, url, api_key),
+        *examine_api(settings, url, api_key, ca),
     ]
     return without_repeats(without_consequences(found))
 

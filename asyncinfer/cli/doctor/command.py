@@ -28,9 +28,12 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     help="Address of the API. Default: http://HOST:PORT of the settings. [ASYNCINFER_URL]",
 )
 @options.api_key
+@options.ca
 @options.as_json
 @options.all_settings(hidden=True)
-def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settings) -> int:
+def doctor(
+    url: str | None, api_key: str | None, ca: str | None, as_json: bool, settings: Settings
+) -> int:
     """Check Redis, models and API, and name the fix of each problem.
 
     Checks Redis (reachable, version, eviction, persistence, memory, round trip, clock), each model
@@ -40,7 +43,7 @@ def doctor(url: str | None, api_key: str | None, as_json: bool, settings: Settin
     """
     from asyncinfer.cli.doctor.checks import examine
 
-    findings = examine(settings, url, api_key)
+    findings = examine(settings, url, api_key, ca)
     if as_json:
         say_json({"findings": findings})
     else:

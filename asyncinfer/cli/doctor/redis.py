@@ -9,7 +9,7 @@ from typing import Final
 from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import seconds, size
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.errors import AsyncinferError, PermissionDenied, ServerRefused
 from asyncinfer.repository.inspect.server_info import ServerInfo, read_server_info
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -20,11 +20,6 @@ _TOO_SLOW_SECONDS: Final = 0.2
 
 _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
 _HIGH_MEMORY_SHARE: Final = 0.8
-
-USER_RULES: Final = (
-    "+@read +@write +@scripting +@transaction +@connection +time +info -@dangerous +info"
-)
-"""The commands that a Redis user needs, as in docs/security.md."""
 
 
 async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
@@ -39,6 +34,9 @@ async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> li
             url, queue_name=queue_name, policy=Policy(), name="asyncinfer-doctor"
         ) as store:
             info = await read_server_info(store)
+    except (ServerRefused, PermissionDenied) as error:
+        what, _, remedy = error.detail.partition(". ")
+        return [problem("Redis", f"{shown}: {what}", remedy.rstrip("."))]
     except AsyncinferError as error:
         mend = f"start it, or set REDIS_URL to one that answers: {_cli(shown)} PING"
         return [problem("Redis", f"{shown}: {error.detail}", mend)]
@@ -102,12 +100,8 @@ def _persistence(info: ServerInfo, url: str) -> Finding:
 
 def _refusal(info: ServerInfo, url: str) -> Iterator[Finding]:
     """A problem if submits are refused for a reason that no other finding names."""
-    mends = {
-        "too_few_replicas": "start a replica; or to do without: "
-        f"{_cli(url)} CONFIG SET min-replicas-to-write 0",
-        "redis_permission_denied": f"{_cli(url)} ACL SETUSER USER {USER_RULES}",
-    }
-    if mend := mends.get(info.no_jobs_code):
+    if info.no_jobs_code == "too_few_replicas":
+        mend = f"start a replica; or to do without: {_cli(url)} CONFIG SET min-replicas-to-write 0"
         yield problem("Redis jobs", f"{info.no_jobs_code}: {info.no_jobs}", mend)
 
 

@@ -93,6 +93,7 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
     with Client(
         server.url,
         server.api_key,
+        ca=server.ca,
         total_timeout=options.timeout_seconds,
         wait_for_models=True,
         on_wait=say_error,

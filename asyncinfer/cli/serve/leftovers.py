@@ -61,14 +61,16 @@ class LeftoverCleaner:
         """Decides on the default model and retracts old models, before worker and API read them.
 
         `url` is that of the Redis. Raises InvalidSetting if no worker can have the default model of
-        the settings, and DefaultModelChanged if others use another. If Redis does not answer or is
-        full, nothing is decided.
+        the settings, DefaultModelChanged if others use another, and ServerRefused. If Redis does
+        not answer or is full, nothing is decided.
         """
+        from asyncinfer.repository.rights import check_start
         from asyncinfer.repository.unserved_models import UnservedModels
 
         async with configuration.store(self._settings, url) as store:
             leftovers = UnservedModels(store, all_here=self._is_embedded)
             try:
+                await check_start(store)
                 await self._decide_default(leftovers)
                 await self._retract_missing_models(leftovers)
             except (RedisUnavailable, StorageFull) as error:

@@ -32,7 +32,9 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
     That function raises an AsyncinferError, such as ConnectionFailed, at once: it retries nothing.
     """
     with connect(server, retries=0) as client:
-        yield lambda: Snapshot(time.time(), client.url, client.queues(), _workers(client))
+        yield lambda: Snapshot(
+            time.time(), shown_url(client.url), client.queues(), _workers(client)
+        )
 
 
 def _workers(client: "Client") -> list[Worker] | None:
@@ -54,11 +56,12 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
 
     from asyncinfer.repository.inspect.statistics import Statistics
     from asyncinfer.repository.policy import Policy
+    from asyncinfer.repository.rights import check_start
     from asyncinfer.repository.store import Store
 
     opened = Store.open(url, queue_name=queue_name, policy=Policy(), name="asyncinfer-top")
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened) as store:
-        portal.call(store.check_server)
+        portal.call(check_start, store)
         yield lambda: portal.call(_read_snapshot, Statistics(store), shown_url(url))
 
 

@@ -10,8 +10,8 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.intake import why_no_jobs
-from asyncinfer.repository.redis_errors import translate_errors
-from asyncinfer.repository.store import Refused, Store, server_name
+from asyncinfer.repository.rights import check_rights
+from asyncinfer.repository.store import Refused, Store, check_info, server_name
 
 _CALLS: Final = 20
 
@@ -54,14 +54,15 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
 
 
 async def read_server_info(store: Store) -> ServerInfo:
-    """Reads the state of the server; raises RedisUnavailable."""
+    """Reads the state of the server; raises RedisUnavailable, and ServerRefused if this user may
+    not read it."""
+    info = await store.read_info()
+    await check_rights(store)
     try:
-        await store.check_server()
+        check_info(info)
         refusal = ""
     except ServerRefused as error:
         refusal = error.detail
-    with translate_errors():
-        info: Mapping[str, Any] = await store.command("INFO", "everything")
     config = await _config(store)
     round_trip, ahead = await _times(store)
     workers = (await Announcements(store).read_workers()).values()

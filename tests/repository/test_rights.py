@@ -1,0 +1,126 @@
+"""The rights of the Redis user: those of the security page are enough, and each is needed."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import pytest
+import redis
+
+from asyncinfer.errors import ServerRefused
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.rights import check_start
+from asyncinfer.repository.store import Store
+from tests.queue_driver import Q, QueueDriver
+from tests.redis_server import running_server
+from tests.restricted_user import restricted_user
+
+_PAGE: Final = (files("asyncinfer") / "docs" / "security.md").read_text()
+_LINE: Final = re.search(r"^ACL SETUSER asyncinfer on >PASSWORD (.*)$", _PAGE, re.MULTILINE)
+assert _LINE
+RIGHTS: Final = _LINE[1].split()
+GIVEN: Final = [right for right in RIGHTS if right != "-@dangerous"]
+
+
+async def start_and_run_a_job(url: str, server: redis.Redis) -> None:
+    """What API and worker do: start, submit, claim, finish and list."""
+    async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+        await check_start(store)
+        hands = QueueDriver(store, server)
+        await hands.announcements.announce_worker("w", {}, 15)
+        await hands.submit_one()
+        await store.time_ms()
+        assert await hands.finish_for_verdicts(await hands.claim_jobs()) == ["completed"]
+        await store.transaction(("LLEN", Q), ("GET", keys.default_model(Q)))
+        bell = store.blocking_connection()
+        await bell.pop([keys.wake(Q)], 0.01)
+        await bell.close()
+
+
+@pytest.mark.parametrize("removed", GIVEN)
+async def test_each_right_of_the_security_page_is_needed_and_its_lack_is_named(
+    removed: str, server: redis.Redis, redis_url: str
+) -> None:
+    rights = [right for right in RIGHTS if right != removed]
+    with (
+        restricted_user(server, redis_url, *rights) as url,
+        pytest.raises(ServerRefused) as refused,
+    ):
+        await start_and_run_a_job(url, server)
+    message = refused.value.detail
+    assert "NOPERM" in message
+    assert "another type" not in message
+    if removed in ("+info", "+time", "+@scripting", "+@transaction", "+@connection"):
+        assert f"Give it {removed} with ACL SETUSER" in message
+    elif removed.startswith("~"):
+        assert "Give it ~job:* ~QUEUE_NAME* ~{QUEUE_NAME*" in message
+    else:
+        assert "Give it +@read +@write" in message
+
+
+async def test_the_table_of_rights_names_each_right_of_the_line() -> None:
+    table = _PAGE.partition("| right | without it |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.split("\n")[2:]]
+    named = re.findall(r"`([~+][^`]+)`", "".join(cells))
+    assert named == [right for right in GIVEN if right.startswith("~")] + [
+        right for right in GIVEN if right.startswith("+")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rights", "words"),
+    [
+        (("~*", "+@all", "-@scripting"), "permission to run EVALSHA (NOPERM). Give it +@scripting"),
+        (("~*", "+@all", "-@write"), "permission to run SREM (NOPERM). Give it +@read +@write"),
+        (
+            ("%R~*", "+@all"),
+            "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*",
+        ),
+        (("~*", "+@all", "-info"), "permission to run INFO (NOPERM). Give it +info"),
+        (("~other*", "+@all"), "permission to use a key that asyncinfer needs (NOPERM)"),
+        (("~*", "+@all", "-client"), "permission to run CLIENT SETNAME (NOPERM). Give it +@conn"),
+        ((), "NOPERM"),
+    ],
+)
+async def test_a_user_who_lacks_a_right_is_refused_at_the_start_with_its_name(
+    rights: tuple[str, ...], words: str, server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, *rights) as url:
+        async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+            with pytest.raises(ServerRefused) as refused:
+                await check_start(store)
+    assert words in refused.value.detail
+    assert "another type" not in refused.value.detail
+
+
+@pytest.mark.system("redis-server")
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [
+        ("+@scripting", "permission to run EVALSHA (NOPERM). Give it +@scripting"),
+        (
+            "+@read",
+            "permission to run a command that a script needs (NOPERM). Give it +@read +@write",
+        ),
+        ("+@write", "permission to run SREM (NOPERM). Give it +@read +@write"),
+        ("~job:*", "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*"),
+        ("+info", "permission to run INFO (NOPERM). Give it +info"),
+        (None, None),
+    ],
+)
+async def test_redis_says_it_in_other_words_than_valkey_and_is_understood_too(
+    removed: str | None, words: str | None, tmp_path: Path
+) -> None:
+    with running_server("redis-server", "--port", "{port}", "--dir", str(tmp_path)) as port:
+        server = redis.Redis(port=port)
+        rights = [right for right in RIGHTS if right != removed]
+        with restricted_user(server, f"redis://127.0.0.1:{port}", *rights) as url:
+            if words is None:
+                await start_and_run_a_job(url, server)
+            else:
+                with pytest.raises(ServerRefused) as refused:
+                    await start_and_run_a_job(url, server)
+                assert words in refused.value.detail
+        server.close()
