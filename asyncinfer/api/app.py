@@ -477,7 +477,7 @@ def figures_of(services: Services) -> Figures:
             "asyncinfer_api_resident_memory_bytes": {(): resident_bytes() or 0},
             "asyncinfer_streams_open": {(): services.feed.count},
             "asyncinfer_waits_open": {(): services.inbox.waiters},
-            SUBMITS_DENIED: {(): services.store.denied_submit is not None},
+            SUBMITS_DENIED: {(): int(services.store.denied_submit is not None)},
         },
     )
 

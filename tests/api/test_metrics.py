@@ -10,9 +10,10 @@ import pytest
 import redis
 from msgspec.structs import replace
 
-from asyncinfer.api.app import Api
+from asyncinfer.api.app import Api, create_app
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.api.metrics_port import serve_metrics
+from asyncinfer.monitoring.figures import decode_figures, encode_figures
 from asyncinfer.monitoring.port import open_listener
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
@@ -327,3 +328,10 @@ async def test_the_port_has_nothing_but_metrics(measured: Measured) -> None:
     answer = await measured.metrics.get("/health")
     assert answer.status_code == 404
     assert answer.json()["detail"] == "This port has /metrics."
+
+
+async def test_an_api_process_can_send_its_figures_to_its_parent(config: ApiConfig) -> None:
+    app = create_app(config)
+    async with app.lifespan():
+        figures = app.figures()
+    assert decode_figures(encode_figures(figures)) == figures
