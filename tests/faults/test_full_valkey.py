@@ -73,6 +73,7 @@ async def test_stored_jobs_are_claimed_renewed_and_finished_above_the_limit(tmp_
         assert_at_rest(hands.redis, Q)
 
 
+@pytest.mark.soak
 def test_a_serve_that_starts_above_its_limit_runs_what_it_has_and_says_what_to_do(
     tmp_path: Path, shipped_models: Path
 ) -> None:

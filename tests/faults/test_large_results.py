@@ -110,6 +110,7 @@ async def _wait_until_completed(server: redis.Redis, jobs: Sequence[NewJob]) -> 
     await eventually(lambda: server.mget(names) == done, "all are completed")
 
 
+@pytest.mark.soak
 @needs_proc
 async def test_a_run_that_gives_more_than_was_expected_is_stored_in_parts(
     open_workers: OpenWorkers, tmp_path: Path, server: redis.Redis, store: Store

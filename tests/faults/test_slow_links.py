@@ -156,6 +156,7 @@ async def test_an_input_that_takes_half_a_second_to_send_is_sent_once(
     assert proxy.requests.bytes_sent - before < 9 * _MB
 
 
+@pytest.mark.soak
 async def test_a_16_mb_result_is_read_over_5_mb_a_second_and_sent_once(
     client: httpx2.AsyncClient, proxy: Proxy, server: redis.Redis
 ) -> None:
@@ -258,6 +259,7 @@ async def test_with_200_ms_more_each_way_16_images_at_once_are_accepted(
     assert [answer.status_code for answer in answers] == [202] * 16
 
 
+@pytest.mark.soak
 async def test_with_200_ms_more_each_way_results_are_read_at_once_and_waited_for(
     client: httpx2.AsyncClient, proxy: Proxy, server: redis.Redis
 ) -> None:

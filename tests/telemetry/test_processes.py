@@ -129,6 +129,7 @@ def test_every_process_exports_its_last_spans_as_it_stops(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.soak
 def test_a_silent_collector_delays_no_job_and_no_stop(tmp_path: Path) -> None:
     with running_collector(silent=True) as (collector, url):
         environ = {
