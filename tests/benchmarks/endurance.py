@@ -46,8 +46,9 @@ async def _wait_for_one(client: AsyncClient, number: int) -> None:
 
 async def _map_rows(client: AsyncClient, number: int) -> None:
     rows = [_FLOWER, [6.7, 3.0, 5.2, 2.3]] * 1000
-    classes = [row["prediction"] async for row in client.map(rows, "iris", progress=False)]
-    assert classes == [0, 2] * 1000
+    # Kept for an hour otherwise, in which the keys would grow.
+    results = client.map(rows, "iris", progress=False, ttl_seconds=_JOB_TTL_SECONDS)
+    assert [row["prediction"] async for row in results] == [0, 2] * 1000
 
 
 async def _upload_images(client: AsyncClient, number: int) -> None:
