@@ -30,14 +30,47 @@ _LOOK_SECONDS: Final = 0.1
 _MOVED_BYTES: Final = 1024
 """So many bytes are a sign of life. A server that drips a byte now and then is away."""
 _LANES: Final = 4
+_OWN_PIECE_BYTES: Final = 16 << 10
+"""A value above this is written by itself. Packed with the others it would be copied, and an image
+of 588 KiB would be in memory once more."""
+
+Pack = Callable[[Command], Sequence[bytes]]
+"""Puts a command into pieces that are written one after another."""
+
+
+def pack_whole(command: Command) -> Sequence[bytes]:
+    """The command as one piece: the fastest way for a small one."""
+    return (pack_command(command),)
+
+
+def pack_in_pieces(command: Command) -> Sequence[bytes]:
+    """The command (as RESP arrays are written) with each large value as a piece of its own, which
+    is the value itself."""
+    pieces: list[bytes] = []
+    small = [b"*%d\r\n" % len(command)]
+    for value in command:
+        encoded = value if isinstance(value, bytes) else str(value).encode()
+        small.append(b"$%d\r\n" % len(encoded))
+        if len(encoded) > _OWN_PIECE_BYTES:
+            pieces += b"".join(small), encoded
+            small = [b"\r\n"]
+        else:
+            small += encoded, b"\r\n"
+    return [*pieces, b"".join(small)]
 
 
 class Link:
     """One connection to Redis, opened by the first call, and again by the next one after it was
     lost. redis-py opens it, which knows sentinels, TLS and passwords."""
 
-    def __init__(self, client: Redis, on_connected: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        on_connected: Callable[[], None] = lambda: None,
+        pack: Pack = pack_whole,
+    ) -> None:
         """`on_connected` is called each time that it has connected."""
+        self._pack = pack
         self._client = client
         self._on_connected = on_connected
         self._channel: _Channel | None = None
@@ -56,14 +89,14 @@ class Link:
         """
         channel = await self._open(silence_seconds)
         before_send()
-        return await channel.send(pack_command(command), silence_seconds)
+        return await channel.send(self._pack(command), silence_seconds)
 
     async def ask_together(self, commands: Sequence[Command], silence_seconds: float) -> list[Any]:
         """Sends commands as one transaction; returns their replies. Raises as `ask` does, the first
         error of a command among them."""
         channel = await self._open(silence_seconds)
-        packed = [pack_command(command) for command in (("MULTI",), *commands, ("EXEC",))]
-        calls = [channel.send(part, silence_seconds) for part in packed]
+        packed = [pack_whole(command) for command in (("MULTI",), *commands, ("EXEC",))]
+        calls = [channel.send(pieces, silence_seconds) for pieces in packed]
         *queued, replies = await asyncio.gather(*calls, return_exceptions=True)
         for reply in (*queued, replies, *(replies if isinstance(replies, list) else ())):
             if isinstance(reply, BaseException):
@@ -127,9 +160,11 @@ class Link:
                 self._on_connected()
 
 
-def new_link(client: Redis, on_connected: Callable[[], None] = lambda: None) -> Link | ClientLink:
+def new_link(
+    client: Redis, on_connected: Callable[[], None] = lambda: None, pack: Pack = pack_whole
+) -> Link | ClientLink:
     """A link, or what does its work where redis-py is not as expected."""
-    return Link(client, on_connected) if wire.is_as_expected() else ClientLink(client)
+    return Link(client, on_connected, pack) if wire.is_as_expected() else ClientLink(client)
 
 
 class Lanes:
@@ -137,7 +172,7 @@ class Lanes:
     ones."""
 
     def __init__(self, client: Redis) -> None:
-        self._links = [new_link(client) for _ in range(_LANES)]
+        self._links = [new_link(client, pack=pack_in_pieces) for _ in range(_LANES)]
         self._idle = list(self._links)
         self._free = asyncio.Semaphore(_LANES)
         self._lost_at = 0.0
@@ -218,13 +253,14 @@ class _Channel(asyncio.Protocol):
         is called."""
         return self._transport.is_closing()
 
-    def send(self, packed: bytes, silence_seconds: float) -> "asyncio.Future[Any]":
+    def send(self, packed: Sequence[bytes], silence_seconds: float) -> "asyncio.Future[Any]":
         """Sends a packed command; a future of its reply."""
         call = _Call(self._loop.create_future(), silence_seconds, self._loop.time())
         if not self._waiting:
             self._first_since = call.sent_at
         self._waiting.append(call)
-        self._transport.write(packed)
+        for piece in packed:
+            self._transport.write(piece)
         if self._timer is None:
             self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
         return call.future
