@@ -46,6 +46,8 @@ def test_an_outage_of_redis_has_two_lines_in_each_process(
             job = client.submit(IRIS, "iris")
             assert job.result()["class_name"] == "setosa"
             eventually_sync(lambda: services.log.count("Serves digits, iris.") == 2, "all serve")
+            # One API process is enough for `serve` to say that it is ready.
+            eventually_sync(lambda: services.log.count("Connected to ") == 4, "all are connected")
             waits = client.submit(IRIS, "iris", delay_seconds=5)
             before = lines_by_process(services.log)
             durable.kill()
