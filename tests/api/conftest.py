@@ -91,3 +91,26 @@ async def proxied_api(config: ApiConfig, store: Store) -> AsyncIterator[ProxiedA
         async with hosted(running(away)) as port:
             yield ProxiedApi(port, proxy)
             proxy.restore()
+
+
+async def _client_with_key(port: int, key: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(port, **{"x-api-key": key}) as client:
+        yield client
+
+
+@pytest.fixture
+async def alice(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client_with_key(two_tenant_port, "alice"):
+        yield client
+
+
+@pytest.fixture
+async def bob(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client_with_key(two_tenant_port, "bob"):
+        yield client
+
+
+@pytest.fixture
+async def ops(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
+    async for client in _client_with_key(two_tenant_port, "ops"):
+        yield client

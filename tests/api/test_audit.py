@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -24,29 +23,6 @@ from .harness import (
 )
 
 OPERATORS, TENANTS = keys.audit(QUEUE)
-
-
-async def _client(port: int, key: str) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(port, **{"x-api-key": key}) as client:
-        yield client
-
-
-@pytest.fixture
-async def alice(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "alice"):
-        yield client
-
-
-@pytest.fixture
-async def bob(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "bob"):
-        yield client
-
-
-@pytest.fixture
-async def ops(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "ops"):
-        yield client
 
 
 def shown_key(key: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,6 @@ from .harness import (
 )
 
 WORKER = "gpu-host.internal-4711-f0fd4a"
-
-
-async def _client(port: int, key: str) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(port, **{"x-api-key": key}) as client:
-        yield client
-
-
-@pytest.fixture
-async def alice(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "alice"):
-        yield client
-
-
-@pytest.fixture
-async def bob(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "bob"):
-        yield client
-
-
-@pytest.fixture
-async def ops(two_tenant_port: int) -> AsyncIterator[httpx2.AsyncClient]:
-    async for client in _client(two_tenant_port, "ops"):
-        yield client
 
 
 @pytest.fixture

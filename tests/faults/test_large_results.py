@@ -22,7 +22,7 @@ from tests.peak_memory import needs_proc, peak_bytes
 from tests.zoo.model_builder import Dims, model, node, tensor
 
 from .harness import assert_at_rest, eventually
-from .processes import OpenWorkers
+from .processes import OpenWorkers, Workers
 
 QUEUE: Final = "predict_queue"
 COPIES: Final = 1200
@@ -83,25 +83,32 @@ async def test_many_jobs_with_large_results_are_not_held_at_once(
     store: Store,
 ) -> None:
     zoo.place(tmp_path / "m", "wide", wide(columns))
-    submissions = Submissions(store)
+    jobs = [*new_jobs(1, first_numbers), *new_jobs(24, NUMBERS)]
     with open_workers(
         model_dir=str(tmp_path / "m"), models=("wide",), worker=WorkerConfig(concurrency=1)
     ) as workers:
-        worker = workers.start()
-        await eventually(lambda: worker.is_announced(server), "the worker is ready")
-        idle_bytes = peak_bytes(worker.process.pid)
-        worker.signal(signal.SIGSTOP)
-        jobs = [*new_jobs(1, first_numbers), *new_jobs(24, NUMBERS)]
-        await submissions.submit_many(QUEUE, jobs)
-        worker.signal(signal.SIGCONT)
-        await _wait_until_completed(server, jobs)
-        added_bytes = peak_bytes(worker.process.pid) - idle_bytes
-        assert await worker.stop() == 0
+        added_bytes = await _bytes_added_by(jobs, workers, server, store)
     assert min(server.strlen(f"job:{job.job_id}:result") for job in jobs[1:]) > 10 << 20
     assert added_bytes < LIMIT_BYTES, f"{added_bytes >> 20} MiB"
     logged = transitions(server, QUEUE)
     assert {logged[job.job_id]["processing"] for job in jobs} == {1}
     assert_at_rest(server, QUEUE)
+
+
+async def _bytes_added_by(
+    jobs: Sequence[NewJob], workers: Workers, server: redis.Redis, store: Store
+) -> int:
+    """How much more memory than idle a worker has at its peak, if it finds all the jobs waiting."""
+    worker = workers.start()
+    await eventually(lambda: worker.is_announced(server), "the worker is ready")
+    idle_bytes = peak_bytes(worker.process.pid)
+    worker.signal(signal.SIGSTOP)
+    await Submissions(store).submit_many(QUEUE, jobs)
+    worker.signal(signal.SIGCONT)
+    await _wait_until_completed(server, jobs)
+    added_bytes = peak_bytes(worker.process.pid) - idle_bytes
+    assert await worker.stop() == 0
+    return added_bytes
 
 
 async def _wait_until_completed(server: redis.Redis, jobs: Sequence[NewJob]) -> None:
@@ -122,15 +129,7 @@ async def test_a_run_that_gives_more_than_was_expected_is_stored_in_parts(
     with open_workers(
         model_dir=str(tmp_path / "m"), models=("wide",), worker=WorkerConfig(concurrency=1)
     ) as workers:
-        worker = workers.start()
-        await eventually(lambda: worker.is_announced(server), "the worker is ready")
-        idle_bytes = peak_bytes(worker.process.pid)
-        worker.signal(signal.SIGSTOP)
-        await Submissions(store).submit_many(QUEUE, jobs)
-        worker.signal(signal.SIGCONT)
-        await _wait_until_completed(server, jobs)
-        added_bytes = peak_bytes(worker.process.pid) - idle_bytes
-        assert await worker.stop() == 0
+        added_bytes = await _bytes_added_by(jobs, workers, server, store)
     assert min(server.strlen(f"job:{job.job_id}:result") for job in jobs[1:]) > 10 << 20
     # The outputs of that run have 115 MB, and all results together 290 MB.
     assert added_bytes < 240 << 20, f"{added_bytes >> 20} MiB"

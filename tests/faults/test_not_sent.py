@@ -69,22 +69,15 @@ async def unknown_name(_: str) -> AsyncIterator[str]:
     yield "redis://redis.invalid:6379"
 
 
-@asynccontextmanager
-async def no_tls(redis_url: str) -> AsyncIterator[str]:
-    async with proxied(redis_url) as proxy:
-        yield f"rediss://127.0.0.1:{proxy.port}"
+def by_url(template: str) -> Callable[[str], contextlib.AbstractAsyncContextManager[str]]:
+    """The server by a URL that it refuses; `PORT` stands for its port."""
 
+    @asynccontextmanager
+    async def opened(redis_url: str) -> AsyncIterator[str]:
+        async with proxied(redis_url) as proxy:
+            yield template.replace("PORT", str(proxy.port))
 
-@asynccontextmanager
-async def wrong_password(redis_url: str) -> AsyncIterator[str]:
-    async with proxied(redis_url) as proxy:
-        yield f"redis://somebody:wrong@127.0.0.1:{proxy.port}"
-
-
-@asynccontextmanager
-async def no_such_database(redis_url: str) -> AsyncIterator[str]:
-    async with proxied(redis_url) as proxy:
-        yield f"redis://127.0.0.1:{proxy.port}/1000000"
+    return opened
 
 
 @asynccontextmanager
@@ -97,7 +90,14 @@ async def never_connected(redis_url: str) -> AsyncIterator[str]:
 @SUBMITS
 @pytest.mark.parametrize(
     "unreachable",
-    [refused, unknown_name, no_tls, wrong_password, no_such_database, never_connected],
+    [
+        pytest.param(refused, id="refused"),
+        pytest.param(unknown_name, id="unknown_name"),
+        pytest.param(by_url("rediss://127.0.0.1:PORT"), id="no_tls"),
+        pytest.param(by_url("redis://somebody:wrong@127.0.0.1:PORT"), id="wrong_password"),
+        pytest.param(by_url("redis://127.0.0.1:PORT/1000000"), id="no_such_database"),
+        pytest.param(never_connected, id="never_connected"),
+    ],
 )
 async def test_a_submit_without_a_connection_says_that_nothing_was_stored(
     unreachable: Callable[[str], contextlib.AbstractAsyncContextManager[str]],

@@ -10,12 +10,11 @@ from msgspec import Meta, Struct
 from asyncinfer.repository import keys
 from asyncinfer.repository.audit import StoredEntry
 from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
-from asyncinfer.repository.inspect.listing import merge_sorted
+from asyncinfer.repository.inspect.listing import merge_sorted, newest_members
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.operations import AuditEntry, AuditList
 from asyncinfer.untrusted import decoding
 
-_ENTRIES_PER_CALL: Final = 200
 _MAX_ENTRIES_READ: Final = 20_000
 _MAX_TIME: Final = sys.float_info.max
 
@@ -76,21 +75,11 @@ class AuditLog:
         newest = "+inf"
         if after:
             newest = f"{'' if source >= after.source else '('}{after.at_ms!r}"
-        skipped = 0
-        while True:
-            page = await self._store.read(
-                *("ZRANGE", name, newest, "-inf", "BYSCORE", "REV"),
-                *("LIMIT", skipped, _ENTRIES_PER_CALL, "WITHSCORES"),
-                otherwise=(),
-            )
-            for member, score in zip(page[::2], page[1::2], strict=True):
-                at_ms = max(-_MAX_TIME, min(float(score), _MAX_TIME))
-                stored = _decode(member)
-                if stored is None or not _is_listed(at_ms, source, stored, after):
-                    yield at_ms, source, stored
-            if len(page) < 2 * _ENTRIES_PER_CALL:
-                return
-            skipped += _ENTRIES_PER_CALL
+        async for member, score in newest_members(self._store, name, newest):
+            at_ms = max(-_MAX_TIME, min(float(score), _MAX_TIME))
+            stored = _decode(member)
+            if stored is None or not _is_listed(at_ms, source, stored, after):
+                yield at_ms, source, stored
 
 
 def _is_listed(at_ms: float, source: int, stored: StoredEntry, after: _Place | None) -> bool:

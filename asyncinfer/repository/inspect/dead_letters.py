@@ -8,13 +8,12 @@ from msgspec import Meta, Struct
 
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
-from asyncinfer.repository.inspect.listing import Page, merge_sorted
+from asyncinfer.repository.inspect.listing import Page, merge_sorted, newest_members
 from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, read_jobs
 from asyncinfer.untrusted import decoding
 
-_LETTERS_PER_PAGE: Final = 200
 _MAX_LETTERS_AT_ONCE: Final = 100
 _MAX_LETTERS_READ: Final = 20_000
 
@@ -77,20 +76,10 @@ class DeadLetters:
         newest = "+inf"
         if after:
             newest = f"{'' if queue >= after.queue else '('}{after.at_ms!r}"
-        skipped = 0
-        while True:
-            page = await self._store.read(
-                *("ZRANGE", keys.dead(queue), newest, "-inf", "BYSCORE", "REV"),
-                *("LIMIT", skipped, _LETTERS_PER_PAGE, "WITHSCORES"),
-                otherwise=(),
-            )
-            for raw, score in zip(page[::2], page[1::2], strict=True):
-                letter = _parse_letter(raw, score, queue)
-                if letter and not _is_listed(letter, after):
-                    yield letter
-            if len(page) < 2 * _LETTERS_PER_PAGE:
-                return
-            skipped += _LETTERS_PER_PAGE
+        async for raw, score in newest_members(self._store, keys.dead(queue), newest):
+            letter = _parse_letter(raw, score, queue)
+            if letter and not _is_listed(letter, after):
+                yield letter
 
 
 def _parse_letter(raw: bytes, score: bytes, queue: str) -> _Letter | None:

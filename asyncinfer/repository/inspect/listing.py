@@ -17,6 +17,7 @@ from asyncinfer.untrusted import decoding
 
 T = TypeVar("T")
 
+_MEMBERS_PER_CALL: Final = 200
 _ENTRIES_PER_PAGE: Final = 100
 _MAX_IDS_PER_CALL: Final = 1000
 _MAX_JOBS_READ: Final = 20_000
@@ -187,6 +188,25 @@ class Inspection:
 def _newest_first(entry: _Entry) -> tuple[int, int, str]:
     (ms, number), queue, _ = entry
     return -ms, -number, queue
+
+
+async def newest_members(
+    store: Store, name: str, highest: str
+) -> AsyncIterator[tuple[bytes, bytes]]:
+    """The members of a sorted set with their scores, from `highest` (as ZRANGE BYSCORE takes it)
+    downwards; none if the key has another type."""
+    skipped = 0
+    while True:
+        page = await store.read(
+            *("ZRANGE", name, highest, "-inf", "BYSCORE", "REV"),
+            *("LIMIT", skipped, _MEMBERS_PER_CALL, "WITHSCORES"),
+            otherwise=(),
+        )
+        for pair in zip(page[::2], page[1::2], strict=True):
+            yield pair
+        if len(page) < 2 * _MEMBERS_PER_CALL:
+            return
+        skipped += _MEMBERS_PER_CALL
 
 
 async def merge_sorted(
