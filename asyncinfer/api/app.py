@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from typing import Any, NoReturn
@@ -178,7 +178,7 @@ class Api:
         """Admits the request, calls the route's handler and returns its answer; a stream to a
         caller with a key also ends when the key is revoked. Raises RequestError, ClientGone or what
         else the handler raises."""
-        request = self.admit(route, scope, receive)
+        request = self.admit(route, scope, read_fields(scope["headers"]), receive)
         try:
             check_scope(route, request)
         except Forbidden as error:
@@ -192,10 +192,11 @@ class Api:
             return msgspec.structs.replace(answer, revoked=request.admission.revoked)
         return answer
 
-    def admit(self, route: Route, scope: Scope, receive: Receive) -> Request[Any]:
+    def admit(
+        self, route: Route, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive
+    ) -> Request[Any]:
         """Checks the head, the caller's key and the query of a request, whose scope `check_scope`
-        checks; reads no body. Raises RequestError."""
-        headers = read_fields(scope["headers"])
+        checks; reads no body. `headers` are the scope's, by name. Raises RequestError."""
         admission = self._guard.admit(route.scope, scope, headers)
         return Request(
             scope,

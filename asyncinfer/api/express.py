@@ -1,7 +1,7 @@
 """The short way of a usual `POST /predict`: it is answered without a task of its own."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -13,6 +13,7 @@ from asyncinfer.api.handlers.predict import accepted_reply, predict
 from asyncinfer.api.http.body import Body, is_plain_json
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
 from asyncinfer.api.http.exchange import Exchange
+from asyncinfer.api.http.header_fields import read_fields
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.new_job import (
     JobHead,
@@ -67,10 +68,15 @@ class Express:
             return None
         started_at = self._api.clock()
         try:
-            request: Request[RequestOptions] = self._api.admit(_ROUTE, scope, exchange.receive)
+            headers = read_fields(scope["headers"])
+            # First, as an unusual request is checked again by the ordinary way.
+            if not self._is_usual(headers):
+                return None
+            request: Request[RequestOptions]
+            request = self._api.admit(_ROUTE, scope, headers, exchange.receive)
             check_scope(_ROUTE, request)
             served = self._api.services.catalog.find_known(model.decode() or None)
-            if served is None or not self._is_usual(request):
+            if served is None:
                 return None
             head = job_head(request, served, None, self._api.config.max_ttl_seconds)
         except Exception:
@@ -79,15 +85,14 @@ class Express:
         path = self._named if model else self._default
         return partial(self._submit, exchange, request, head, path, started_at)
 
-    def _is_usual(self, request: Request[RequestOptions]) -> bool:
+    def _is_usual(self, headers: Mapping[bytes, bytes]) -> bool:
         """Whether the headers announce a small body of JSON and ask for nothing else."""
-        headers = request.headers
         length = headers.get(b"content-length", b"0")
         return (
-            is_plain_json(headers)
+            _UNUSUAL.isdisjoint(headers)
+            and is_plain_json(headers)
             and len(length) <= len(str(self._max_bytes))
             and 0 < int(length) <= self._max_bytes
-            and _UNUSUAL.isdisjoint(headers)
         )
 
     def _submit(
