@@ -27,7 +27,7 @@ from asyncinfer.monitoring.exposition import (
 )
 from asyncinfer.monitoring.figures import Figures
 from asyncinfer.monitoring.process_families import process_families
-from asyncinfer.repository.inspect.overview import Loads, Overview
+from asyncinfer.repository.inspect.overview import Loads, Memory, Overview
 from asyncinfer.repository.inspect.queue_load import QueueLoad
 
 WORKER_STATES: Final = ("starting", "ready", "draining", "hung")
@@ -46,6 +46,10 @@ _COUNTERS: Final[dict[str, tuple[Labels, str]]] = {
     "asyncinfer_refusals": (
         ("code",),
         "Requests, and lines of bulk requests, that were answered with an error, by its code.",
+    ),
+    "asyncinfer_jobs": (
+        ("model", "outcome", "code"),
+        "Jobs that sweeps of this process failed, by outcome and code of the error.",
     ),
     "asyncinfer_redis_errors": (
         ("code",),
@@ -142,15 +146,21 @@ def _redis_families(overview: Overview | None, is_denied: bool) -> Iterator[Fami
         (),
         {(): overview.is_accepting and not is_denied},
     )
-    memory = (
-        ("asyncinfer_redis_memory_bytes", "Memory that Redis uses.", overview.used_bytes),
-        ("asyncinfer_redis_max_memory_bytes", "Its maxmemory; 0: no limit.", overview.max_bytes),
-    )
-    for name, text, value in memory:
-        yield gauge(name, text + _EVERYWHERE, (), {(): value})
+    if overview.memory:
+        yield from _memory_families(overview.memory)
     if overview.loads:
         yield _worker_family(overview.loads)
         yield from _queue_families(list(_loads_by_model(overview.loads)))
+
+
+def _memory_families(memory: Memory) -> Iterator[Family]:
+    """How much memory Redis uses, and may use."""
+    figures = (
+        ("asyncinfer_redis_memory_bytes", "Memory that Redis uses.", memory.used_bytes),
+        ("asyncinfer_redis_max_memory_bytes", "Its maxmemory; 0: no limit.", memory.max_bytes),
+    )
+    for name, text, value in figures:
+        yield gauge(name, text + _EVERYWHERE, (), {(): value})
 
 
 def _worker_family(loads: Loads) -> Family:

@@ -1,5 +1,8 @@
 """Whether this process can use the server, and its user has all rights; asked at the start."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from asyncinfer.errors import (
     PermissionDenied,
     RedisRefused,
@@ -13,8 +16,10 @@ from asyncinfer.repository.store import Store
 
 
 async def check_start(store: Store) -> str:
-    """The server's name and version. Raises as `Store.check_server` and `check_rights` do."""
-    server = await store.check_server()
+    """The server's name and version. Raises as `Store.check_server` and `check_rights` do, and
+    ServerRefused in place of PermissionDenied."""
+    with denial_as_start_error():
+        server = await store.check_server()
     await check_rights(store)
     return server
 
@@ -25,12 +30,20 @@ async def check_rights(store: Store) -> None:
     # Without room a submit ends before its first write, and needs neither transaction nor clock.
     for call in (submit_without_room, _write_nothing):
         try:
-            await call(store)
-        except PermissionDenied as error:
-            raise ServerRefused(error.detail) from error
+            with denial_as_start_error():
+                await call(store)
         except (RedisRefused, WritesRefused, StorageFull):
             # Of the state of the server, not of the rights of the user.
             continue
+
+
+@contextmanager
+def denial_as_start_error() -> Iterator[None]:
+    """Raises ServerRefused in place of PermissionDenied, for a process that has not started yet."""
+    try:
+        yield
+    except PermissionDenied as error:
+        raise ServerRefused(error.detail) from error
 
 
 async def _write_nothing(store: Store) -> None:

@@ -444,8 +444,8 @@ class Store:
         return check_info(await self.read_info())
 
     async def read_info(self) -> Mapping[str, Any]:
-        """The reply to INFO. Raises ServerRefused if login, TLS, database or INFO are refused, and
-        RedisUnavailable if the server does not answer."""
+        """The reply to INFO. Raises ServerRefused if login, TLS or database are refused,
+        PermissionDenied if INFO is, and RedisUnavailable if the server does not answer."""
         try:
             reply = await self._link.ask(("INFO", "everything"), self._first_seconds())
         except CALL_ERRORS as error:
@@ -466,16 +466,18 @@ class Store:
         if refusal := server_refusal(error, self.endpoint.url.database):
             if self.report and isinstance(error, redis_errors.ResponseError):
                 self.report.outage.answered()
-            return ServerRefused(f"{refusal}.")
+            denied = translate(error)
+            return denied if isinstance(denied, PermissionDenied) else ServerRefused(f"{refusal}.")
         if not isinstance(error, NO_REPLY_ERRORS) or self.moved_at:
             return await self._failure(error)
         found = await diagnose(self.endpoint, error)
         if found.is_final:
             return ServerRefused(f"Redis cannot be used: {found.reason}.")
-        failure = RedisUnavailable(f"Redis does not answer: {found.reason}.", retry_after_seconds=1)
+        no_answer = f"Redis does not answer: {found.reason}."
+        unavailable = RedisUnavailable(no_answer, retry_after_seconds=1)
         if not self._is_closed:
-            note_failure(self.report, failure)
-        return failure
+            note_failure(self.report, unavailable)
+        return unavailable
 
     async def default_model(self) -> str | None:
         """The name of the default model, whose queue is QUEUE_NAME itself; None if there is none,

@@ -212,15 +212,17 @@ async def test_an_api_whose_redis_user_may_not_read_the_state_of_redis_names_the
     config: ApiConfig, server: redis.Redis, redis_url: str
 ) -> None:
     acl: Any = server
+    code = "redis_permission_denied"
     with restricted_user(server, redis_url, "~*", "&*", "+@all") as url:
         with_user = msgspec.structs.replace(config, redis_url=url)
         async with running(with_user) as port, client_of(port) as client:
             acl.execute_command("ACL", "SETUSER", "restricted", "-info")
             body = (await client.get("/health/ready")).json()
             assert (body["status"], body["accepting"]) == ("ok", False)
+            assert body["reason"]["code"] == code
             assert "Give it +info with ACL SETUSER" in body["reason"]["message"]
             for path in ("/health/ready?for=submit", "/health"):
-                problem = assert_problem(await client.get(path), 503, "redis_unavailable")
+                problem = assert_problem(await client.get(path), 503, code)
                 assert "Give it +info with ACL SETUSER" in problem["detail"]
 
 

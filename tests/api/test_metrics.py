@@ -311,6 +311,16 @@ async def test_a_permission_that_only_jobs_need_is_missed_also_by_the_port_of_an
         assert (await measured.new_scrape())("asyncinfer_accepting") == 1
 
 
+async def test_a_redis_whose_state_may_not_be_read_is_up_and_takes_no_jobs_by_the_metrics(
+    measured: Measured, server: redis.Redis
+) -> None:
+    commands = (("ACL", "SETUSER", "default", right) for right in ("-info", "+info"))
+    with refusing(server, *commands):
+        found = await measured.scrape()
+    assert (found("asyncinfer_accepting"), found("asyncinfer_redis_up")) == (0, 1)
+    assert "asyncinfer_redis_memory_bytes" not in found.text
+
+
 async def test_scrapes_at_the_same_time_share_one_text(measured: Measured) -> None:
     requests = (measured.metrics.get("/metrics") for _ in range(20))
     texts = {answer.text for answer in await asyncio.gather(*requests)}

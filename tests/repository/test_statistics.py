@@ -330,7 +330,8 @@ async def test_an_overview_takes_six_calls_and_one_for_each_40_models(
     assert overview.loads
     assert len(overview.loads.queues) == 201
     assert overview.is_accepting
-    assert overview.used_bytes > 0
+    assert overview.memory
+    assert overview.memory.used_bytes > 0
     stats = hands.redis.info("commandstats")
     # Empty queues, so that of the scripts only that of submits calls one of these.
     commands = ("fcall", "smembers", "mget", "info")

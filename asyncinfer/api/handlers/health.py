@@ -112,6 +112,8 @@ async def _health_for_all(services: Services, request: Request[Any]) -> Reply:
     may hold names, so none is passed on."""
     try:
         await services.store.check_server()
+    except PermissionDenied:
+        raise PermissionDenied(_SEE_WHY) from None
     except RedisUnavailable:
         raise RedisUnavailable(_NO_ANSWER) from None
     except (ServerRefused, RequestError):

@@ -187,9 +187,12 @@ async def _read_server(settings: Settings, redis_url: str) -> tuple[str, str | N
 
     If Redis does not answer, a text that says so in place of the name.
     """
+    from asyncinfer.repository.rights import denial_as_start_error
+
     async with configuration.store(settings, redis_url) as store:
         try:
-            return await store.check_server(), await store.default_model()
+            with denial_as_start_error():
+                return await store.check_server(), await store.default_model()
         except RedisUnavailable:
             return "not answering yet", None
 

@@ -36,27 +36,46 @@ class Loads(Struct, frozen=True):
     workers: tuple[WorkerAnnouncement, ...]
 
 
+class Memory(Struct, frozen=True):
+    """The memory of Redis."""
+
+    used_bytes: int
+    max_bytes: int
+    """Its maxmemory; 0: no limit."""
+
+
 class Overview(Struct, frozen=True):
     """What Redis holds, at one moment."""
 
     loads: Loads | None
     """None: Redis denies to read them."""
-    used_bytes: int
-    max_bytes: int
-    """Its maxmemory; 0: no limit."""
+    memory: Memory | None
+    """None: Redis denies to read it."""
     is_accepting: bool
-    """Whether it takes new jobs."""
+    """Whether it takes new jobs, and is known to keep them safe."""
 
 
 async def read_overview(store: Store) -> Overview:
     """Reads the overview with 6 calls and one for each 40 queues. Raises RedisUnavailable."""
-    info = await store.command("INFO", "server", "memory", "cluster")
+    info = await _allowed_info(store)
     return Overview(
         await _allowed_loads(store),
-        used_bytes=int(info.get("used_memory", 0)),
-        max_bytes=int(info.get("maxmemory", 0)),
-        is_accepting=await _is_accepting(store, info),
+        memory=None if info is None else _memory(info),
+        is_accepting=info is not None and await _is_accepting(store, info),
     )
+
+
+async def _allowed_info(store: Store) -> Mapping[str, Any] | None:
+    """What `read_overview` needs of INFO; None if Redis denies it."""
+    try:
+        info: Mapping[str, Any] = await store.command("INFO", "server", "memory", "cluster")
+    except PermissionDenied:
+        return None
+    return info
+
+
+def _memory(info: Mapping[str, Any]) -> Memory:
+    return Memory(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
 
 
 async def _allowed_loads(store: Store) -> Loads | None:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.intake import why_no_jobs
-from asyncinfer.repository.rights import check_rights
+from asyncinfer.repository.rights import check_rights, denial_as_start_error
 from asyncinfer.repository.store import Refused, Store, check_info, server_name
 
 _CALLS: Final = 20
@@ -56,7 +56,8 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
 async def read_server_info(store: Store) -> ServerInfo:
     """Reads the state of the server; raises RedisUnavailable, and ServerRefused if this user may
     not read it."""
-    info = await store.read_info()
+    with denial_as_start_error():
+        info = await store.read_info()
     await check_rights(store)
     try:
         check_info(info)
