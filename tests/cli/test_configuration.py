@@ -2,8 +2,12 @@
 
 from typing import Final
 
+import pytest
+import redis
+
 from asyncinfer import settings
 from asyncinfer.cli.serve import configuration
+from asyncinfer.cli.serve.leftovers import LeftoverCleaner
 from asyncinfer.repository.policy import Policy
 
 POLICY: Final = {
@@ -29,3 +33,12 @@ def test_each_setting_of_jobs_is_a_rule_of_the_store() -> None:
         reap_seconds=0.66,
         max_deliveries=67,
     )
+
+
+async def test_the_parent_of_several_api_processes_leaves_it_to_them_to_log_that_redis_is_full(
+    server: redis.Redis, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.config_set("maxmemory", 1)
+    found = settings.read({"REDIS_URL": redis_url, "API_PROCESSES": "2"}, {})
+    await LeftoverCleaner(found).before_worker(redis_url)
+    assert [record.message for record in caplog.records if record.name == "asyncinfer.redis"] == []

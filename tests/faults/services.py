@@ -26,12 +26,12 @@ class Services:
 
     def work(self, *argv: str, tree: Path = REPOSITORY) -> subprocess.Popen[bytes]:
         """Starts a worker of the release whose source is in `tree`."""
-        return self._start("work", *argv, tree=tree)
+        return self.start("work", *argv, tree=tree)
 
     def serve(self, *argv: str, tree: Path = REPOSITORY, api_key: str = "") -> str:
         """Starts an API and waits until it lists a model; returns its URL."""
         port = str(free_port())
-        self._start("serve", "--port", port, *argv, tree=tree)
+        self.start("serve", "--port", port, *argv, tree=tree)
         url = f"http://127.0.0.1:{port}"
         eventually_sync(lambda: _lists_a_model(url, api_key), f"the API at {url} lists a model", 60)
         return url
@@ -46,7 +46,8 @@ class Services:
             member.wait()
         self._log.close()
 
-    def _start(self, *argv: str, tree: Path) -> subprocess.Popen[bytes]:
+    def start(self, *argv: str, tree: Path = REPOSITORY) -> subprocess.Popen[bytes]:
+        """Starts a command and waits for nothing."""
         member = subprocess.Popen(
             [sys.executable, "-m", "asyncinfer", *argv],
             cwd=tree,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import redis
 
 from asyncinfer.client import Client
 from tests.log_lines import parsed
+from tests.ports import free_port
 
 from .harness import eventually_sync
 from .processes import DurableServer
@@ -125,6 +127,30 @@ def test_memory_that_is_full_takes_no_api_out_of_service_and_a_purge_through_it_
         eventually_sync(
             lambda: {*told()} <= {0, 2} and sum(told()) >= 4, "each says that it began and ended"
         )
+
+
+@pytest.mark.soak
+def test_a_start_of_several_api_processes_on_a_full_redis_has_a_line_for_its_begin_and_its_end(
+    durable: DurableServer, shipped_models: Path, tmp_path: Path
+) -> None:
+    environ = {"REDIS_URL": durable.url, "MODEL_DIR": str(shipped_models), "LOG_FORMAT": "json"}
+    server: Any = redis.Redis.from_url(durable.url)
+    server.config_set("maxmemory", 1)
+
+    def told(text: str) -> set[tuple[str, int]]:
+        messages = lines_by_process(services.log).items()
+        return {process for process, lines in messages if any(text in line for line in lines)}
+
+    with open_services(tmp_path, **environ) as services:
+        services.start("serve", "--work", "--api-processes", "2", "--port", str(free_port()))
+        eventually_sync(lambda: len(told("storage_full: ")) >= 3, "API and worker say it", 30)
+        server.config_set("maxmemory", 0)
+        eventually_sync(
+            lambda: told("storage_full: ") == told("Redis takes jobs again after"),
+            "each says that it is over",
+            30,
+        )
+    server.close()
 
 
 def status(url: str, path: str) -> int:

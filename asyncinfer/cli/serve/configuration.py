@@ -118,8 +118,11 @@ def default_model(settings: Settings) -> str | None:
 
 
 def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
-    """The store on the server at `url`, which is opened and closed as an `async with`. The log
-    reports its outages."""
+    """The store on the server at `url`, which is opened and closed as an `async with`.
+
+    The log reports its outages and refusals, but not in the parent of several API processes: these
+    report them, and the parent makes too few calls to notice their end.
+    """
     from asyncinfer.processes.outage import report_of
     from asyncinfer.repository.store import Store
 
@@ -128,7 +131,7 @@ def store(settings: Settings, url: str) -> AbstractAsyncContextManager["Store"]:
         queue_name=settings.queue_name,
         policy=policy(settings),
         name="cli",
-        report=report_of(url),
+        report=report_of(url) if settings.api_processes == 1 else None,
     )
 
 

@@ -74,7 +74,7 @@ class LeftoverCleaner:
                 await self._decide_default(leftovers)
                 await self._retract_missing_models(leftovers)
             except (RedisUnavailable, StorageFull) as error:
-                # The store has reported it.
+                # This process or its API processes report it.
                 _log.debug("The default model could not be checked yet: %s", error.detail)
 
     async def _decide_default(self, leftovers: "UnservedModels") -> None:
