@@ -40,7 +40,7 @@ INSIDE = {
         ("process",),
     ),
     "repository": (
-        ("keys", "policy", "redis_errors", "scripts", "wire"),
+        ("failed_jobs", "keys", "policy", "redis_errors", "scripts", "wire"),
         ("endpoint", "functions", "link"),
         ("diagnosis",),
         ("store",),
@@ -54,7 +54,7 @@ INSIDE = {
             "libraries",
             "stored_jobs",
         ),
-        ("maintenance", "rights", "submissions"),
+        ("failed_jobs_log", "maintenance", "rights", "submissions"),
         ("operations", "reaper"),
         ("inspect",),
         ("unserved_models",),

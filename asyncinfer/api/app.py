@@ -64,8 +64,10 @@ from asyncinfer.errors import (
 from asyncinfer.monitoring.figures import Figures
 from asyncinfer.processes.memory import resident_bytes
 from asyncinfer.processes.outage import report_of
+from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
@@ -248,7 +250,7 @@ class Api:
                 group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
                 group.start_soon(self._services.worker_snapshot.run)
-                group.start_soon(reap_forever, store)
+                group.start_soon(reap_forever, store, self._services.failed_jobs)
                 if self._guard.keys:
                     group.start_soon(self._guard.keys.run)
                 try:
@@ -257,6 +259,7 @@ class Api:
                     with anyio.CancelScope(shield=True):
                         await self.stop_waiting()
                     group.cancel_scope.cancel()
+            self._services.failed_jobs.flush()
 
     @property
     def store(self) -> Store:
@@ -450,6 +453,11 @@ def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) 
         groups=Groups(store, operations),
         audit_entries=AuditEntries(store),
         audit_log=AuditLog(store),
+        failed_jobs=FailedJobsLog(
+            store,
+            lambda queue: keys.model_of(store.queue_name, queue, catalog.default_model),
+            request_figures.swept_jobs,
+        ),
         inbox=Inbox(store, submissions),
         feed=Feed(store),
         event_texts=EventTexts(catalog, wait_reasons),
@@ -469,6 +477,7 @@ def figures_of(services: Services) -> Figures:
         counts={
             "asyncinfer_submits": dict(services.submissions.accepted),
             "asyncinfer_refusals": dict(counts.refusals),
+            "asyncinfer_jobs": dict(counts.swept_jobs),
             "asyncinfer_redis_errors": dict(services.store.errors),
             "asyncinfer_api_cpu_seconds": {(): time.process_time()},
         },

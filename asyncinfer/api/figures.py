@@ -27,6 +27,8 @@ class RequestFigures:
     def __init__(self) -> None:
         self.refusals = Counts()
         """By the code of the error: requests, and lines of bulk requests."""
+        self.swept_jobs = Counts()
+        """By model, outcome and code of the error: jobs that sweeps of this process failed."""
         self._requests: dict[RequestKey, Histogram] = {}
 
     def answered(self, request: RequestKey, seconds: float) -> None:

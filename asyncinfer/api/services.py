@@ -14,6 +14,7 @@ from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
 from asyncinfer.repository.inspect.groups import Groups
@@ -42,6 +43,7 @@ class Services(Struct, frozen=True, kw_only=True):
     groups: Groups
     audit_entries: AuditEntries
     audit_log: AuditLog
+    failed_jobs: FailedJobsLog
     inbox: Inbox
     feed: Feed
     event_texts: EventTexts

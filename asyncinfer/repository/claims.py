@@ -20,6 +20,7 @@ from asyncinfer.jobs import (
     read_record,
 )
 from asyncinfer.repository import keys
+from asyncinfer.repository.failed_jobs import FailedJobs, read_failed_jobs
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -116,6 +117,8 @@ class ClaimReply(Struct, frozen=True):
     claim: Claim | None
     is_blocked: bool = False
     """The next job must run alone, and this process holds another claim."""
+    failed: tuple[FailedJobs, ...] = ()
+    """By queue, the jobs that could not be claimed and so failed."""
 
 
 class JobOutcome(Struct, frozen=True):
@@ -243,11 +246,11 @@ class QueueConsumer:
         }
 
     def _parse_claim_reply(self, reply: Any, token: str) -> ClaimReply:
-        server_ms, queue, blocked, *flat = reply
+        server_ms, queue, blocked, failures, *flat = reply
         self._store.note_server_time(server_ms)
-        if not flat:
-            return ClaimReply(None, bool(blocked))
-        return ClaimReply(Claim(queue.decode(), token, flat), bool(blocked))
+        claim = Claim(queue.decode(), token, flat) if flat else None
+        failed = tuple(map(read_failed_jobs, failures)) if failures else ()
+        return ClaimReply(claim, bool(blocked), failed)
 
 
 def _split_into_calls(finished: Sequence[JobOutcome]) -> Iterator[list[JobOutcome]]:

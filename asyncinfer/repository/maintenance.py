@@ -11,6 +11,7 @@ from asyncinfer.jobs import read_record
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
+from asyncinfer.repository.failed_jobs import FailedJobs, read_failed_jobs
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.untrusted import decoding
@@ -37,6 +38,8 @@ class SweepCounts(Struct):
     """Jobs that ended since their deadline passed."""
     ended: int = 0
     """Jobs of lost workers that ended: the dead letters, and cancelled jobs."""
+    failed: list[FailedJobs] = []
+    """The dead letters and the jobs that missed a deadline."""
 
 
 class Maintenance:
@@ -83,6 +86,8 @@ class Maintenance:
             total.promoted += counts[2]
             total.expired += counts[3]
             total.ended += counts[4]
+            if counts[6]:
+                total.failed.append(read_failed_jobs(counts[6]))
             if counts[5]:
                 unfinished.append(queue)
         return unfinished

@@ -8,8 +8,9 @@ from typing import Final
 
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.processes.limited_log import LimitedLog
+from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.libraries import ROUND_SECONDS, Libraries
-from asyncinfer.repository.maintenance import Maintenance, SweepCounts
+from asyncinfer.repository.maintenance import Maintenance
 from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 
@@ -19,16 +20,17 @@ _limited_log = LimitedLog(_log)
 REPAIR_SECONDS: Final = 600.0
 
 
-async def reap_forever(store: Store) -> None:
+async def reap_forever(store: Store, failed_jobs: FailedJobsLog) -> None:
     """Sweeps every tick, tidies the libraries every minute and repairs every 10 minutes, until it
-    is cancelled. However many processes run it, each sweep is done once."""
+    is cancelled. However many processes run it, each sweep is done once. Jobs that a sweep ends as
+    failed are noted in `failed_jobs`."""
     maintenance, libraries = Maintenance(store), Libraries(store)
     tick_seconds = store.policy.tick_ms / 1000
     repaired_at, tidied_at = time.monotonic(), -ROUND_SECONDS
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
-            _report(await maintenance.sweep())
+            await _sweep(maintenance, failed_jobs)
             if time.monotonic() - tidied_at > ROUND_SECONDS:
                 tidied_at = time.monotonic()
                 for name in await libraries.tidy():
@@ -46,8 +48,10 @@ async def reap_forever(store: Store) -> None:
             _limited_log.unexpected("A sweep failed.", error)
 
 
-def _report(swept: SweepCounts) -> None:
+async def _sweep(maintenance: Maintenance, failed_jobs: FailedJobsLog) -> None:
+    """Sweeps once, and logs what was lost."""
+    swept = await maintenance.sweep()
     if swept.put_back or swept.dead:
         _log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)
-    if swept.expired:
-        _log.warning("Sweep: %d jobs missed a deadline, and failed as expired.", swept.expired)
+    if swept.failed:
+        await failed_jobs.note_failed_by_script(swept.failed)

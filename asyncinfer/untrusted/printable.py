@@ -31,13 +31,11 @@ def printable_line(text: str) -> str:
     return text if _is_plain(text) else text.translate(_ONE_LINE)
 
 
-def printable_name(name: str) -> str:
-    """A file name on one line, cut after 80 characters with an ellipsis; bytes that are not UTF-8
-    are shown as `\\xff`."""
+def printable_name(name: str, max_characters: int = _MAX_NAME_CHARACTERS) -> str:
+    """The name of a file or a job on one line, cut after `max_characters` with an ellipsis; bytes
+    that are not UTF-8 are shown as `\\xff`."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return printable_line(
-        text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[:_MAX_NAME_CHARACTERS]}…"
-    )
+    return printable_line(text if len(text) <= max_characters else f"{text[:max_characters]}…")
 
 
 def printable_json(text: str) -> str:

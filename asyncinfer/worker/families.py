@@ -22,8 +22,9 @@ _VERSION_LABELS: Final = ("model", "version")
 _COUNTERS: Final[dict[str, tuple[Labels, str]]] = {
     "asyncinfer_jobs": (
         ("model", "outcome", "code"),
-        "Jobs that this worker is done with, by outcome and code of the error. Of these, "
-        "completed, failed, dead and cancelled ended the job.",
+        "Jobs that this worker is done with, and those that its claims and sweeps failed, by "
+        "outcome and code of the error. Of these, completed, failed, dead and cancelled ended the "
+        "job.",
     ),
     "asyncinfer_model_loads": (
         ("model", "outcome"),

@@ -29,6 +29,8 @@ from asyncinfer.jobs import now_ms
 from asyncinfer.processes import tuning
 from asyncinfer.repository.announcements import ANNOUNCE_INTERVAL_SECONDS
 from asyncinfer.repository.claims import ClaimedJob, JobOutcome, QueueConsumer
+from asyncinfer.repository.failed_jobs import FailedJobs
+from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.store import Store
@@ -46,7 +48,6 @@ from asyncinfer.worker.models.queues import Queues
 from asyncinfer.worker.output_sizes import OutputSizes
 from asyncinfer.worker.running.completion import Finisher
 from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
-from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
 from asyncinfer.worker.running.spans import JobSpans
@@ -150,6 +151,9 @@ class Worker:
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
         )
+        self._failed_jobs = FailedJobsLog(
+            store, self._queues.model_of, self.figures.outcomes, self.worker_id
+        )
         # Batching adds nothing to the memory that the result of a single job may take.
         output_sizes = OutputSizes(config.max_result_bytes)
         self._claimer = Claimer(
@@ -159,6 +163,7 @@ class Worker:
             output_sizes,
             max_batch=config.max_batch,
             on_step=on_step,
+            on_failed=self._note_failed_by_claim,
         )
         self._builder = OutcomeBuilder(store, self.worker_id, config.max_result_bytes)
         self.runner = BatchRunner(
@@ -173,7 +178,6 @@ class Worker:
             figures=self.figures,
             spans=self._spans,
         )
-        self._failed_jobs = FailedJobsLog(self.worker_id, self._queues.model_of)
         self.finisher = Finisher(
             runs,
             self._held,
@@ -232,7 +236,7 @@ class Worker:
             announce_forever, self._announcer.announce, self._announce_soon, self._redis_answered
         )
         return [
-            partial(reap_forever, self._store),
+            partial(reap_forever, self._store, self._failed_jobs),
             announce,
             self._renewer.beat,
             self._control_listener.listen,
@@ -454,6 +458,10 @@ class Worker:
     ) -> None:
         """Counts outcomes of jobs, which Redis has stored or discarded."""
         self.figures.stored(self._queues.model_of(held.claim.queue), outcomes, verdicts)
+
+    def _note_failed_by_claim(self, failed: Sequence[FailedJobs]) -> None:
+        """Has jobs that a claim ended as failed counted and logged, beside the claim's run."""
+        self._group.create_task(self._failed_jobs.note_failed_by_script(failed))
 
     def _note_seconds_per_job(self, held: HeldClaim) -> None:
         """Notes how long the claim occupied its slot, up to now, when its outcomes are stored. Time

@@ -16,6 +16,7 @@ import redis
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import decode_worker_announcement
 from asyncinfer.repository.policy import Policy
+from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.worker.held_claim import Step
 from asyncinfer.worker.models.engine_cache import CacheBounds
 from asyncinfer.worker.worker import WorkerConfig
@@ -127,6 +128,11 @@ class WorkerChild:
         bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
         workers = [decode_worker_announcement(body) for body in bodies if isinstance(body, bytes)]
         return any(worker.models and not worker.loading for worker in workers)
+
+    def name(self, client: redis.Redis) -> str:
+        """Its name in logs and answers, from its announcement, which it may have left behind."""
+        (key,) = client.scan_iter(keys.worker("predict_queue", f"*-{self.process.pid}-*"))
+        return public_worker_name(key.decode().rpartition(":")[2])
 
     async def wait_for_exit(self, seconds: float = 30.0) -> int:
         """Waits until the worker has ended by itself; returns its exit code.

@@ -71,6 +71,8 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
             good = client.submit([0, 1], "lookup", request_id="req-good")
             assert good.wait().status == "completed"
             assert good.request_id == "req-good"
+            lose_a_job(durable, "order-7")
+            eventually_sync(lambda: "order-7" in services.log, "the lost job is logged")
             bad = [client.submit([int(MARKER)], "lookup", request_id=f"req-{n}") for n in range(30)]
             for job in bad:
                 with pytest.raises(JobFailed):
@@ -90,7 +92,7 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
             assert httpx2.get(f"{url}/jobs", headers=guess).status_code == 401
             client.jobs(tenant="*")
         eventually_sync(
-            lambda: "more jobs failed" in services.log or len(failures(services.log)) == 30,
+            lambda: "more jobs failed" in services.log or len(failures(services.log)) == 31,
             "the failed jobs are logged",
         )
         log = services.log
@@ -98,7 +100,10 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
         assert secret not in log, [line for line in log.splitlines() if secret in line]
 
     told = failures(log)
-    assert 10 <= len(told) <= 30
+    assert 10 <= len(told) <= 31
+    lost = told.pop(0)
+    assert (lost["job_id"], lost["code"], lost["model"]) == ("order-7", "input_lost", "lookup")
+    assert "request_id" not in lost
     by_job = {job.id: f"req-{n}" for n, job in enumerate(bad)}
     for line in told:
         assert line["request_id"] == by_job[line["job_id"]]
@@ -110,7 +115,7 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
         for line in of_logger(log, "asyncinfer.jobs")
         if "more jobs failed" in line["message"]
     ]
-    assert len(told) + sum(counted) == 30
+    assert len(told) + sum(counted) == len(bad)
 
     requests = of_logger(log, "asyncinfer.access")
     (submit,) = [line for line in requests if line["request_id"] == "req-good"]
@@ -120,6 +125,14 @@ def test_each_failed_job_has_a_line_with_its_request_and_no_line_has_a_payload_o
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
         assert line["role"] in ("api", "worker")
         assert isinstance(line["pid"], int)
+
+
+def lose_a_job(server: DurableServer, job_id: str) -> None:
+    """A job of another program, which has set no input."""
+    program: Any = redis.Redis.from_url(server.url)
+    program.set(f"job:{job_id}:status", "pending")
+    program.lpush("predict_queue", job_id)
+    program.close()
 
 
 def sent(url: str, text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -177,6 +178,8 @@ async def test_a_job_that_kills_its_workers_fails_alone_after_three_deliveries(
         assert await workers.members[-1].stop() == 0
     assert ended[culprit].status == "failed"
     assert b"worker_lost" in (ended[culprit].error or b"")
+    logged = re.findall(rf"Job {culprit} failed: (.*)", workers.log)
+    assert logged == [f"worker_lost (model poison, request -, worker {worker.name(server)})."]
     assert {ended[job_id].status for job_id in harmless} == {"completed"}
     assert server.zrange(keys.dead(poisoned.queue), 0, -1) == [culprit.encode()]
     assert not server.exists(keys.dead(unaffected.queue))

@@ -41,6 +41,7 @@ class Slots:
             OutputSizes(1 << 20),
             max_batch=8,
             on_step=lambda _: None,
+            on_failed=lambda _: None,
         )
         self._driver = driver
 

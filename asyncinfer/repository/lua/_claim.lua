@@ -1,5 +1,5 @@
 -- include: keys job_keys fact_names facts doorbell log sequence stored_bytes
--- include: waiting_bytes ending
+-- include: waiting_bytes ending failures
 -- The claim itself, shared by `claim` and by `finish`, which claims next in the same step.
 
 -- Returns what a claim does with a job at `now`, in whole ms; writes nothing. `ready` and
@@ -86,9 +86,9 @@ local function return_existing_claim(q, args, now, packed_ids)
     if tokens[i] == args.token then held[#held + 1] = id end
   end
   redis.call('ZADD', q.leases, 'XX', now + args.lease_ms, args.token)
-  if #held == 0 then return { now, q.list, 0 } end
+  if #held == 0 then return { now, q.list, 0, false } end
   local _, metas, packed = read_jobs(q, held)
-  return { now, q.list, 0, unpack(job_fields(held, {}, metas, packed)) }
+  return { now, q.list, 0, false, unpack(job_fields(held, {}, metas, packed)) }
 end
 
 -- Decides, without a write, what a claim does with the ids at the serving ends of `lists` (keys, in
@@ -204,14 +204,14 @@ end
 -- Claims jobs of one queue, which must not be paused, under one lease; ends or drops ids found
 -- there that cannot run, and rings the doorbell if jobs are left. `now` is in whole ms, `exact_now`
 -- with fraction; `waiting_bytes` is the value of the queue's number of waiting bytes, or false.
--- Returns {now, queue, blocked, id, data, meta, facts, ...}, with no id if nothing was claimed, as
--- always after `args.not_after_ms`.
+-- Returns {now, queue, blocked, failures, id, data, meta, facts, ...}, with no id if nothing was
+-- claimed, as always after `args.not_after_ms`. failures: as `failures_of` returns them.
 local function claim_from(q, args, now, exact_now, waiting_bytes)
-  if now > args.not_after_ms or args.max_jobs < 1 then return { now, q.list, 0 } end
+  if now > args.not_after_ms or args.max_jobs < 1 then return { now, q.list, 0, false } end
   local keys = redis.call('EXISTS', q.list, q.high, q.low, q.delayed, q.stale)
-  if keys == 0 then return { now, q.list, 0 } end
+  if keys == 0 then return { now, q.list, 0, false } end
   local ids = next_ids(q.list, 0, args.max_jobs)
-  if #ids == 0 and redis.call('EXISTS', q.high, q.low) == 0 then return { now, q.list, 0 } end
+  if #ids == 0 and redis.call('EXISTS', q.high, q.low) == 0 then return { now, q.list, 0, false } end
   -- Nearly always so: no other waiting jobs, delayed jobs or stale entries.
   local only_its_list = keys == 1 and #ids > 0
   local lists = only_its_list and { q.list }
@@ -243,15 +243,17 @@ local function claim_from(q, args, now, exact_now, waiting_bytes)
     redis.call('DEL', q.wake)
   end
   local fields = job_fields(chosen.ids, chosen.inputs, chosen.metas, chosen.packed)
-  return { now, q.list, chosen.is_blocked and 1 or 0, unpack(fields) }
+  local failures = #chosen.ends > 0 and failures_of(q, { chosen.ends })
+  return { now, q.list, chosen.is_blocked and 1 or 0, failures, unpack(fields) }
 end
 
 -- Claims from the first of several queues (list keys) that has a job; paused ones are passed over.
 -- A claim that the token already holds in one of them is returned instead. `args` is the ARGV 1 of
--- `claim`, `now` in whole ms, `exact_now` with fraction. Returns {now, queue, blocked, id, data,
--- meta, facts, ...}; if nothing was claimed, without an id and with the queue looked at last.
--- blocked is 1 or 0; 1: the next job must run alone, and this process holds another claim or takes
--- other jobs by this one, so that it gets neither that job nor any behind it or in a later queue.
+-- `claim`, `now` in whole ms, `exact_now` with fraction. Returns {now, queue, blocked,
+-- failures, id, data, meta, facts, ...}; if nothing was claimed, without an id and with the queue
+-- looked at last. blocked is 1 or 0; 1: the next job must run alone, and this process holds another
+-- claim or takes other jobs by this one, so that it gets neither that job nor any behind it or in a
+-- later queue. failures: a list with what `failures_of` returns of each queue, or false.
 local function claim_from_any(queues, args, now, exact_now)
   local qs, names = {}, {}
   for i, list in ipairs(queues) do
@@ -265,13 +267,16 @@ local function claim_from_any(queues, args, now, exact_now)
     local packed_ids = values[3 * i - 2]
     if packed_ids then return return_existing_claim(q, args, now, packed_ids) end
   end
-  local reply
+  local reply, failures = nil, {}
   local max_jobs, max_jobs_of = args.max_jobs, args.max_jobs_of or {}
   for i, q in ipairs(qs) do
     local is_paused, waiting_bytes = values[3 * i - 1], values[3 * i]
     args.max_jobs = max_jobs_of[q.list] or max_jobs
-    reply = is_paused and { now, q.list, 0 } or claim_from(q, args, now, exact_now, waiting_bytes)
-    if #reply > 3 or reply[3] == 1 then break end
+    reply = is_paused and { now, q.list, 0, false }
+      or claim_from(q, args, now, exact_now, waiting_bytes)
+    if reply[4] then failures[#failures + 1] = reply[4] end
+    if #reply > 4 or reply[3] == 1 then break end
   end
+  reply[4] = #failures > 0 and failures
   return reply
 end

@@ -129,7 +129,7 @@ end
 -- and `message` are put into JSON as they are, so they must need no escapes; `facts` may be nil.
 local function failed_job(id, code, message, facts)
   local body = '{"code":"' .. code .. '","message":"' .. message .. '"}'
-  return { id = id, status = 'failed', body = body, facts = facts }
+  return { id = id, status = 'failed', code = code, body = body, facts = facts }
 end
 
 -- Stale entries are ids of ended jobs that are still in a list. A claim drops them when it meets

@@ -4,13 +4,14 @@
 -- ARGV    1 {tick_ms, lease_ms, max_deliveries, max_dead_letters, dead_letter_ms, ttl_seconds,
 --         failed_ttl_seconds, keep_input, max_kept_bytes, log_jobs, is_continued}
 --         is_continued: go on past the gate with what the last call left
--- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more}, or
---         the error that kept it from being swept. Numbers of jobs; ended: of expired claims, the
---         dead ones included; more is 1 if something is left to do, else 0
+-- Returns per queue nil (swept lately) or {put back, dead, promoted, expired, ended, more,
+--         failures}, or the error that kept it from being swept. Numbers of jobs; ended: of expired
+--         claims, the dead ones included; more is 1 if something is left to do, else 0; failures:
+--         the dead and the expired jobs, or nil
 -- Order   the outage check before the claims: after a gap no job is taken from a worker for the
 --         time of one lease
 -- include: keys job_keys time value fact_names facts priority doorbell log control
--- include: waiting_bytes counted_bytes ending redelivery dead_letters
+-- include: waiting_bytes counted_bytes ending redelivery dead_letters failures
 
 local MAX_JOBS = 1000
 local LOG_MARKS = 10
@@ -86,17 +87,19 @@ local function read_expired_claims(q)
   return claims, false
 end
 
--- Counts one more delivery of a job whose claim expired, and puts the job back; adds it to `ends`
--- instead if its cancel was requested or no delivery is left (a dead letter then). `facts` are
--- unpacked or nil. Adds to back, dead and bytes of `counts`.
-local function put_back_or_end(q, id, facts, ends, counts)
+-- Counts one more delivery of a job whose claim, `token`, expired, and puts the job back; adds it to
+-- `ends` instead if its cancel was requested or no delivery is left (a dead letter then). `facts`
+-- are unpacked or nil. Adds to back, dead and bytes of `counts`.
+local function put_back_or_end(q, id, token, facts, ends, counts)
   facts = facts or {}
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
   if facts[CANCEL_REQUESTED] then
     ends[#ends + 1] = { id = id, status = 'cancelled', facts = facts }
   elseif facts[DELIVERIES] >= args.max_deliveries then
-    ends[#ends + 1] = failed_job(id, 'worker_lost',
+    local dead = failed_job(id, 'worker_lost',
       'The worker died or froze each of ' .. facts[DELIVERIES] .. ' times it ran this job.', facts)
+    dead.token = token
+    ends[#ends + 1] = dead
     add_dead_letter(q, id, now, args)
     counts.dead = counts.dead + 1
   else
@@ -108,17 +111,17 @@ local function put_back_or_end(q, id, facts, ends, counts)
 end
 
 -- Removes expired claims with their leases, and puts back or ends those of their jobs that they
--- still own. Adds to `counts`; returns true if more are left than one call takes, else false.
-local function reap_claims(q, counts)
+-- still own. Adds to `counts`, and to `ends` the jobs it ended; returns true if more are left than
+-- one call takes, else false.
+local function reap_claims(q, counts, ends)
   local claims, has_more = read_expired_claims(q)
-  local ends = {}
   for _, claim in ipairs(claims) do
     if #claim.ids > 0 then
       local tokens = redis.call('HMGET', q.running, unpack(claim.ids))
       local facts = redis.call('HMGET', q.facts, unpack(claim.ids))
       for i = #claim.ids, 1, -1 do
         if tokens[i] == claim.token then
-          put_back_or_end(q, claim.ids[i], decode_table(facts[i]), ends, counts)
+          put_back_or_end(q, claim.ids[i], claim.token, decode_table(facts[i]), ends, counts)
         end
       end
     end
@@ -168,11 +171,11 @@ local function expire_job(q, id, ends, counts)
 end
 
 -- Looks at up to 1,000 jobs whose deadline has passed: ends those that wait, stops those that run
--- (ends them if they were stopped before), and removes the deadline of others. Of `counts`, adds
--- the ended ones to expired, takes the waiting ones' input off bytes, and adds their stale ids to
--- stale; the caller writes bytes and stale to Redis. Returns true if more may be left, else false.
-local function expire(q, counts)
-  local ends = {}
+-- (ends them if they were stopped before), and removes the deadline of others. Adds the ended ones
+-- to `ends`, which is empty; of `counts`, adds their number to expired, takes the waiting ones' input
+-- off bytes, and adds their stale ids to stale; the caller writes bytes and stale to Redis. Returns
+-- true if more may be left, else false.
+local function expire(q, counts, ends)
   local due = redis.call('ZRANGEBYSCORE', q.deadlines, '-inf', now, 'LIMIT', 0, MAX_JOBS)
   for _, id in ipairs(due) do expire_job(q, id, ends, counts) end
   end_jobs(q, ends, args)
@@ -210,8 +213,8 @@ end
 
 -- Sweeps one queue: reaps expired claims, promotes due jobs, expires jobs; and, unless this
 -- continues the last call, checks for an outage, drops old counts and trims first. Returns false if
--- it was swept less than half a tick ago (a continued call is not refused); else six numbers, as
--- the header lists them. Raises if a key has another type.
+-- it was swept less than half a tick ago (a continued call is not refused); else what the
+-- header lists. Raises if a key has another type.
 local function sweep(q)
   if not args.is_continued then
     local gate_ms = math.ceil(args.tick_ms / 2)
@@ -220,9 +223,10 @@ local function sweep(q)
     trim_log_and_dead_letters(q)
   end
   local counts = { back = {}, dead = 0, promoted = 0, expired = 0, ended = 0, bytes = 0, stale = {} }
-  local has_more = redis.call('EXISTS', q.hold) == 0 and reap_claims(q, counts)
+  local lost, expired = {}, {}
+  local has_more = redis.call('EXISTS', q.hold) == 0 and reap_claims(q, counts, lost)
   has_more = promote(q, counts) or has_more
-  has_more = expire(q, counts) or has_more
+  has_more = expire(q, counts, expired) or has_more
   if #counts.back > 0 or counts.promoted > 0 then
     log_transitions(q, { pending = counts.back })
     ring_doorbell(q)
@@ -231,6 +235,7 @@ local function sweep(q)
   adjust_waiting_bytes(q, counts.bytes)
   return {
     #counts.back, counts.dead, counts.promoted, counts.expired, counts.ended, has_more and 1 or 0,
+    failures_of(q, { lost, expired }),
   }
 end
 

@@ -14,6 +14,7 @@ from asyncinfer.repository.claims import (
     ClaimRequest,
     QueueConsumer,
 )
+from asyncinfer.repository.failed_jobs import FailedJobs
 from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.batch_window import rotated
@@ -46,10 +47,12 @@ class Claimer:
         *,
         max_batch: int,
         on_step: Callable[[Step], None],
+        on_failed: Callable[[Sequence[FailedJobs]], None],
     ) -> None:
         """Claims from the queues of `waiter`, until that drains. `max_batch` is the most jobs of
         one claim; it is fewer where `output_sizes` knows that their results are large. `on_step` is
-        called for each claim; only tests need it."""
+        called for each claim; only tests need it. `on_failed` is called with the jobs that a claim
+        found in a queue but could not take, and so ended as failed."""
         self.claim_lock = asyncio.Lock()
         """Held during each call that may claim: with two under way, a poison job could come with
         one of them while the other brings jobs that would then be lost with it."""
@@ -60,6 +63,7 @@ class Claimer:
         self._output_sizes = output_sizes
         self._max_batch = max_batch
         self._on_step = on_step
+        self._on_failed = on_failed
         self._requests_sent = 0
         self._claims_made = 0
 
@@ -91,6 +95,8 @@ class Claimer:
         empty; one of which it took few jobs, for their large results, stays due. Returns the claim,
         None where the reply has none."""
         self._held.exclusive_pending = reply.is_blocked
+        if reply.failed:
+            self._on_failed(reply.failed)
         claim = reply.claim
         if claim is None:
             if not reply.is_blocked:

@@ -19,13 +19,13 @@ from asyncinfer.repository.claims import (
     JobOutcome,
     QueueConsumer,
 )
+from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.leases import Renewal
 from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
-from asyncinfer.worker.running.failed_jobs_log import FailedJobsLog
 from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
 from asyncinfer.worker.running.spans import JobSpans
 
@@ -212,8 +212,9 @@ class Finisher:
         self.verdict_counts.update(verdicts)
         self._on_stored(held, outcomes, verdicts)
         for outcome, verdict in zip(outcomes, verdicts, strict=True):
-            if outcome.outcome in ("failed", "dead") and verdict != "stale":
-                self._failed_jobs.note(held.claim.queue, outcome)
+            # A cancel that came first turns a failure into its own verdict.
+            if outcome.outcome in ("failed", "dead") and verdict in ("failed", "dead", "already"):
+                self._failed_jobs.note_outcome(held.claim.queue, outcome)
         if self._spans:
             self._spans.finished(held, outcomes, verdicts, start_ns)
         if stale := verdicts.count("stale"):
