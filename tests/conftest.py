@@ -28,9 +28,10 @@ from .redis_server import wait_for_server
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A busy machine is no fault of the code that an example tests.
-settings.register_profile("no deadline", settings(), deadline=None)
-settings.load_profile("no deadline")
+# A busy machine is no fault of the code that an example tests. Each run takes other examples.
+settings.register_profile("short", settings(), deadline=None, max_examples=50)
+settings.register_profile("thorough", settings(), deadline=None, max_examples=1000)
+settings.load_profile("short")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore Ctrl-C, and every child would inherit that.
@@ -43,7 +44,8 @@ _LONG_FOLDERS: Final = (
     *("faults", "cli", "client", "service", "deploy", "testing", "processes", "zoo", "engine"),
     *("worker", "docs"),
 )
-_FOLDERS_WITH_ONE_SERVICE: Final = ("cli", "client")
+_FOLDERS_IN_ONE_PROCESS: Final = {"cli": "cli", "client": "client", "zoo": "zoo", "engine": "zoo"}
+"""Folders with one service, and those that import scikit-learn, which takes seconds."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,12 +82,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 class _ServiceScheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives the tests that share a service to one process: a file, or a folder with one service."""
+    """Gives the tests of a file to one process, or of folders that share something costly."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        folder = path.split("/")[1]
-        return folder if folder in _FOLDERS_WITH_ONE_SERVICE else path
+        return _FOLDERS_IN_ONE_PROCESS.get(path.split("/")[1], path)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:

@@ -33,6 +33,7 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@functools.cache
 def _modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
@@ -62,15 +63,18 @@ def _row(rows: Sequence[Sequence[str]], part: str) -> int:
     return found
 
 
-def _edges() -> Iterator[tuple[str, str]]:
+@functools.cache
+def _edges() -> tuple[tuple[str, str], ...]:
     """Pairs of dotted names: a module, and one that it imports, also only for type checkers."""
     modules = {_dotted(path): path for path in _modules()}
+    edges = []
     for name, path in modules.items():
         for imported in _imports(path):
             # `from asyncinfer.jobs import Record` imports asyncinfer.jobs.
             target = imported if imported in modules else imported.rpartition(".")[0]
             if target in modules and target not in (name, "asyncinfer"):
-                yield name, target
+                edges.append((name, target))
+    return tuple(edges)
 
 
 def _dotted(path: Path) -> str:
@@ -176,11 +180,14 @@ def test_undocumented_parts_of_a_library_are_used_in_one_file(allowed: str) -> N
             assert not names & (used | imported), path
 
 
-def _attributes(path: Path) -> Iterator[tuple[str, str]]:
-    """Each `owner.attribute` in the module."""
-    for node in ast.walk(_parsed(path)):
-        if isinstance(node, ast.Attribute):
-            yield ast.unparse(node.value), node.attr
+@functools.cache
+def _attributes(path: Path) -> frozenset[tuple[str, str]]:
+    """Each `owner.attribute` in the module; owners that are no plain name are `()`."""
+    return frozenset(
+        (node.value.id if isinstance(node.value, ast.Name) else "()", node.attr)
+        for node in ast.walk(_parsed(path))
+        if isinstance(node, ast.Attribute)
+    )
 
 
 def test_each_module_has_a_one_line_summary() -> None:

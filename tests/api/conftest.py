@@ -18,9 +18,12 @@ from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
 
-_BOTH_WAYS = ("test_predict", "test_http_shapes", "test_bad_input", "test_server", "test_express")
+_BOTH_WAYS = ("test_predict", "test_http_shapes", "test_server", "test_express")
 """Modules whose tests run with and without the short way in the default suite; those of the others
 run without it in the soak."""
+
+_WITHOUT_SOAK = "not soak and not by_hand"
+"""The selection of the default suite."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,7 +31,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "has_short_way" in metafunc.fixturenames:
         is_sampled = metafunc.module.__name__.rpartition(".")[2] in _BOTH_WAYS
         ordinary = pytest.param(False, id="ordinary", marks=() if is_sampled else pytest.mark.soak)
-        ways = [pytest.param(True, id="express"), ordinary]
+        ways = [pytest.param(True, id="express")]
+        # A thousand tests that are only made to be left out take each process a second.
+        if is_sampled or metafunc.config.option.markexpr != _WITHOUT_SOAK:
+            ways.append(ordinary)
         metafunc.parametrize("has_short_way", ways, scope="session")
 
 

@@ -43,11 +43,18 @@ HEALTHY = ServerInfo(
 
 
 @pytest.fixture(autouse=True)
-def one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of one small model, which is loaded quickly."""
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "tiny.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
-    monkeypatch.setenv("MODEL_DIR", str(tmp_path / "small"))
+def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """MODEL_DIR, a folder without a model: a process of its own would try it for each test."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    monkeypatch.setenv("MODEL_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def one_model(model_dir: Path) -> None:
+    """One small model in MODEL_DIR."""
+    (model_dir / "tiny.onnx").write_bytes(zoo.mlp([3, 2]).SerializeToString())
 
 
 def finding_about(about: str, **vitals: Any) -> Finding:
@@ -191,7 +198,7 @@ def test_a_redis_that_does_not_answer_is_a_problem() -> None:
     assert "secret" not in ran.out + ran.err
 
 
-def test_nothing_started_yet_is_no_problem() -> None:
+def test_nothing_started_yet_is_no_problem(one_model: None) -> None:
     ran = run_command("doctor")
 
     assert ran.code == 0
@@ -216,7 +223,7 @@ def test_a_broken_model_is_named_and_takes_nothing_down(tmp_path: Path) -> None:
     ("names", "mend"),
     [("tiny,nope", "set MODELS to some of tiny"), ("nope", "correct MODELS, or MODEL_DIR")],
 )
-def test_a_missing_name_of_models_is_a_problem(names: str, mend: str) -> None:
+def test_a_missing_name_of_models_is_a_problem(one_model: None, names: str, mend: str) -> None:
     ran = run_command("doctor", "--models", names)
 
     assert ran.code == 1

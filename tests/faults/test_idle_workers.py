@@ -59,7 +59,9 @@ async def _seconds_of_one_job(load_client: LoadClient, server: redis.Redis) -> f
     return seconds
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)]
+)
 async def test_a_worker_that_ended_while_it_waited_delays_no_job(
     number: signal.Signals, open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:

@@ -70,7 +70,7 @@ def new_jobs(count: int, numbers: int) -> list[NewJob]:
     ("columns", "first_numbers"),
     [
         pytest.param([NUMBERS, NUMBERS * COPIES], NUMBERS, id="declared"),
-        pytest.param(["n", "m"], NUMBERS, id="open"),
+        pytest.param(["n", "m"], NUMBERS, id="open", marks=pytest.mark.soak),
         pytest.param(["n", "m"], 1, id="open, and small at first"),
     ],
 )

@@ -1,6 +1,5 @@
 """What the processes of a service log."""
 
-import json
 import re
 import socket
 from pathlib import Path
@@ -146,24 +145,3 @@ def sent(url: str, text: str) -> bytes:
 
 def failures(log: str) -> list[dict[str, Any]]:
     return [line for line in of_logger(log, "asyncinfer.jobs") if "job_id" in line]
-
-
-def test_the_log_is_text_with_time_role_and_pid_and_no_requests_by_default(
-    durable: DurableServer, folder: Path, tmp_path: Path
-) -> None:
-    with open_services(tmp_path, REDIS_URL=durable.url, MODEL_DIR=str(folder)) as services:
-        worker = services.work()
-        url = services.serve()
-        httpx2.get(f"{url}/models")
-        with Client(url) as client:
-            assert client.submit([0], "lookup").wait().status == "completed"
-        log = services.log
-    logged = re.findall(
-        r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ (api|worker) (\d+) (\S+): ",
-        log,
-        re.MULTILINE,
-    )
-    assert {role for role, _, _ in logged} == {"api", "worker"}
-    assert {int(pid) for role, pid, _ in logged if role == "worker"} == {worker.pid}
-    assert "asyncinfer.access" not in {name for _, _, name in logged}
-    assert json.dumps("/models")[1:-1] + " 200" not in log

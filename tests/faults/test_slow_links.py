@@ -146,6 +146,7 @@ async def test_an_8_mb_input_is_accepted_over_5_mb_a_second_and_sent_once(
     assert proxy.requests.bytes_sent - before < 9 * _MB
 
 
+@pytest.mark.soak
 async def test_an_input_that_takes_half_a_second_to_send_is_sent_once(
     client: httpx2.AsyncClient, proxy: Proxy
 ) -> None:
