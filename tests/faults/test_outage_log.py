@@ -78,6 +78,7 @@ def test_an_outage_of_redis_has_two_lines_in_each_process(
         assert re.fullmatch(r"Redis answers again after \d+\.\d s\.", new[1])
 
 
+@pytest.mark.soak
 def test_memory_that_is_full_takes_no_api_out_of_service_and_a_purge_through_it_makes_room(
     durable: DurableServer, shipped_models: Path, tmp_path: Path
 ) -> None:
