@@ -17,6 +17,7 @@ ROOMS = (
 INSIDE = {
     "api": (
         ("answer_sizes", "config", "figures", "key_file", "views", "worker_snapshot"),
+        ("queue_looks",),
         ("admission", "catalog", "wait_reasons"),
         ("http",),
         ("access_log", "guard", "inputs", "live"),

@@ -46,6 +46,7 @@ from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.openapi import document
+from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.routes import ROUTES, Route
 from asyncinfer.api.services import Services
 from asyncinfer.api.wait_reasons import WaitReasons
@@ -250,6 +251,7 @@ class Api:
                 group.start_soon(self._services.feed.run)
                 group.start_soon(self._services.catalog.run)
                 group.start_soon(self._services.worker_snapshot.run)
+                group.start_soon(self._services.queue_looks.run)
                 group.start_soon(reap_forever, store, self._services.failed_jobs)
                 if self._guard.keys:
                     group.start_soon(self._guard.keys.run)
@@ -367,8 +369,8 @@ def asks_to_wait(scope: Scope) -> bool:
 def has_waited(answer: Reply | Stream, scope: Scope) -> bool:
     """As `asks_to_wait`, read from the answer, since a request has ten times as many headers to go
     through."""
-    if answer.status == 202 and len(answer.headers) == 1:
-        return False  # it is Location
+    if answer.status == 202 and len(answer.headers) < 3:
+        return False  # they are Location and Retry-After
     return b"wait=" in scope["query_string"] or b"preference-applied" in dict(answer.headers)
 
 
@@ -466,6 +468,7 @@ def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) 
         catalog=catalog,
         worker_snapshot=catalog.worker_snapshot,
         wait_reasons=wait_reasons,
+        queue_looks=QueueLooks(store, catalog.worker_snapshot, lambda: catalog.default_model),
         openapi=_document(),
     )
 

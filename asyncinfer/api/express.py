@@ -150,7 +150,11 @@ class Express:
             return explain_submit_error(error, job)
         services = self._api.services
         return refused_submit_error(
-            submitted.result(), job, services.config.policy, services.wait_reasons
+            submitted.result(),
+            job,
+            services.config.policy,
+            services.wait_reasons,
+            services.queue_looks,
         )
 
 

@@ -47,7 +47,8 @@ def not_retried_error(services: Services, stored: StoredJob, verdict: str) -> Re
         return job_absent_error(services, stored.job_id)
     if verdict == "full":
         reason = services.wait_reasons.of_queue(stored.record) if stored.record else None
-        return queue_full_error(services.config.policy, reason)
+        room_seconds = services.queue_looks.room_seconds(stored.record)
+        return queue_full_error(services.config.policy, reason, room_seconds)
     if verdict == "changed" or (verdict == "not_retryable" and stored.status in RETRYABLE):
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id

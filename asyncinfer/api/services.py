@@ -10,6 +10,7 @@ from asyncinfer.api.figures import RequestFigures
 from asyncinfer.api.live.event_text import EventTexts
 from asyncinfer.api.live.feed import Feed
 from asyncinfer.api.live.inbox import Inbox
+from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.repository.announcements import Announcements
@@ -50,6 +51,7 @@ class Services(Struct, frozen=True, kw_only=True):
     catalog: Catalog
     worker_snapshot: WorkerSnapshot
     wait_reasons: WaitReasons
+    queue_looks: QueueLooks
     answer_sizes: AnswerSizes
     long_reads: CapacityLimiter
     """Limits the threads that read long requests to one."""

@@ -8,9 +8,11 @@ from typing import Final, Literal
 from msgspec import UNSET, UnsetType
 
 from asyncinfer import jobs
+from asyncinfer.api.queue_looks import Whereabouts
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.errors import DiskFull, ReadOnlyReplica, StorageFull, WritesRefused
 from asyncinfer.jobs import Record, Status, max_backoff_seconds
+from asyncinfer.repository.inspect.queue_look import Loss
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.responses import WaitingFor
@@ -42,8 +44,8 @@ _STARTING: Final = WaitingFor(
 
 class WaitReasons:
     """Decides why a job waits. Of several reasons the one to resolve first counts: a server that
-    takes no writes, a start time in the future, a pause, no worker, a starting worker, and last a
-    failed attempt.
+    takes no writes, a start time in the future, a pause, no worker, a starting worker, a failed
+    attempt; and for who reads a single job, a lost worker, and last the jobs ahead of it.
 
     A start time in the future comes before a pause and a missing worker, since without these the
     job would not run either; its message names them too.
@@ -56,6 +58,7 @@ class WaitReasons:
         self._snapshot = snapshot
         self._n = store.queue_name
         self._max_errors = store.policy.max_errors
+        self._max_deliveries = store.policy.max_deliveries
         self._default_model = default_model
 
     def of(self, stored: StoredJob) -> WaitingFor | UnsetType | None:
@@ -67,6 +70,19 @@ class WaitReasons:
         return (
             general if stored.status == "pending" else _not_pending_reason(general, stored.status)
         )
+
+    def of_seen(
+        self, reason: WaitingFor | UnsetType | None, seen: Whereabouts
+    ) -> WaitingFor | UnsetType | None:
+        """Why a job waits whose whereabouts are known: `reason`, which is what the other methods
+        return, if there is one; else a lost worker, and last the jobs ahead of it."""
+        if reason is not None:
+            return reason
+        if seen.loss:
+            return _lost_worker(seen.loss, self._max_deliveries)
+        if seen.deliveries:
+            return _redelivered(seen, self._max_deliveries)
+        return _behind(seen) if seen.position and seen.position.ahead else None
 
     def of_queue(self, record: Record) -> WaitingFor | None:
         """Why no job with the queue, model and version of this record is run, whatever its start
@@ -186,6 +202,39 @@ def _retry(errors: int, max_errors: int) -> WaitingFor:
         f"begins at most {_duration(max_backoff_seconds(errors))} after it, once a worker is "
         "free.",
     )
+
+
+def _lost_worker(loss: Loss, max_deliveries: int) -> WaitingFor:
+    """The reason of a running job whose worker is lost."""
+    seconds = _duration(loss.seconds)
+    lost = loss.deliveries + 1
+    then = (
+        f"fails in at most {seconds}, since that is worker {lost} of {max_deliveries} that is lost "
+        "with it"
+        if lost >= max_deliveries
+        else f"runs again in at most {seconds}, as soon as a slot is free"
+    )
+    return WaitingFor(
+        "worker_lost", f"Its worker does not answer. If it stays away, the job {then}."
+    )
+
+
+def _redelivered(seen: Whereabouts, max_deliveries: int) -> WaitingFor:
+    """The reason of a job that waits again, since its worker was lost."""
+    return WaitingFor(
+        "worker_lost",
+        f"Its worker was lost, {seen.deliveries} of {max_deliveries} that it may lose. It is among "
+        "the next in turn, and runs alone as soon as a slot is free.",
+    )
+
+
+def _behind(seen: Whereabouts) -> WaitingFor:
+    """The reason of a job that has others ahead of it."""
+    assert seen.position
+    about = "about " if seen.position.is_about else ""
+    jobs_ahead = f"{seen.position.ahead:,} {'job' if seen.position.ahead == 1 else 'jobs'}"
+    eta = "" if seen.eta_seconds is None else f", some {_duration(seen.eta_seconds)}"
+    return WaitingFor("queue", f"It waits behind {about}{jobs_ahead}{eta}.")
 
 
 def _moment(at: float) -> str:

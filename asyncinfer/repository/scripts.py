@@ -29,6 +29,7 @@ NAMES: Final = (
     "keep_inbox",
     "gauge",
     "tally",
+    "look",
     "forget",
     "default",
     "retract",

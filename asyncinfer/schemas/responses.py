@@ -21,6 +21,8 @@ class WaitingFor(Struct, frozen=True):
             "starting",
             "delayed",
             "retry",
+            "worker_lost",
+            "queue",
             "storage_full",
             "disk_full",
             "redis_read_only",
@@ -34,6 +36,15 @@ class WaitingFor(Struct, frozen=True):
 _WAITING_FOR: Final = Meta(
     description="Why the job does not run now; null if it only waits for its turn, or runs."
 )
+
+
+class Position(Struct, frozen=True):
+    """Where a waiting job is in its queue."""
+
+    ahead: Annotated[int, Meta(ge=0, description="How many jobs are served before it.")]
+    about: Annotated[
+        bool, Meta(description="True: an estimate, since 1,000 jobs or more are ahead.")
+    ]
 
 
 class AcceptedJob(Struct, frozen=True):
@@ -81,6 +92,26 @@ class Job(Struct, frozen=True, kw_only=True):
     finished_at: datetime | UnsetType = UNSET
     waiting_for: Annotated[WaitingFor | UnsetType | None, _WAITING_FOR] = UNSET
     """Left out once the job has ended."""
+    position: (
+        Annotated[
+            Position | None,
+            Meta(
+                description="Shown by GET /job/{id} without `wait` of a waiting job; null if it is "
+                "in no list, as a delayed one."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    eta_seconds: (
+        Annotated[
+            float | None,
+            Meta(
+                description="Shown with `position`: an estimate of the seconds until the job has "
+                "ended; null if nothing is known."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class TensorShape(Struct, frozen=True):

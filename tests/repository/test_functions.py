@@ -71,7 +71,7 @@ async def test_every_script_is_a_function_with_the_flags_of_its_script(
     (listed,) = client.function_list()
     described = [dict(zip(entry[::2], entry[1::2], strict=True)) for entry in listed[5]]
     flags = {entry[b"name"].decode(): entry[b"flags"] for entry in described}
-    of_others = {"submit": [], "gauge": [b"no-writes"], "tally": [b"no-writes"]}
+    of_others = {"submit": [], **{name: [b"no-writes"] for name in ("gauge", "tally", "look")}}
     assert flags == {script(name).function: of_others.get(name, [b"allow-oom"]) for name in NAMES}
 
 

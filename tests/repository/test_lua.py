@@ -375,7 +375,7 @@ def test_facts_are_named_by_nothing_but_their_names() -> None:
 def test_all_but_submit_go_on_with_memory_full_and_readers_where_no_write_is_allowed() -> None:
     shebangs = {name: source(name).split("\n", 1)[0] for name in NAMES}
     assert shebangs.pop("submit") == "#!lua"
-    assert {shebangs.pop(name) for name in ("gauge", "tally")} == {"#!lua flags=no-writes"}
+    assert {shebangs.pop(name) for name in ("gauge", "tally", "look")} == {"#!lua flags=no-writes"}
     assert {*shebangs.values()} == {"#!lua flags=allow-oom"}, shebangs
 
 

@@ -113,7 +113,7 @@ class BatchSubmitter:
         if isinstance(outcome, RequestError):
             return explain_submit_error(outcome, job)
         if refusal := refused_submit_error(
-            outcome, job, services.config.policy, services.wait_reasons
+            outcome, job, services.config.policy, services.wait_reasons, services.queue_looks
         ):
             return refusal
         status = statuses.get(outcome.job_id, "pending")

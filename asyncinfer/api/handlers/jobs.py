@@ -6,9 +6,10 @@ import msgspec
 
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
-from asyncinfer.api.http.messages import Reply, Request, json_reply
+from asyncinfer.api.http.messages import Header, Reply, Request, json_reply
 from asyncinfer.api.job_lookup import find_job, job_absent_error, not_retried_error
 from asyncinfer.api.live.wait import while_client_stays
+from asyncinfer.api.queue_looks import whole_seconds
 from asyncinfer.api.services import Services
 from asyncinfer.api.views import (
     WaitingForField,
@@ -30,15 +31,17 @@ from asyncinfer.schemas.requests import (
     RetryQuery,
     WaitQuery,
 )
-from asyncinfer.schemas.responses import JobList
+from asyncinfer.schemas.responses import Job, JobList, Position
 
-_RETRY_AFTER: Final = (b"retry-after", b"1")
+_RETRY_SECONDS: Final = 1
+"""The Retry-After of a job that runs, or whose end is not known."""
+
 _CANCEL_WAIT_SECONDS: Final = 1.0
 """A cancelled run stops before its next kernel, usually within this time."""
 
 
 async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
-    """A job's state and result.
+    """A job's state and result, and where it is while it waits.
 
     With `wait`, replies when the job has ended, after those seconds, or when the API stops. An
     operator who acts across tenants gets no result. Raises JobNotFound, JobExpired,
@@ -49,7 +52,24 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
         if request.query.wait and not stored.has_ended:
             stored = await _wait(services, request, stored, request.query.wait)
         audit.count = 1
-    return _job_reply(services, request, 200, stored)
+    if request.query.wait or stored.has_ended:
+        return _job_reply(services, request, 200, stored)
+    return await _place_reply(services, request, stored)
+
+
+async def _place_reply(services: Services, request: Request[Any], stored: StoredJob) -> Reply:
+    """The reply that shows an unfinished job, and where it is if it waits. Retry-After is the time
+    until it has probably ended."""
+    reason = services.wait_reasons.of(stored)
+    seen = await services.queue_looks.of(stored, reason or None)
+    view = _view(services, request, stored, services.wait_reasons.of_seen(reason, seen))
+    if stored.status == "pending":
+        view = msgspec.structs.replace(
+            view,
+            position=seen.position and Position(seen.position.ahead, seen.position.is_about),
+            eta_seconds=None if seen.eta_seconds is None else round(seen.eta_seconds, 3),
+        )
+    return json_reply(200, view, _retry_after(whole_seconds(seen.eta_seconds)))
 
 
 async def list_jobs(services: Services, request: Request[JobsQuery]) -> Reply:
@@ -191,9 +211,22 @@ async def _wait(
 def _job_reply(services: Services, request: Request[Any], status: int, stored: StoredJob) -> Reply:
     """The reply that shows the job, without its result if the request acts across tenants;
     Retry-After while it has not ended."""
+    view = _view(services, request, stored, services.wait_reasons.of(stored))
+    if stored.has_ended:
+        return json_reply(status, view)
+    return json_reply(status, view, _retry_after(_RETRY_SECONDS))
+
+
+def _view(
+    services: Services, request: Request[Any], stored: StoredJob, waiting_for: WaitingForField
+) -> Job:
+    """The job as its tenant sees it, or an operator across tenants."""
     view_of = operator_view if request.reach.across else job_view
-    view = view_of(stored, services.catalog.default_model, services.wait_reasons.of(stored))
-    return json_reply(status, view) if stored.has_ended else json_reply(status, view, _RETRY_AFTER)
+    return view_of(stored, services.catalog.default_model, waiting_for)
+
+
+def _retry_after(seconds: int) -> Header:
+    return (b"retry-after", b"%d" % seconds)
 
 
 def _already_finished_error(stored: StoredJob) -> JobFinished:

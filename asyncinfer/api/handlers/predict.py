@@ -115,7 +115,7 @@ async def _submit(services: Services, job: NewJob) -> SubmitReply:
     except (RedisUnavailable, StorageFull) as error:
         raise explain_submit_error(error, job) from error
     if refusal := refused_submit_error(
-        submitted, job, services.config.policy, services.wait_reasons
+        submitted, job, services.config.policy, services.wait_reasons, services.queue_looks
     ):
         raise refusal
     return submitted
@@ -181,7 +181,10 @@ def _ended_reply(services: Services, stored: StoredJob, form: ResultForm, applie
 def accepted_reply(
     services: Services, job_id: str, status: jobs.Status, record: jobs.Record, *headers: Header
 ) -> Reply:
-    """The 202 of a job; `record` says why it waits."""
+    """The 202 of a job; `record` says why it waits, and when it will have ended."""
     location = (b"location", url_of(job_id).encode())
     view = accepted_view(job_id, status, services.wait_reasons.of_record(record, status))
-    return json_reply(202, view, location, *headers)
+    if status in jobs.TERMINAL:
+        return json_reply(202, view, location, *headers)
+    seconds = services.queue_looks.submit_seconds(record) if status == "pending" else 1
+    return json_reply(202, view, location, (b"retry-after", b"%d" % seconds), *headers)

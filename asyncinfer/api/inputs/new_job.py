@@ -11,6 +11,7 @@ from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import Body
 from asyncinfer.api.http.messages import Request
 from asyncinfer.api.inputs.request_input import Input, check_query_ttl, input_of
+from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.views import url_of
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
@@ -27,7 +28,7 @@ from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.schemas.responses import WaitingFor
 
-_FULL_RETRY_SECONDS: Final = 5
+_STORAGE_FULL_RETRY_SECONDS: Final = 5
 _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
 
@@ -135,19 +136,20 @@ def explain_submit_error(error: RequestError, job: NewJob) -> RequestError:
         )
     if isinstance(error, StorageFull):
         # Without a job id: nothing of the job was stored.
-        return StorageFull(error.detail, retry_after_seconds=_FULL_RETRY_SECONDS)
+        return StorageFull(error.detail, retry_after_seconds=_STORAGE_FULL_RETRY_SECONDS)
     # A copy: as the cause of itself it would keep the job in memory, as a cycle.
     return with_job_id(error, error.job_id)
 
 
-def queue_full_error(policy: Policy, reason: WaitingFor | None) -> QueueFull:
+def queue_full_error(policy: Policy, reason: WaitingFor | None, room_seconds: int) -> QueueFull:
     """Makes the error for a full queue. It says why nothing leaves the queue, if that is known
-    (`reason`), since more workers would not help against a pause."""
+    (`reason`), since more workers would not help against a pause. `room_seconds` is when to try
+    again."""
     remedy = "Retry later, start more workers, or raise MAX_QUEUE or MAX_QUEUE_BYTES."
     return QueueFull(
         f"The model's queue is full ({policy.max_queue} jobs, {policy.max_queue_bytes} "
         f"bytes). {reason.message if reason else remedy}",
-        retry_after_seconds=_FULL_RETRY_SECONDS,
+        retry_after_seconds=room_seconds,
     )
 
 
@@ -163,14 +165,19 @@ def kept_full_error(policy: Policy) -> KeptFull:
 
 
 def refused_submit_error(
-    submitted: SubmitReply, job: NewJob, policy: Policy, wait_reasons: WaitReasons
+    submitted: SubmitReply,
+    job: NewJob,
+    policy: Policy,
+    wait_reasons: WaitReasons,
+    queue_looks: QueueLooks,
 ) -> RequestError | None:
     """Returns why a job was not accepted: QueueFull, KeptFull or IdempotencyConflict; None if it
     was accepted, now or earlier."""
     if submitted.verdict == "kept_full":
         return kept_full_error(policy)
     if submitted.verdict == "full":
-        return queue_full_error(policy, wait_reasons.of_queue(job.record))
+        room_seconds = queue_looks.room_seconds(job.record)
+        return queue_full_error(policy, wait_reasons.of_queue(job.record), room_seconds)
     if submitted.verdict == "dup" and submitted.fingerprint != job.fingerprint:
         return IdempotencyConflict(
             f"This Idempotency-Key belongs to job {submitted.job_id}, which had another model, "

@@ -80,6 +80,28 @@ class QueueLoad(Struct, frozen=True, kw_only=True):
             return 0.0
         return None if self.seconds_per_job is None else self.due_jobs * self.seconds_per_job
 
+    def jobs_per_second(self, measured: float | None = None) -> float | None:
+        """The rate at which jobs end while some wait: as it was measured lately, else that of the
+        slots by the measured slot time. None if neither is known, and while nothing runs: without
+        slots, and if the queue is paused."""
+        if self.depth.paused or not self.slots:
+            return None
+        if measured is None and self.seconds_per_job:
+            return self.slots / self.seconds_per_job
+        return measured
+
+    def seconds_to_end(self, jobs_ahead: int, measured: float | None = None) -> float | None:
+        """An estimate of the seconds until a job has ended that waits behind so many; None without
+        a rate, which is that of `jobs_per_second`.
+
+        It has ended when those ahead of it, those that run and it itself have, and takes at least
+        its own slot time.
+        """
+        rate = self.jobs_per_second(measured)
+        if not rate:
+            return None
+        return max((jobs_ahead + self.depth.running + 1) / rate, self.seconds_per_job or 0.0)
+
 
 async def read_load(store: Store, model: str, queue: str) -> QueueLoad:
     """Reads the load of a model in two round trips. Raises WrongKeyType for a queue with a damaged
@@ -116,7 +138,7 @@ async def read_depths(store: Store, queues: Sequence[str]) -> QueueDepths:
         now_ms, raw_ids, replies = await store.call(
             script("gauge"), [keys.workers(store.queue_name), *part], [encode_args({})]
         )
-        depths += [reply and _parse_depth(now_ms, *reply) for reply in replies]
+        depths += [reply and parse_depth(now_ms, *reply) for reply in replies]
     worker_ids = (decoding.name(raw_id) for raw_id in raw_ids or ())
     return QueueDepths(
         now_ms, tuple(depths), tuple(name for name in worker_ids if name is not None)
@@ -133,7 +155,7 @@ async def workers_and_paces(
     if not names:
         return [], []
     values = await store.command("MGET", *names)
-    paces = [_parse_pace(value) for value in values[: len(models)]]
+    paces = [parse_pace(value) for value in values[: len(models)]]
     return [decode_worker_announcement(body) for body in values[len(models) :] if body], paces
 
 
@@ -152,20 +174,10 @@ def combine_load(
     )
 
 
-def waits_since_ms(record: Record) -> int:
-    """When a job began to wait: a requested delay is no waiting."""
-    delay_seconds = record.options.delay_seconds
-    return record.created_ms + int(delay_seconds * 1000) if delay_seconds else record.created_ms
-
-
-def readable_records(metas: Sequence[bytes]) -> Iterator[Record]:
-    """Decodes records and leaves out unreadable ones."""
-    return filter(None, map(read_record, metas))
-
-
-def _parse_depth(
+def parse_depth(
     now_ms: int, waiting: Any, delayed: int, running: int, dead: int, paused: int, metas: Any
 ) -> QueueDepth:
+    """The depth in the reply of a script, at `now_ms` of the server's clock."""
     return QueueDepth(
         waiting=tuple(waiting),
         delayed=delayed,
@@ -176,9 +188,21 @@ def _parse_depth(
     )
 
 
-def _parse_pace(stored: bytes | None) -> float | None:
+def parse_pace(stored: bytes | None) -> float | None:
+    """The stored slot time of a job in seconds; None if it is missing or no such number."""
     pace = decoding.finite(stored)
     return pace if pace is not None and pace >= 0 else None
+
+
+def waits_since_ms(record: Record) -> int:
+    """When a job began to wait: a requested delay is no waiting."""
+    delay_seconds = record.options.delay_seconds
+    return record.created_ms + int(delay_seconds * 1000) if delay_seconds else record.created_ms
+
+
+def readable_records(metas: Sequence[bytes]) -> Iterator[Record]:
+    """Decodes records and leaves out unreadable ones."""
+    return filter(None, map(read_record, metas))
 
 
 def _mean_pace(workers: Sequence[WorkerAnnouncement], model: str) -> float | None:

@@ -8,19 +8,11 @@
 --         its log is no stream
 -- Bound   one page of entries more than max_entries; a busy queue is counted over less than the
 --         window
--- include: keys job_keys time facts
+-- include: keys job_keys time facts packed_length
 
 local PAGE_ENTRIES = 100
 
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
-
--- Returns how many ids are packed in a field, by its first bytes: 0 if it is no packed list of up
--- to 65,535.
-local function packed_length(packed)
-  local first, second, third = packed:byte(1, 3)
-  if first == 0xdc and third then return second * 256 + third end
-  return first and first >= 0x90 and first <= 0x9f and first - 0x90 or 0
-end
 
 -- Appends the ids packed in a log entry's field to the list `ids`, until that has
 -- `args.max_samples`; none if the field is corrupt.

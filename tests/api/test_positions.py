@@ -1,0 +1,329 @@
+"""Where a waiting job is: its position, an estimate of its end, and when to ask again."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+from msgspec.structs import replace
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.jobs import Priority
+from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
+from asyncinfer.repository.inspect.queue_look import look_at
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from tests.faults.harness import eventually
+from tests.queue_driver import QueueDriver, new_job
+
+from .harness import ROW, announce, assert_problem, running_client, submit
+from .sse import open_event_stream
+
+
+async def worker(store: Store, seconds_per_job: float | None = None, slots: int = 2) -> None:
+    """Announces a worker as a real one does."""
+    paces = {} if seconds_per_job is None else {"iris": seconds_per_job}
+    about = {
+        **{"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"},
+        **{"concurrency": slots, "seconds_per_job": paces},
+    }
+    await Announcements(store).announce_worker("host-1-aaaaaa", about, ttl_seconds=10)
+
+
+async def read(api: httpx2.AsyncClient, job_id: str, query: str = "") -> dict[str, Any]:
+    reply = await api.get(f"/job/{job_id}{query}")
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def position(api: httpx2.AsyncClient, job_id: str) -> tuple[int, bool] | None:
+    found = (await read(api, job_id))["position"]
+    return found and (found["ahead"], found["about"])
+
+
+async def test_a_job_is_behind_those_of_higher_priority_and_those_that_came_earlier(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    by_priority: dict[Priority, list[str]] = {}
+    for priority in ("low", "normal", "high"):
+        by_priority[priority] = await hands.submit_many(3, priority=priority)
+    await hands.cancel_in_one_call(by_priority["normal"][0])
+    expected = {"high": [0, 1, 2], "normal": [None, 3, 4], "low": [5, 6, 7]}
+    for priority, places in expected.items():
+        for job_id, place in zip(by_priority[priority], places, strict=True):  # type: ignore[index]
+            found = (await read(api, job_id)).get("position")
+            assert found == (None if place is None else {"ahead": place, "about": False})
+
+
+async def test_in_a_long_queue_a_position_is_about_right(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    ids = [job_id for _ in range(16) for job_id in await hands.submit_many(250)]
+    late = await hands.submit_one(priority="low")
+    for place in (0, 500, 999):
+        assert await position(api, ids[place]) == (place, False)
+    for place in (1000, 1001, 2500, 3999):
+        found = await position(api, ids[place])
+        assert found
+        assert found[0] == pytest.approx(place, abs=2)
+        assert found[1]
+    assert await position(api, late) == (4000, True)
+
+
+async def test_stale_entries_and_jobs_out_of_order_do_not_count(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    ids = [job_id for _ in range(16) for job_id in await hands.submit_many(250)]
+    for start in range(0, 2000, 250):
+        await hands.cancel_in_one_call(*ids[start : start + 250 : 2])
+    retried = ids[0]
+    assert await hands.operations.retry(await hands.read(retried), hands.now_ms()) == "ok"
+    assert await position(api, ids[1]) == (0, False)
+    found = await position(api, ids[3001])
+    assert found
+    assert found[0] == pytest.approx(2001, rel=0.1)
+    found = await position(api, retried)
+    assert found
+    assert found[0] == pytest.approx(3000, rel=0.1)
+
+
+async def test_a_job_that_came_after_the_look_is_behind_all_that_it_saw(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    first, *_ = await hands.submit_many(5)
+    assert await position(api, first) == (0, False)
+    _, second = await hands.submit_many(2)
+    assert await position(api, second) == (6, True)
+
+
+async def test_a_delayed_job_has_no_position_until_it_is_due(
+    api: httpx2.AsyncClient, hands: QueueDriver, store: Store
+) -> None:
+    await worker(store, 1.0)
+    delayed = await hands.submit_one(delay_seconds=60)
+    await hands.submit_many(3)
+    job = await read(api, delayed)
+    assert (job["position"], job["eta_seconds"]) == (None, None)
+    assert job["waiting_for"]["code"] == "delayed"
+
+
+async def test_only_the_job_itself_shows_its_position_and_only_while_it_waits(
+    api: httpx2.AsyncClient, hands: QueueDriver, store: Store
+) -> None:
+    await worker(store, 1.0)
+    first, job_id = await hands.submit_many(2)
+    await eventually(lambda: has_reason(api, job_id, "queue"), "the worker is known", 5)
+    assert (await read(api, job_id))["position"] == {"ahead": 1, "about": False}
+    async with open_event_stream(api, f"/job/{job_id}/events") as stream:
+        streamed = (await stream.wait_for_event("snapshot")).data
+    submitted = (await api.post("/predict", json={"data": ROW})).json()
+    listed = (await api.get("/jobs")).json()["jobs"]
+    waited = await read(api, job_id, "?wait=0.01")
+    for job in (streamed, submitted, *listed, waited):
+        assert job["waiting_for"] is None
+        assert not {"position", "eta_seconds"} & job.keys()
+
+    claim = await hands.claim_jobs(1)
+    assert "position" not in await read(api, first)
+    await hands.finish(claim)
+    assert not {"position", "eta_seconds", "waiting_for"} & (await read(api, first)).keys()
+
+
+async def has_reason(api: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
+    reason = (await read(api, job_id))["waiting_for"]
+    return bool((reason and reason["code"]) == code)
+
+
+# --- the estimate ----------------------------------------------------------------------------
+
+
+async def test_the_end_is_estimated_by_the_work_ahead_and_the_living_slots(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, seconds_per_job=3.0, slots=2)
+    ids = await hands.submit_many(10)
+    await hands.claim_jobs(2)
+    async with running_client(config) as api:
+        last = await read(api, ids[-1])
+        # Ten jobs have to end, two at a time, in 3 s each.
+        assert last["eta_seconds"] == 15.0
+        assert last["waiting_for"] == {
+            "code": "queue",
+            "message": "It waits behind 7 jobs, some 15 s.",
+        }
+        assert (await read(api, ids[2]))["eta_seconds"] == 4.5
+        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "15"
+
+
+async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    _, job_id = await hands.submit_many(2)
+    async with running_client(config) as api:
+        job = await read(api, job_id)
+        assert (job["eta_seconds"], job["waiting_for"]["code"]) == (None, "no_worker")
+        assert (await api.get(f"/job/{job_id}")).headers["retry-after"] == "1"
+    await worker(store)
+    async with running_client(config) as api:
+        job = await read(api, job_id)
+        assert job["eta_seconds"] is None
+        assert job["waiting_for"] == {"code": "queue", "message": "It waits behind 1 job."}
+    await worker(store, 1.0)
+    async with running_client(config) as api:
+        assert (await read(api, job_id))["eta_seconds"] == 1.0
+    await hands.operations.pause("predict_queue", paused=True)
+    async with running_client(config) as api:
+        job = await read(api, job_id)
+        assert (job["eta_seconds"], job["waiting_for"]["code"]) == (None, "paused")
+
+
+async def test_a_rate_that_was_measured_lately_beats_the_time_that_workers_announce(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, seconds_per_job=1000.0)
+    old = [new_job() for _ in range(40)]
+    old = [
+        replace(job, record=replace(job.record, created_ms=hands.now_ms() - 60_000)) for job in old
+    ]
+    await hands.submit(*old)
+    for _ in range(20):
+        await hands.finish(await hands.claim_jobs(1))
+    # In their 20 s each run ended a second after the one before.
+    entries = hands.redis.xrange(keys.log("predict_queue"))
+    hands.redis.delete(keys.log("predict_queue"))
+    ended = [fields for _, fields in entries if b"completed" in fields]
+    for number, fields in enumerate(ended):
+        at_ms = hands.now_ms() - 1000 * (len(ended) - number)
+        hands.redis.xadd(keys.log("predict_queue"), fields, id=f"{at_ms}-1")
+    async with running_client(config) as api:
+        found = (await read(api, old[-1].job_id))["eta_seconds"]
+    # A lower bound is the announced time of a slot, which a single job cannot undercut.
+    assert found == 1000.0
+    await worker(store, seconds_per_job=2.0)
+    async with running_client(config) as api:
+        found = (await read(api, old[-1].job_id))["eta_seconds"]
+    assert found == pytest.approx(20.0, rel=0.15)
+
+
+# --- when to ask again -----------------------------------------------------------------------
+
+
+async def test_a_submit_and_a_full_queue_say_when_to_come_back(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, seconds_per_job=20.0, slots=2)
+    ids = await hands.submit_many(3)
+    full = replace(config, policy=Policy(max_queue=4))
+    async with running_client(full) as api:
+        reply = await api.post("/predict", json={"data": ROW})
+        assert (reply.status_code, reply.headers["retry-after"]) == (202, "1")
+        assert_problem(await api.post("/predict", json={"data": ROW}), 429, "queue_full")
+        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "30"
+
+        async def is_estimated() -> bool:
+            reply = await api.post("/predict", json={"data": ROW})
+            assert reply.status_code == 429
+            return reply.headers["retry-after"] == "1"
+
+        # A hundredth of the four jobs has left in less than a second.
+        await eventually(is_estimated, "the time is that of the queue", 5)
+        await hands.cancel(ids[-1])
+        again = await api.post("/predict", json={"data": ROW})
+        assert (again.status_code, again.headers["retry-after"]) == (202, "50")
+
+
+# --- a lost worker ---------------------------------------------------------------------------
+
+
+async def test_a_job_whose_worker_is_lost_says_when_it_runs_again(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, 1.0)
+    hands.store.policy = Policy()
+    config = replace(config, policy=Policy())
+    job_id = await hands.submit_one()
+    for deliveries, then in enumerate(("runs again", "runs again", "fails"), start=1):
+        claim = await hands.claim_jobs(1)
+        assert await reason_now(config, job_id) is None
+        # A lease of 15 s is renewed when it has 10 s left.
+        hands.redis.zadd(keys.leases("predict_queue"), {claim.token: hands.now_ms() + 7000})
+        reason = await reason_now(config, job_id)
+        assert reason["code"] == "worker_lost"
+        assert f"the job {then} in at most 10 s" in reason["message"]
+        hands.expire_leases(claim.token)
+        await hands.sweep()
+        if deliveries < 3:
+            reason = await reason_now(config, job_id)
+            assert reason["code"] == "worker_lost"
+            assert f"was lost, {deliveries} of 3" in reason["message"]
+    assert hands.error_code(job_id) == "worker_lost"
+
+
+async def reason_now(config: ApiConfig, job_id: str) -> Any:
+    """Why the job waits, as an API sees it that has just started."""
+    async with running_client(config) as api:
+        return (await read(api, job_id))["waiting_for"]
+
+
+# --- what it costs ---------------------------------------------------------------------------
+
+
+def calls(hands: QueueDriver, command: str) -> int:
+    found = hands.redis.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})
+    return int(found["calls"])
+
+
+async def test_however_many_poll_a_queue_it_is_looked_at_once_a_second(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    ids = await hands.submit_many(100)
+    await read(api, ids[0])
+    # Only a look asks for the log from its end.
+    before, looks = calls(hands, "mget"), calls(hands, "xrevrange")
+    began = asyncio.get_running_loop().time()
+    await asyncio.gather(*(read(api, job_id) for job_id in ids * 3))
+    seconds = asyncio.get_running_loop().time() - began
+    assert calls(hands, "xrevrange") - looks <= 1 + seconds
+    assert calls(hands, "mget") - before >= 300
+
+
+async def calls_of_a_look(hands: QueueDriver) -> dict[str, int]:
+    """How often Redis ran each command, including calls inside scripts."""
+    hands.redis.config_resetstat()
+    await look_at(hands.store, "predict_queue", "iris")
+    found = hands.redis.info("commandstats")
+    ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
+    # The store may still be opening its connections for large calls.
+    others = ("client", "config", "info")
+    return {name: count for name, count in ours.items() if not name.startswith(others)}
+
+
+async def test_a_look_costs_redis_the_same_for_any_number_of_waiting_jobs(
+    hands: QueueDriver,
+) -> None:
+    for _ in range(5):
+        await hands.submit_many(250)
+    few = await calls_of_a_look(hands)
+    for _ in range(5):
+        await hands.submit_many(250)
+    assert await calls_of_a_look(hands) == few
+    assert few["fcall"] == 1
+    assert sum(few.values()) < 80
+
+
+@pytest.mark.soak
+async def test_without_requests_no_queue_is_looked_at(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    await submit(api)
+    await eventually(lambda: calls(hands, "xrevrange") == 1, "the look for submits", 3)
+    probes = calls(hands, "srem")
+    await eventually(lambda: calls(hands, "srem") >= probes + 3, "three seconds pass", 10)
+    assert calls(hands, "xrevrange") == 1
