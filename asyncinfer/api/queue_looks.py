@@ -26,7 +26,9 @@ _LOOK_SECONDS: Final = 1.0
 _MAX_AGE_SECONDS: Final = 5.0
 """A submit is answered from a look of at most this age, and does not wait for a newer one."""
 
-_MAX_QUEUES: Final = 1000
+_MAX_QUEUES: Final = 100
+"""The bound of looks that are kept: one has up to 3,000 ids."""
+
 _NO_ROOM_SECONDS: Final = 5
 """The Retry-After of a full queue of which no rate is known."""
 
@@ -54,10 +56,12 @@ class Whereabouts(Struct, frozen=True):
 
 
 class _Seen(Struct):
-    """The last look at a queue, and what submits are told from it."""
+    """The last look at a queue, and what follows from it for all jobs."""
 
     look: QueueLook | None = None
     """None before the first look, and if that has failed."""
+    load: QueueLoad | None = None
+    """With the workers that were known then; None without a look."""
     taken_at: float = -_MAX_AGE_SECONDS
     """By `time.monotonic`."""
     submit_seconds: dict[Priority, int] = {}
@@ -87,19 +91,21 @@ class QueueLooks:
         it does nothing."""
         while True:
             await self._is_wanted.wait()
+            # Who reads the job that was just submitted takes a look that has it.
+            await asyncio.sleep(_LOOK_SECONDS)
             self._is_wanted.clear()
             wanted, self._wanted = self._wanted, set()
             for queue, model in wanted:
                 await self._fresh(queue, model)
-            await asyncio.sleep(_LOOK_SECONDS)
 
     async def of(self, stored: StoredJob, reason: WaitingFor | None) -> Whereabouts:
         """Where an unfinished job is, seen at most a second ago. `reason` is why it waits beside
         its turn, None if nothing is wrong. Raises nothing: a queue that cannot be read is
         unknown."""
         queue, model = self._place_of(stored)
-        look = await self._fresh(queue, model)
-        if look is None:
+        seen = await self._fresh(queue, model)
+        look, load = seen.look, seen.load
+        if look is None or load is None:
             return Whereabouts()
         if stored.status != "pending":
             return Whereabouts(loss=look.losses.get(stored.job_id))
@@ -107,7 +113,7 @@ class QueueLooks:
         if position and (reason is None or reason.code in _RUNS_ON):
             since_ms = waits_since_ms(stored.record) if stored.record else look.now_ms
             rate = look.jobs_per_second(since_ms)
-            eta_seconds = self._load(look, model).seconds_to_end(position.ahead, rate)
+            eta_seconds = load.seconds_to_end(position.ahead, rate)
         return Whereabouts(position, eta_seconds, look.deliveries(stored.job_id))
 
     def submit_seconds(self, record: Record) -> int:
@@ -134,18 +140,20 @@ class QueueLooks:
             self._is_wanted.set()
         return seen if age_seconds < _MAX_AGE_SECONDS else None
 
-    async def _fresh(self, queue: str, model: str) -> QueueLook | None:
-        """The look at a queue of the last second, else a new one; None if that fails. However many
-        ask at once, one look is taken."""
+    async def _fresh(self, queue: str, model: str) -> _Seen:
+        """What was seen of a queue in the last second, else by a new look. However many ask at
+        once, one look is taken."""
         key = (queue, model)
-        if key not in self._seen and len(self._seen) >= _MAX_QUEUES:
-            self._seen.clear()
-        seen = self._seen.setdefault(key, _Seen())
+        seen = self._seen.get(key)
+        if seen is None:
+            while len(self._seen) >= _MAX_QUEUES:
+                del self._seen[next(iter(self._seen))]
+            seen = self._seen[key] = _Seen()
         if time.monotonic() - seen.taken_at >= _LOOK_SECONDS:
             async with seen.lock:
                 if time.monotonic() - seen.taken_at >= _LOOK_SECONDS:
                     await self._take(seen, queue, model)
-        return seen.look
+        return seen
 
     async def _take(self, seen: _Seen, queue: str, model: str) -> None:
         """Takes a look. One that fails is not repeated sooner than another."""
@@ -159,35 +167,32 @@ class QueueLooks:
             _log.unexpected("A look at a queue failed.", error)
             seen.look = None
         seen.taken_at = began_at
-        seen.submit_seconds, seen.room_seconds = self._submit_seconds(seen.look, model)
-
-    def _submit_seconds(
-        self, look: QueueLook | None, model: str
-    ) -> tuple[dict[Priority, int], int]:
-        """`_Seen.submit_seconds` and `_Seen.room_seconds` by this look."""
-        if look is None:
-            return {}, _NO_ROOM_SECONDS
-        load, measured = self._load(look, model), look.jobs_per_second(look.now_ms)
-        high, normal, low = look.depth.waiting
-        ahead: dict[Priority, int] = {
-            "high": high,
-            "normal": high + normal,
-            "low": high + normal + low,
-        }
-        submit_seconds = {
-            priority: whole_seconds(load.seconds_to_end(jobs, measured))
-            for priority, jobs in ahead.items()
-        }
-        rate = load.jobs_per_second(measured)
-        room_jobs = load.waiting_jobs * _ROOM_SHARE
-        return submit_seconds, whole_seconds(room_jobs / rate) if rate else _NO_ROOM_SECONDS
-
-    def _load(self, look: QueueLook, model: str) -> QueueLoad:
-        return look.load(model, tuple(self._snapshot.workers.values()))
+        seen.load, seen.submit_seconds, seen.room_seconds = None, {}, _NO_ROOM_SECONDS
+        if seen.look:
+            seen.load = seen.look.load(model, tuple(self._snapshot.workers.values()))
+            measured = seen.look.jobs_per_second(seen.look.now_ms)
+            seen.submit_seconds = _submit_seconds(seen.load, measured)
+            seen.room_seconds = _room_seconds(seen.load, measured)
 
     def _place_of(self, stored: StoredJob) -> tuple[str, str]:
         """The queue and the model of a job; an external one is of the default model."""
         return queue_of(self._store, stored), stored.model or self._default_model() or ""
+
+
+def _submit_seconds(load: QueueLoad, measured: float | None) -> dict[Priority, int]:
+    """By priority, the Retry-After of a job that is behind all that wait now."""
+    high, normal, _ = load.depth.waiting
+    ahead: dict[Priority, int] = {"high": high, "normal": high + normal, "low": load.waiting_jobs}
+    return {
+        priority: whole_seconds(load.seconds_to_end(jobs, measured))
+        for priority, jobs in ahead.items()
+    }
+
+
+def _room_seconds(load: QueueLoad, measured: float | None) -> int:
+    """The Retry-After of a full queue."""
+    rate = load.jobs_per_second(measured)
+    return whole_seconds(load.waiting_jobs * _ROOM_SHARE / rate) if rate else _NO_ROOM_SECONDS
 
 
 def whole_seconds(seconds: float | None) -> int:

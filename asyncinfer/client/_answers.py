@@ -20,6 +20,16 @@ class RefusedJob(Struct, frozen=True):
     detail: str
 
 
+class Position(Struct, frozen=True):
+    """Where a waiting job is in its queue: how many jobs are `ahead` of it.
+
+    `about` says that this is an estimate, as it is where 1,000 jobs or more are ahead.
+    """
+
+    ahead: int
+    about: bool = False
+
+
 class ClearedJobs(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """How many jobs were cancelled or deleted.
 

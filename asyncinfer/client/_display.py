@@ -31,6 +31,9 @@ def job_card(view: Mapping[str, Any]) -> str:
     rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
     if reason := view.get("waiting_for"):
         rows["waits"] = reason.get("message")
+    elif view.get("eta_seconds") is not None:
+        # It is next in turn; the reason of a job behind others says as much.
+        rows["left"] = f"about {view['eta_seconds']:,.0f} s"
     if error := view.get("error"):
         rows["error"] = f"{error.get('code')}: {error.get('message')}"
     if view.get("result") is not None:

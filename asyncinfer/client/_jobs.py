@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from asyncinfer.client import _display, _events
+from asyncinfer.client._answers import Position
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import jobs, views, waiting
@@ -70,8 +71,25 @@ class JobState:
 
     @property
     def waiting_for(self) -> WaitingFor | None:
-        """Why it is not run now, as last read; None while it only waits for its turn, or runs."""
+        """Why it is not run now, as last read; None while it is next in turn, or runs."""
         return self._fields.waiting_for
+
+    @property
+    def position(self) -> Position | None:
+        """How many jobs are ahead of it, where it waits and `refresh()` or `client.job` read it.
+
+        None where it does not wait for its turn, and where it was last read by a submit, a list or
+        a wait.
+        """
+        return self._fields.position
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """An estimate of the seconds until it has ended, when its `position` was read.
+
+        None where nothing is known, such as without a worker.
+        """
+        return self._fields.eta_seconds
 
     @property
     def timeline(self) -> dict[str, datetime]:
@@ -85,7 +103,7 @@ class JobState:
 
         Always `job_id` and `status`; as far as known `result` (as JSON), `error`, `model`,
         `version`, `sha256`, `group`, `priority`, `worker`, `round`, `request_id`, `created_at`,
-        `started_at`, `finished_at` (RFC 3339) and `waiting_for`.
+        `started_at`, `finished_at` (RFC 3339), `waiting_for`, `position` and `eta_seconds`.
         """
         return dict(self._view)
 

@@ -47,12 +47,17 @@ async def test_a_job_is_behind_those_of_higher_priority_and_those_that_came_earl
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     by_priority: dict[Priority, list[str]] = {}
-    for priority in ("low", "normal", "high"):
+    order: tuple[Priority, ...] = ("low", "normal", "high")
+    for priority in order:
         by_priority[priority] = await hands.submit_many(3, priority=priority)
     await hands.cancel_in_one_call(by_priority["normal"][0])
-    expected = {"high": [0, 1, 2], "normal": [None, 3, 4], "low": [5, 6, 7]}
+    expected: dict[Priority, list[int | None]] = {
+        "high": [0, 1, 2],
+        "normal": [None, 3, 4],
+        "low": [5, 6, 7],
+    }
     for priority, places in expected.items():
-        for job_id, place in zip(by_priority[priority], places, strict=True):  # type: ignore[index]
+        for job_id, place in zip(by_priority[priority], places, strict=True):
             found = (await read(api, job_id)).get("position")
             assert found == (None if place is None else {"ahead": place, "about": False})
 

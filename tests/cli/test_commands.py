@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -61,6 +62,16 @@ def test_a_job_is_watched_until_its_end(url: str) -> None:
 
     assert (ran.code, ran.json["status"]) == (0, "completed")
     assert ran.err.splitlines()[-1] == "completed"
+
+
+def test_a_waiting_job_is_shown_with_its_place_in_the_queue(url: str) -> None:
+    with paused("digits"):
+        submit(url, "digits")
+        ran = run_command("job", submit(url, "digits"))
+        run_command("cancel", "--model", "digits")
+
+    assert re.search(r"^position +1 job ahead$", ran.out, re.MULTILINE), ran.out
+    assert "eta_seconds" not in ran.out, "of a paused model"
 
 
 def test_a_watch_ends_at_its_timeout(url: str) -> None:

@@ -48,6 +48,14 @@ def test_every_value_of_a_server_is_escaped(card: str) -> None:
     assert all(word not in card for word in ("src=", "href=", "url(", "@import"))
 
 
+def test_the_card_of_a_waiting_job_shows_where_it_is() -> None:
+    behind = {"code": "queue", "message": "It waits behind about 4,211 jobs, some 12 s."}
+    job = {"job_id": "1", "status": "pending", "position": {"ahead": 4211, "about": True}}
+    assert "about 4,211 jobs" in job_card({**job, "waiting_for": behind, "eta_seconds": 12.1})
+    next_one = {"position": {"ahead": 0, "about": False}, "waiting_for": None, "eta_seconds": 3.2}
+    assert "about 3 s" in job_card({**job, **next_one})
+
+
 def test_long_results_are_cut_short() -> None:
     card = job_card({"job_id": "1", "status": "completed", "result": list(range(10_000))})
     assert len(card) < 3000

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.client import AsyncClient, Cadence, WaitingFor, WaitTimeout
+from asyncinfer.client import AsyncClient, Cadence, Position, WaitingFor, WaitTimeout
 from asyncinfer.client._map.results import AsyncResults
 from asyncinfer.client._wait_reasons import Notices
 from asyncinfer.errors import NoModelAnnounced
@@ -71,6 +71,19 @@ async def test_a_job_that_has_ended_waits_for_nothing(starved: AsyncClient, stor
 
     assert (await job.wait()).waiting_for is None
     assert NO_WORKER not in repr(job) + job._repr_html_()
+
+
+async def test_a_job_that_is_read_again_shows_where_it_is(
+    starved: AsyncClient, store: Store
+) -> None:
+    first, second = await starved.submit([SETOSA]), await starved.submit([SETOSA])
+    assert (second.position, second.eta_seconds) == (None, None)
+    await second.refresh()
+    assert second.position == Position(ahead=1, about=False)
+    assert second.eta_seconds is None, "without a worker"
+    await ManualWorker(store).complete()
+    ended = await asyncio.gather(first.refresh(), second.refresh())
+    assert [job.position for job in ended] == [None, None]
 
 
 async def test_a_time_out_says_why_no_result_came(starved: AsyncClient) -> None:

@@ -14,6 +14,7 @@ from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import (
     ago,
     console,
+    counted,
     say_json,
     say_on_stderr,
     seconds,
@@ -128,8 +129,10 @@ def _watch(job: "Job", timeout: float | None) -> None:
     wait_seconds = _FIRST_WAIT_SECONDS
     while True:
         reason = job.waiting_for
-        if shown != (job.status, reason.code if reason else ""):
-            shown = (job.status, reason.code if reason else "")
+        # A job behind others is shown with their number once: the waits below do not read that.
+        code = reason.code if reason and reason.code != "queue" else ""
+        if shown != (job.status, code):
+            shown = (job.status, code)
             line = status(job.status)
             line.append(f"  {reason.message}" if reason else "", "")
             console(stderr=True).print(line, soft_wrap=True)
@@ -145,7 +148,7 @@ def _show_job(view: dict[str, Any]) -> None:
     show_facts(
         (name, status(value) if name == "status" else _value(name, value))
         for name, value in view.items()
-        if (name, value) != ("waiting_for", None)
+        if value is not None or name not in ("waiting_for", "position", "eta_seconds")
     )
 
 
@@ -153,6 +156,10 @@ def _value(name: str, value: Any) -> object:
     """The text of a field of a job; lists, dicts and numbers are shown as JSON."""
     if name == "waiting_for":
         return value["message"]
+    if name == "position":
+        return f"{'about ' if value['about'] else ''}{counted(value['ahead'], 'job')} ahead"
+    if name == "eta_seconds":
+        return seconds(value)
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from asyncinfer import jobs
+from asyncinfer.client._answers import Position
 from asyncinfer.client._decoding import decode_result
 from asyncinfer.client._errors import job_failed_error
 from asyncinfer.client._requests import RemoteServer, convert
@@ -33,6 +34,8 @@ class JobView(Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     error: JobError | None = None
     waiting_for: WaitingFor | None = None
+    position: Position | None = None
+    eta_seconds: float | None = None
     created_at: _Time | None = None
     started_at: _Time | None = None
     finished_at: _Time | None = None

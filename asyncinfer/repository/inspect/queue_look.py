@@ -31,11 +31,11 @@ _HANDED_BACK: Final = 256
 _LOG_ENTRIES: Final = 100
 
 _WINDOW_MS: Final = 30_000
-_MIN_WINDOW_MS: Final = 5_000
+_MIN_WINDOW_MS: Final = 2_000
 _MIN_RUNS: Final = 8
 _ENOUGH_RUNS: Final = 16
-"""A rate is measured over the last 16 runs and 5 s at least, and over no more than that needs,
-since the number of workers may just have changed."""
+"""A rate is measured over the last 16 runs and 2 s at least, and over no more than that needs,
+since the number of workers may just have changed. With fewer than 8 runs in 30 s there is none."""
 
 _PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
 """In the order served. That every 16th round of claims begins with the low ones is left out."""
