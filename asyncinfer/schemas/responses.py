@@ -34,7 +34,8 @@ class WaitingFor(Struct, frozen=True):
 
 
 _WAITING_FOR: Final = Meta(
-    description="Why the job does not run now; null if it only waits for its turn, or runs."
+    description="Why the job does not run now; null if it only waits for its turn, or runs. Only "
+    "GET /job/{id} without `wait` has the codes `worker_lost` and `queue`."
 )
 
 

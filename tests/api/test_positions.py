@@ -153,13 +153,13 @@ async def test_the_end_is_estimated_by_the_work_ahead_and_the_living_slots(
     await hands.claim_jobs(2)
     async with running_client(config) as api:
         last = await read(api, ids[-1])
-        # Ten jobs have to end, two at a time, in 3 s each.
-        assert last["eta_seconds"] == 15.0
+        # Ten jobs have to end, two at a time, in 3 s each; of those that run a part is done.
+        assert last["eta_seconds"] == 14.25
         assert last["waiting_for"] == {
             "code": "queue",
-            "message": "It waits behind 7 jobs, some 15 s.",
+            "message": "It waits behind 7 jobs, some 14 s.",
         }
-        assert (await read(api, ids[2]))["eta_seconds"] == 4.5
+        assert (await read(api, ids[2]))["eta_seconds"] == 3.75
         assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "15"
 
 
@@ -229,7 +229,7 @@ async def test_a_submit_and_a_full_queue_say_when_to_come_back(
         reply = await api.post("/predict", json={"data": ROW})
         assert (reply.status_code, reply.headers["retry-after"]) == (202, "1")
         assert_problem(await api.post("/predict", json={"data": ROW}), 429, "queue_full")
-        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "30"
+        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "25"
 
         async def is_estimated() -> bool:
             reply = await api.post("/predict", json={"data": ROW})
@@ -240,7 +240,9 @@ async def test_a_submit_and_a_full_queue_say_when_to_come_back(
         await eventually(is_estimated, "the time is that of the queue", 5)
         await hands.cancel(ids[-1])
         again = await api.post("/predict", json={"data": ROW})
-        assert (again.status_code, again.headers["retry-after"]) == (202, "50")
+        assert again.status_code == 202
+        # Behind three jobs, or four as last seen.
+        assert again.headers["retry-after"] in ("35", "45")
 
 
 # --- a lost worker ---------------------------------------------------------------------------

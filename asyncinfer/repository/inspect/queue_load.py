@@ -94,13 +94,13 @@ class QueueLoad(Struct, frozen=True, kw_only=True):
         """An estimate of the seconds until a job has ended that waits behind so many; None without
         a rate, which is that of `jobs_per_second`.
 
-        It has ended when those ahead of it, those that run and it itself have, and takes at least
-        its own slot time.
+        It has ended when those ahead of it, those that run and it itself have, of which half a job
+        is done on average; and it takes its own slot time at least.
         """
         rate = self.jobs_per_second(measured)
         if not rate:
             return None
-        return max((jobs_ahead + self.depth.running + 1) / rate, self.seconds_per_job or 0.0)
+        return max((jobs_ahead + self.depth.running + 0.5) / rate, self.seconds_per_job or 0.0)
 
 
 async def read_load(store: Store, model: str, queue: str) -> QueueLoad:

@@ -26,7 +26,7 @@ MAX_EXACT: Final = 1000
 """A position is exact if fewer jobs are ahead: so many ids are read at the serving end of a
 list."""
 
-_POINTS: Final = 32
+_POINTS: Final = 16
 _HANDED_BACK: Final = 256
 _LOG_ENTRIES: Final = 100
 
