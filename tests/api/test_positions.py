@@ -114,6 +114,23 @@ async def test_a_delayed_job_has_no_position_until_it_is_due(
     assert job["waiting_for"]["code"] == "delayed"
 
 
+async def test_the_job_of_another_program_has_a_position_too(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    await hands.submit_many(2)
+    hands.add_external_job("theirs")
+    assert await position(api, "theirs") == (2, False)
+
+
+async def test_a_job_is_shown_without_a_position_where_its_queue_cannot_be_read(
+    api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    job_id = await hands.submit_one()
+    hands.redis.set(keys.waiting("predict_queue")[0], "no list")
+    job = await read(api, job_id)
+    assert (job["status"], job["position"], job["eta_seconds"]) == ("pending", None, None)
+
+
 async def test_only_the_job_itself_shows_its_position_and_only_while_it_waits(
     api: httpx2.AsyncClient, hands: QueueDriver, store: Store
 ) -> None:
