@@ -39,6 +39,29 @@ _LUA: Final = "asyncinfer/repository/lua"
 FAULTS: Final = (
     # --- scripts
     Fault(
+        "a_position_counts_jobs_that_were_cancelled",
+        f"{_LUA}/look.lua",
+        "if is_stale[i] ~= 1 then front[#front + 1] = ids[i] end",
+        "front[#front + 1] = ids[i]",
+        ("tests/api/test_positions.py::test_stale_entries_and_jobs_out_of_order_do_not_count",),
+    ),
+    Fault(
+        "each_reader_of_a_job_takes_a_look",
+        "asyncinfer/api/queue_looks.py",
+        "_LOOK_SECONDS: Final = 1.0",
+        "_LOOK_SECONDS: Final = 0.0",
+        (
+            "tests/api/test_positions.py::test_however_many_poll_a_queue_it_is_looked_at_once_a_second",
+        ),
+    ),
+    Fault(
+        "a_worker_is_lost_only_when_its_lease_has_ended",
+        "asyncinfer/repository/inspect/queue_look.py",
+        '"overdue_ms": policy.lease_ms // 2,',
+        '"overdue_ms": 0,',
+        ("tests/api/test_positions.py::test_a_job_whose_worker_is_lost_says_when_it_runs_again",),
+    ),
+    Fault(
         "a_redelivered_job_shares_its_claim",
         f"{_LUA}/_claim.lua",
         "if facts[DELIVERIES] or facts[SUSPECT] then return 'exclusive' end",
