@@ -32,6 +32,10 @@ _MAX_QUEUES: Final = 100
 _NO_ROOM_SECONDS: Final = 5
 """The Retry-After of a full queue of which no rate is known."""
 
+_MAX_ROOM_SECONDS: Final = 15
+"""The longest Retry-After of a full queue: a client that gives up after a minute tries several
+times."""
+
 _ROOM_SHARE: Final = 0.01
 """A full queue is worth another try once it has room for a hundredth of its jobs: those that are
 left keep its workers busy until clients come back."""
@@ -123,7 +127,7 @@ class QueueLooks:
         return seen.submit_seconds.get(record.options.priority, 1) if seen else 1
 
     def room_seconds(self, record: Record | None) -> int:
-        """The Retry-After of a submit that a full queue refused, in whole seconds from 1 to 60: how
+        """The Retry-After of a submit that a full queue refused, in whole seconds from 1 to 15: how
         long until it has room for a hundredth of its jobs; 5 if that is not known. Waits for
         nothing."""
         seen = self._last(record) if record else None
@@ -192,7 +196,9 @@ def _submit_seconds(load: QueueLoad, measured: float | None) -> dict[Priority, i
 def _room_seconds(load: QueueLoad, measured: float | None) -> int:
     """The Retry-After of a full queue."""
     rate = load.jobs_per_second(measured)
-    return whole_seconds(load.waiting_jobs * _ROOM_SHARE / rate) if rate else _NO_ROOM_SECONDS
+    if not rate:
+        return _NO_ROOM_SECONDS
+    return min(whole_seconds(load.waiting_jobs * _ROOM_SHARE / rate), _MAX_ROOM_SECONDS)
 
 
 def whole_seconds(seconds: float | None) -> int:
