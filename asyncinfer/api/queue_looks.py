@@ -161,7 +161,6 @@ class QueueLooks:
 
     async def _take(self, seen: _Seen, queue: str, model: str) -> None:
         """Takes a look. One that fails is not repeated sooner than another."""
-        began_at = time.monotonic()
         try:
             seen.look = await look_at(self._store, queue, model)
         except (RedisUnavailable, StorageFull):
@@ -170,7 +169,8 @@ class QueueLooks:
             # Anyone may write anything into Redis; a job must be shown all the same.
             _log.unexpected("A look at a queue failed.", error)
             seen.look = None
-        seen.taken_at = began_at
+        # Not its begin: those who wait for a slow Redis must not each take another one after it.
+        seen.taken_at = time.monotonic()
         seen.load, seen.submit_seconds, seen.room_seconds = None, {}, _NO_ROOM_SECONDS
         if seen.look:
             seen.load = seen.look.load(model, tuple(self._snapshot.workers.values()))
