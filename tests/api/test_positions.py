@@ -346,8 +346,10 @@ async def test_a_look_costs_redis_the_same_for_any_number_of_waiting_jobs(
 async def test_without_requests_no_queue_is_looked_at(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
+    hands.redis.config_resetstat()
     await submit(api)
-    await eventually(lambda: calls(hands, "xrevrange") == 1, "the look for submits", 3)
-    probes = calls(hands, "srem")
-    await eventually(lambda: calls(hands, "srem") >= probes + 3, "three seconds pass", 10)
+    await eventually(lambda: calls(hands, "xrevrange") == 1, "the look for submits", 5)
+    # An API reads the workers once a second.
+    reads = calls(hands, "zrevrange")
+    await eventually(lambda: calls(hands, "zrevrange") >= reads + 3, "three seconds pass", 10)
     assert calls(hands, "xrevrange") == 1
