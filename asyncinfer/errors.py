@@ -13,8 +13,10 @@ AsyncinferError
 |   |-- BodyTooLarge          413
 |   |-- MediaTypeRefused, EncodingRefused                                                 415
 |   |-- InvalidInput, JobFailed, IdempotencyConflict, TooManyRefusedLines                 422
+|   |-- WebhookRefused        422
 |   |-- QueueFull, HeadersTooLarge                                                   429, 431
-|   |   `-- KeptFull          429
+|   |   |-- KeptFull          429
+|   |   `-- WebhooksFull      429
 |   |-- ServerStopping, TooManyConnections, TooManyStreams, TooManyUploads              503
 |   |-- TooManyDownloads, NotReady, StorageFull                                         503
 |   |-- RedisUnavailable      503
@@ -30,7 +32,8 @@ AsyncinferError
 |       `-- LaterRecord
 |-- StartError                stops a command, with exit code 2
 |   `-- InvalidSetting, ServerRefused, DataDirBusy, DefaultModelChanged, ModelRefused,
-|       ModelDirUnreadable, FileRefused, KeyFileRefused
+|       ModelDirUnreadable, FileRefused, KeyFileRefused, SecretsFileRefused
+|-- WebhookNotVerified        raised to the receiver of a webhook
 `-- NotDrained                raised to a test; also a TimeoutError
 
 `asyncinfer.client` adds what only a client can meet: ConnectionFailed, WaitTimeout and others.
@@ -142,6 +145,12 @@ class VersionNotFound(RequestError):
     code, status, title = "version_not_found", 404, "The model has no such version"
 
 
+class WebhookNotFound(RequestError):
+    """The job has no webhook, or no delivery that could be sent again."""
+
+    code, status, title = "webhook_not_found", 404, "No such webhook"
+
+
 class GroupNotFound(RequestError):
     code, status, title = "group_not_found", 404, "No such group"
 
@@ -216,6 +225,12 @@ class IdempotencyConflict(RequestError):
     code, status, title = "idempotency_conflict", 422, "The Idempotency-Key was used before"
 
 
+class WebhookRefused(RequestError):
+    """A webhook's URL is not allowed, or its tenant has no secret to sign it with."""
+
+    code, status, title = "webhook_refused", 422, "The webhook is refused"
+
+
 class QueueFull(RequestError):
     code, status, title = "queue_full", 429, "The queue is full"
 
@@ -224,6 +239,12 @@ class KeptFull(QueueFull):
     """Ended jobs of the queue keep as many bytes as they may; it takes no jobs meanwhile."""
 
     code, title = "kept_full", "The queue's ended jobs keep too much"
+
+
+class WebhooksFull(QueueFull):
+    """The queue has as many webhooks to tell as it may; it takes jobs without one."""
+
+    code, title = "webhooks_full", "Too many webhooks are to be told"
 
 
 class ServerStopping(RequestError):
@@ -438,6 +459,21 @@ class KeyFileRefused(StartError):
     """The API_KEYS file cannot be read; the detail says which line or why."""
 
     code = "key_file_refused"
+
+
+class SecretsFileRefused(StartError):
+    """The WEBHOOK_SECRETS file cannot be used; the detail says why, and repeats no secret."""
+
+    code = "secrets_file_refused"
+
+
+# --- raised to the receiver of a webhook -------------------------------------------------
+
+
+class WebhookNotVerified(AsyncinferError):
+    """What was received is no webhook of the sender: its signature does not match, or it is old."""
+
+    code = "webhook_not_verified"
 
 
 # --- raised to a test --------------------------------------------------------------------

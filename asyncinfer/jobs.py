@@ -4,7 +4,7 @@ import os
 import random
 import re
 import time
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +37,40 @@ NAME_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
 MAX_OPTION_SECONDS: Final = 30 * 24 * 3600
 """The largest time that an option may have, whatever the settings allow."""
+
+
+WebhookEvent = Literal["completed", "failed", "cancelled"]
+WEBHOOK_EVENTS: Final[tuple[WebhookEvent, ...]] = ("completed", "failed", "cancelled")
+
+MAX_WEBHOOK_URL: Final = 2048
+"""Characters of the URL of a webhook."""
+
+
+class Webhook(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whom to tell of the end of a job."""
+
+    url: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=MAX_WEBHOOK_URL,
+            description="Where the end of the job is POSTed to, signed.",
+        ),
+    ]
+    events: Annotated[
+        tuple[WebhookEvent, ...],
+        Meta(min_length=1, max_length=3, description="The ends to be told of."),
+    ] = WEBHOOK_EVENTS
+    metadata: Annotated[
+        dict[str, Any],
+        Meta(description="Sent back with each event; at most 4 KiB of JSON."),
+    ] = {}
+
+    @property
+    def event_bits(self) -> int:
+        """The wanted events as the facts have them: the sum of 1 for completed, 2 for failed and 4
+        for cancelled."""
+        return sum(1 << WEBHOOK_EVENTS.index(event) for event in set(self.events))
 
 
 class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -94,6 +128,9 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
         | None
     ) = None
+    webhook: Annotated[Webhook, Meta(description="Whom to tell of the end of the job.")] | None = (
+        None
+    )
 
 
 class TraceContext(Struct, frozen=True, array_like=True):
@@ -178,6 +215,8 @@ _FACT_LETTERS: Final = {
     "inboxes": "w",
     "claimed_before": "r",
     "idempotency_digest": "k",
+    "webhook_events": "h",
+    "webhook_round": "n",
 }
 """In Redis one letter names each fact; `lua/_fact_names.lua` has the same."""
 
@@ -208,6 +247,10 @@ class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
     """1: an external job that was claimed before, so that the log shows it once."""
     idempotency_digest: str = ""
     """That of the record, of a job with a deadline; empty for any other."""
+    webhook_events: int = 0
+    """The ends that the job's webhook is told of, as in `Webhook.event_bits`; 0: it has none."""
+    webhook_round: int = 0
+    """The round that the end will be told of, of a job with a webhook; 0 for the first."""
 
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode

@@ -158,6 +158,37 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = True
 
+    webhooks: Annotated[
+        bool,
+        _about("Send webhooks from the processes of this API; others send them if it is off."),
+    ] = True
+    webhook_secrets: Annotated[
+        Path | None,
+        _about("File of the secrets that sign webhooks, of mode 0600: tenant host whsec_..."),
+    ] = None
+    webhook_allow: Annotated[
+        tuple[str, ...],
+        _about(
+            "Receivers of webhooks that may have http and an address that is not public: "
+            "host:port,host2:port.",
+        ),
+    ] = ()
+    webhook_proxy: Annotated[
+        Annotated[str, Meta(pattern=r"^https?://([^\s/@?#]*@)?[^\s/@?#]+/?\Z")] | None,
+        _about(
+            "HTTP proxy that webhooks are sent through; it decides which addresses are reached.",
+            allowed="http://host:port or http://user:password@host:port",
+            secret=True,
+        ),
+    ] = None
+    public_url: Annotated[
+        Annotated[str, Meta(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?\Z")] | None,
+        _about(
+            "Where clients reach this API; webhooks have it in front of the path of a result.",
+            allowed="https://host or https://host/path",
+        ),
+    ] = None
+
     metrics_port: Annotated[
         _Port | None,
         _about(
@@ -282,6 +313,25 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=1 << 40,
         ),
     ] = 4 << 30
+    max_webhooks: Annotated[
+        int,
+        _about(
+            "Largest number of unfinished jobs with a webhook, and of deliveries to come, in a "
+            "queue.",
+            unit="webhooks",
+            ge=1,
+            le=10_000_000,
+        ),
+    ] = 100_000
+    max_webhook_bytes: Annotated[
+        int,
+        _about(
+            "Largest total size of what a queue keeps for its webhooks.",
+            unit="bytes",
+            ge=1024,
+            le=1 << 40,
+        ),
+    ] = 256 << 20
     job_ttl: Annotated[
         int,
         _about(

@@ -48,6 +48,7 @@ from asyncinfer.api.live.inbox import Inbox
 from asyncinfer.api.openapi import document
 from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.routes import ROUTES, Route
+from asyncinfer.api.sending import sending_webhooks
 from asyncinfer.api.services import Services
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
@@ -75,12 +76,16 @@ from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Statistics
+from asyncinfer.repository.inspect.webhooks import WebhookInspection
 from asyncinfer.repository.operations import Operations
+from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.reaper import reap_forever
 from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from asyncinfer.repository.unserved_models import UnservedModels
+from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.figures import WebhookFigures
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +101,7 @@ class Api:
     def __init__(self, config: ApiConfig) -> None:
         self.config = config
         self._guard = Guard(config)
+        self._webhooks = WebhookDoor(config.webhooks, needs_secret=config.api_keys is not None)
         self._services: Services | None = None
         self.request_figures = RequestFigures()
         self.clock = time.monotonic
@@ -241,11 +247,14 @@ class Api:
             report=report_of(config.redis_url),
         ) as store:
             await _check_redis(store, config.default_model)
-            self._services = _services(store, config, self.request_figures)
+            self._services = _services(store, config, self.request_figures, self._webhooks)
             self.clock = asyncio.get_running_loop().time
             await self._services.catalog.refresh()
             await self._services.worker_snapshot.refresh()
-            async with anyio.create_task_group() as group:
+            async with (
+                sending_webhooks(self._services),
+                anyio.create_task_group() as group,
+            ):
                 group.start_soon(self._services.submissions.run)
                 group.start_soon(self._services.inbox.run)
                 group.start_soon(self._services.feed.run)
@@ -434,7 +443,9 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
             await UnservedModels(store).claim_default_model(default_model)
 
 
-def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) -> Services:
+def _services(
+    store: Store, config: ApiConfig, request_figures: RequestFigures, webhooks: WebhookDoor
+) -> Services:
     """Makes the services of one API process; connects to nothing and starts no task."""
     submissions = Submissions(store)
     operations = Operations(store)
@@ -453,6 +464,8 @@ def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) 
         selection=Selection(store),
         operations=operations,
         groups=Groups(store, operations),
+        outbox=Outbox(store),
+        webhook_inspection=WebhookInspection(store),
         audit_entries=AuditEntries(store),
         audit_log=AuditLog(store),
         failed_jobs=FailedJobsLog(
@@ -464,6 +477,8 @@ def _services(store: Store, config: ApiConfig, request_figures: RequestFigures) 
         feed=Feed(store),
         event_texts=EventTexts(catalog, wait_reasons),
         answer_sizes=AnswerSizes(),
+        webhooks=webhooks,
+        webhook_figures=WebhookFigures(),
         long_reads=anyio.CapacityLimiter(1),
         catalog=catalog,
         worker_snapshot=catalog.worker_snapshot,
@@ -482,9 +497,13 @@ def figures_of(services: Services) -> Figures:
             "asyncinfer_refusals": dict(counts.refusals),
             "asyncinfer_jobs": dict(counts.swept_jobs),
             "asyncinfer_redis_errors": dict(services.store.errors),
+            "asyncinfer_webhook_tries": dict(services.webhook_figures.tries),
             "asyncinfer_api_cpu_seconds": {(): time.process_time()},
         },
-        histograms={"asyncinfer_request_seconds": dict(counts.request_seconds())},
+        histograms={
+            "asyncinfer_request_seconds": dict(counts.request_seconds()),
+            "asyncinfer_webhook_seconds": dict(services.webhook_figures.try_seconds),
+        },
         gauges={
             "asyncinfer_api_processes": {(): 1},
             "asyncinfer_api_resident_memory_bytes": {(): resident_bytes() or 0},

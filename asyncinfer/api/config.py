@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from asyncinfer.repository.policy import Policy
+from asyncinfer.webhooks.config import WebhookConfig
 
 if TYPE_CHECKING:
     from asyncinfer.telemetry.tracing import Tracing
@@ -52,6 +53,7 @@ class ApiConfig(Struct, frozen=True, kw_only=True):
     """Whether a usual submit is answered without a task."""
     max_connections: int = 900
     """Below the usual limit of 1,024 open files; a waiting client holds one."""
+    webhooks: WebhookConfig = WebhookConfig()
     tracing: "Tracing | None" = None
     """Records the spans of submits; None: there are none. The server closes it at its end."""
 

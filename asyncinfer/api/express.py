@@ -78,7 +78,8 @@ class Express:
             served = self._api.services.catalog.find_known(model.decode() or None)
             if served is None:
                 return None
-            head = job_head(request, served, None, self._api.config.max_ttl_seconds)
+            door = self._api.services.webhooks
+            head = job_head(request, served, None, self._api.config.max_ttl_seconds, door)
         except Exception:
             # Whatever it is, the ordinary way meets it too, and answers or logs it.
             return None

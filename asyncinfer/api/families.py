@@ -29,6 +29,7 @@ from asyncinfer.monitoring.figures import Figures
 from asyncinfer.monitoring.process_families import process_families
 from asyncinfer.repository.inspect.overview import Loads, Memory, Overview
 from asyncinfer.repository.inspect.queue_load import QueueLoad
+from asyncinfer.webhooks.figures import TRY_LABELS
 
 WORKER_STATES: Final = ("starting", "ready", "draining", "hung")
 
@@ -39,13 +40,19 @@ _HISTOGRAMS: Final[dict[str, tuple[Labels, str]]] = {
         REQUEST_LABELS,
         "Time until the answer to a request was made, without the time to send it; of a stream, "
         'until its beginning. wait="yes": it asked to wait for a job. 499: the client had gone.',
-    )
+    ),
+    "asyncinfer_webhook_seconds": (("outcome",), "How long tries to send a webhook took."),
 }
 _COUNTERS: Final[dict[str, tuple[Labels, str]]] = {
     "asyncinfer_submits": (("model",), "Jobs that were accepted and stored."),
     "asyncinfer_refusals": (
         ("code",),
         "Requests, and lines of bulk requests, that were answered with an error, by its code.",
+    ),
+    "asyncinfer_webhook_tries": (
+        TRY_LABELS,
+        "Tries to send a webhook by what follows (delivered, retry, gone, given_up), with the "
+        "status of the answer, or why there was none.",
     ),
     "asyncinfer_jobs": (
         ("model", "outcome", "code"),
@@ -91,6 +98,26 @@ _QUEUE_GAUGES: Final[dict[str, tuple[str, Callable[[QueueLoad], float | None]]]]
         lambda load: load.depth.running,
     ),
     "asyncinfer_queue_dead_jobs": ("Dead letters that are kept.", lambda load: load.depth.dead),
+    "asyncinfer_queue_webhooks_reserved": (
+        "Unfinished jobs with a webhook, and deliveries to come; at most MAX_WEBHOOKS.",
+        lambda load: load.depth.webhooks.reserved,
+    ),
+    "asyncinfer_queue_webhooks_open": (
+        "Deliveries of webhooks that are to come.",
+        lambda load: load.depth.webhooks.open,
+    ),
+    "asyncinfer_queue_webhooks_due": (
+        "Those of them that are due.",
+        lambda load: load.depth.webhooks.due,
+    ),
+    "asyncinfer_queue_webhooks_given_up": (
+        "Deliveries of webhooks that were given up within FAILED_TTL; at most 10,000.",
+        lambda load: load.depth.webhooks.given_up,
+    ),
+    "asyncinfer_queue_webhooks_oldest_due_seconds": (
+        "How long the delivery has been due that has been so for longest; 0 if none is.",
+        lambda load: load.depth.webhooks.oldest_due_seconds or 0.0,
+    ),
     "asyncinfer_queue_oldest_age_seconds": (
         "How long the job has waited that waits longest; 0 if none does.",
         lambda load: load.depth.oldest_age_seconds or 0.0,
@@ -111,6 +138,9 @@ _QUEUE_GAUGES: Final[dict[str, tuple[str, Callable[[QueueLoad], float | None]]]]
     ),
 }
 """By name the help, and the value of a queue; None: it is not known."""
+
+_SUMMED: Final = ("_jobs", "_backlog_seconds", "_reserved", "_open", "_due", "_given_up")
+"""The ends of the names of gauges that are added where queues share a label."""
 
 
 def metrics_text(figures: Figures, overview: Overview | None) -> bytes:
@@ -197,7 +227,7 @@ def _queue_families(loads: Iterable[tuple[str, QueueLoad]]) -> Iterator[Family]:
         waiting,
     )
     for name, (text, read) in _QUEUE_GAUGES.items():
-        combine = sum if name.endswith(("_jobs", "_backlog_seconds")) else max
+        combine = sum if name.endswith(_SUMMED) else max
         values: dict[Labels, float] = {}
         for model, load in loads:
             if (value := read(load)) is not None:

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from asyncinfer import jobs
 from asyncinfer.api.http.messages import Request
-from asyncinfer.api.inputs.new_job import queue_full_error
+from asyncinfer.api.inputs.new_job import queue_full_error, webhooks_full_error
 from asyncinfer.api.services import Services
 from asyncinfer.errors import JobExpired, JobNotFound, JobNotRetryable, RequestError
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -49,6 +49,8 @@ def not_retried_error(services: Services, stored: StoredJob, verdict: str) -> Re
         reason = services.wait_reasons.of_queue(stored.record) if stored.record else None
         room_seconds = services.queue_looks.room_seconds(stored.record)
         return queue_full_error(services.config.policy, reason, room_seconds)
+    if verdict == "webhooks_full":
+        return webhooks_full_error(services.config.policy)
     if verdict == "changed" or (verdict == "not_retryable" and stored.status in RETRYABLE):
         return JobNotRetryable(
             "The job kept changing meanwhile; look at it and try again.", job_id=stored.job_id

@@ -14,6 +14,8 @@ from asyncinfer.api.http.body import NDJSON
 from asyncinfer.api.routes import EVERYWHERE, Route
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
 from asyncinfer.schemas.problems import Problem
+from asyncinfer.schemas.requests import QUERY_OBJECTS
+from asyncinfer.schemas.webhooks import WEBHOOK_EVENTS
 
 _Schema = dict[str, Any]
 
@@ -44,6 +46,7 @@ def document(routes: Sequence[Route]) -> bytes:
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "paths": paths,
+            "webhooks": _webhooks([by_struct[event] for event in WEBHOOK_EVENTS]),
             "components": {"schemas": components, "securitySchemes": _SECURITY},
         }
     )
@@ -51,12 +54,26 @@ def document(routes: Sequence[Route]) -> bytes:
 
 def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
     """Every struct that is the body, or a line of the body, of a request or answer: once, in the
-    order of the routes, after Problem."""
-    structs: dict[type[Struct], None] = {Problem: None}
+    order of the routes, after Problem and the bodies of webhooks."""
+    structs: dict[type[Struct], None] = dict.fromkeys((Problem, *WEBHOOK_EVENTS))
     for route in routes:
         lines = (*route.line_bodies, *route.line_answers)
         structs |= {body: None for body in (*route.bodies, *route.answers.values(), *lines) if body}
     return list(structs)
+
+
+def _webhooks(schemas: Sequence[_Schema]) -> dict[str, _Schema]:
+    """What the service sends to receivers; `schemas` are those of the bodies."""
+    content = {"application/json": {"schema": {"oneOf": schemas}}}
+    operation = {
+        "summary": "Tells the end of a job to the URL of its option `webhook`.",
+        "requestBody": {"required": True, "content": content},
+        "responses": {
+            "2XX": {"description": "It is delivered."},
+            "410": {"description": "It is not tried again. After any other answer it is."},
+        },
+    }
+    return {"jobEnded": {"post": operation}}
 
 
 def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:
@@ -139,6 +156,14 @@ def _problems(route: Route, schema: _Schema) -> dict[str, _Schema]:
     }
 
 
+def _in_query(name: str, schema: _Schema) -> _Schema:
+    """The schema of a query parameter: of an option that is an object, that of its one member."""
+    if name not in QUERY_OBJECTS:
+        return schema
+    described = f"The `{QUERY_OBJECTS[name]}` of this option, which is an object in a body."
+    return {"type": "string", "description": described}
+
+
 def _parameters(route: Route) -> list[_Schema]:
     """Parameter objects of the names in braces in the path, of the fields of the query, and of the
     headers that the route reads."""
@@ -149,7 +174,7 @@ def _parameters(route: Route) -> list[_Schema]:
             for name in re.findall(r"{(\w+)}", route.path)
         ),
         *(
-            {"name": name, "in": "query", "required": False, "schema": schema}
+            {"name": name, "in": "query", "required": False, "schema": _in_query(name, schema)}
             for name, schema in query.items()
         ),
         *(

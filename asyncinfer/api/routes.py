@@ -22,6 +22,12 @@ from asyncinfer.api.handlers.models import (
 )
 from asyncinfer.api.handlers.predict import predict
 from asyncinfer.api.handlers.results import BINARY, read_result
+from asyncinfer.api.handlers.webhooks import (
+    list_webhooks,
+    read_webhook,
+    redeliver_webhook,
+    redeliver_webhooks,
+)
 from asyncinfer.api.http.body import NPY
 from asyncinfer.api.http.messages import Reply, Request, Stream
 from asyncinfer.api.services import Services
@@ -62,6 +68,9 @@ from asyncinfer.errors import (
     TooManyStreams,
     TooManyUploads,
     VersionNotFound,
+    WebhookNotFound,
+    WebhookRefused,
+    WebhooksFull,
 )
 from asyncinfer.schemas.operations import AuditList, QueueList, WorkerList
 from asyncinfer.schemas.problems import LineProblem
@@ -77,6 +86,8 @@ from asyncinfer.schemas.requests import (
     PredictLine,
     PredictRequest,
     ReadyQuery,
+    RedeliverJobQuery,
+    RedeliverQuery,
     RequestOptions,
     ResultQuery,
     RetryQuery,
@@ -84,6 +95,7 @@ from asyncinfer.schemas.requests import (
     TensorLine,
     TensorRequest,
     WaitQuery,
+    WebhooksQuery,
 )
 from asyncinfer.schemas.responses import (
     AcceptedJob,
@@ -104,6 +116,7 @@ from asyncinfer.schemas.responses import (
     ServiceInfo,
     ValidationResult,
 )
+from asyncinfer.schemas.webhook_views import JobWebhook, RedeliverResult, WebhookList
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
 Errors = tuple[type[RequestError], ...]
@@ -191,6 +204,7 @@ _READING: Final[Errors] = (
     MediaTypeRefused,
     EncodingRefused,
     InvalidInput,
+    WebhookRefused,
     RedisUnavailable,
     *_MODEL,
 )
@@ -203,6 +217,7 @@ _PREDICT: Final[Errors] = (
     IdempotencyConflict,
     QueueFull,
     KeptFull,
+    WebhooksFull,
     *_FULL,
 )
 
@@ -272,8 +287,26 @@ ROUTES: Final = (
         retry_job,
         "submit",
         {202: AcceptedJob},
-        (*_JOB, JobNotRetryable, QueueFull, *_FULL),
+        (*_JOB, JobNotRetryable, QueueFull, WebhooksFull, *_FULL),
         query=JobQuery,
+    ),
+    Route(
+        "GET",
+        "/job/{id}/webhook",
+        read_webhook,
+        "read",
+        {200: JobWebhook},
+        (*_JOB, WebhookNotFound),
+        query=JobQuery,
+    ),
+    Route(
+        "POST",
+        "/job/{id}/webhook/redeliver",
+        redeliver_webhook,
+        "submit",
+        {202: JobWebhook},
+        (*_JOB, WebhookNotFound, WebhooksFull),
+        query=RedeliverJobQuery,
     ),
     Route("GET", "/jobs", list_jobs, "read", {200: JobList}, _REDIS, query=JobsQuery),
     Route(
@@ -293,6 +326,18 @@ ROUTES: Final = (
         query=RetryQuery,
         bodies=(RetryRequest,),
         body_required=False,
+    ),
+    Route(
+        "GET", "/webhooks", list_webhooks, "read", {200: WebhookList}, _REDIS, query=WebhooksQuery
+    ),
+    Route(
+        "POST",
+        "/webhooks/redeliver",
+        redeliver_webhooks,
+        "submit",
+        {200: RedeliverResult},
+        _REDIS,
+        query=RedeliverQuery,
     ),
     Route("GET", "/queues", list_queues, "read", {200: QueueList}, _REDIS),
     Route("GET", "/workers", list_workers, "admin", {200: WorkerList}, _REDIS),

@@ -22,9 +22,13 @@ from asyncinfer.repository.inspect.groups import Groups
 from asyncinfer.repository.inspect.listing import Inspection
 from asyncinfer.repository.inspect.selection import Selection
 from asyncinfer.repository.inspect.statistics import Statistics
+from asyncinfer.repository.inspect.webhooks import WebhookInspection
 from asyncinfer.repository.operations import Operations
+from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
+from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.figures import WebhookFigures
 
 
 class Services(Struct, frozen=True, kw_only=True):
@@ -42,6 +46,8 @@ class Services(Struct, frozen=True, kw_only=True):
     selection: Selection
     operations: Operations
     groups: Groups
+    outbox: Outbox
+    webhook_inspection: WebhookInspection
     audit_entries: AuditEntries
     audit_log: AuditLog
     failed_jobs: FailedJobsLog
@@ -53,6 +59,9 @@ class Services(Struct, frozen=True, kw_only=True):
     wait_reasons: WaitReasons
     queue_looks: QueueLooks
     answer_sizes: AnswerSizes
+    webhooks: WebhookDoor
+    """Checks webhooks at a submit."""
+    webhook_figures: WebhookFigures
     long_reads: CapacityLimiter
     """Limits the threads that read long requests to one."""
     openapi: bytes

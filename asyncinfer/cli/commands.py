@@ -56,6 +56,7 @@ SECTIONS: Final = {
         "models": _Entry("models", "List models, or show one with its example."),
         "pause": _Entry("models", "Pause a model: accept its jobs, but run none of them."),
         "resume": _Entry("models", "Resume a paused model."),
+        "webhooks": _Entry("webhooks", "List the hosts that webhooks go to; send many again."),
         "audit": _Entry("audit", "List what operators did, the newest first."),
     },
     "Other": {

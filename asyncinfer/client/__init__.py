@@ -10,6 +10,7 @@ from asyncinfer.client._answers import (
     Health,
     PausedState,
     Position,
+    RedeliveredWebhooks,
     RefusedJob,
     RetriedJobs,
     ValidInput,
@@ -55,6 +56,10 @@ from asyncinfer.errors import (
     RequestError,
     Unauthorized,
     VersionNotFound,
+    WebhookNotFound,
+    WebhookNotVerified,
+    WebhookRefused,
+    WebhooksFull,
 )
 from asyncinfer.jobs import JobError
 from asyncinfer.schemas.operations import (
@@ -62,9 +67,17 @@ from asyncinfer.schemas.operations import (
     JobsDone,
     Percentiles,
     Queue,
+    QueueWebhooks,
     WaitingJobs,
     Worker,
 )
+from asyncinfer.schemas.webhook_views import (
+    JobWebhook,
+    WebhookAttempt,
+    WebhookDelivery,
+    WebhookHost,
+)
+from asyncinfer.webhook_signatures import verify_webhook
 
 __all__ = [
     "AsyncClient",
@@ -99,6 +112,7 @@ __all__ = [
     "JobNotFinished",
     "JobNotFound",
     "JobNotRetryable",
+    "JobWebhook",
     "JobsDone",
     "Model",
     "ModelLoading",
@@ -112,6 +126,8 @@ __all__ = [
     "ProgressBar",
     "Queue",
     "QueueFull",
+    "QueueWebhooks",
+    "RedeliveredWebhooks",
     "RedisUnavailable",
     "RefusedJob",
     "RequestError",
@@ -125,6 +141,14 @@ __all__ = [
     "WaitTimeout",
     "WaitingFor",
     "WaitingJobs",
+    "WebhookAttempt",
+    "WebhookDelivery",
+    "WebhookHost",
+    "WebhookNotFound",
+    "WebhookNotVerified",
+    "WebhookRefused",
+    "WebhooksFull",
     "Worker",
     "WrongAddress",
+    "verify_webhook",
 ]

@@ -47,6 +47,19 @@ class ClearedJobs(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     refused: tuple[RefusedJob, ...] = ()
 
 
+class RedeliveredWebhooks(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
+    """How many deliveries of webhooks were started anew.
+
+    For `refused` ones the server had no room (MAX_WEBHOOKS).
+
+    >>> client.redeliver_webhooks(given_up=True)
+    RedeliveredWebhooks(redelivered=0)
+    """
+
+    redelivered: int
+    refused: int = 0
+
+
 class RetriedJobs(Struct, frozen=True, kw_only=True):
     """The ids of the jobs that run again, `retried`, and those that do not, `refused`.
 

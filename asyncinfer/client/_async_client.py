@@ -11,6 +11,7 @@ from asyncinfer.client._answers import (
     ClearedJobs,
     Health,
     PausedState,
+    RedeliveredWebhooks,
     RetriedJobs,
     ValidInput,
 )
@@ -37,6 +38,7 @@ from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
 from asyncinfer.schemas.requests import AuditAction
+from asyncinfer.schemas.webhook_views import WebhookHost
 
 
 @with_docstrings_of(Client)
@@ -245,6 +247,22 @@ class AsyncClient:
     async def workers(self) -> list[Worker]:
         """Returns the living workers."""
         return await self._driver.run(operations.workers(self._server))
+
+    async def webhooks(self, *, tenant: str | None = None) -> list[WebhookHost]:
+        """Returns the hosts that your webhooks go to, those that fail most first."""
+        return await self._driver.run(operations.webhooks(self._server, tenant))
+
+    async def redeliver_webhooks(
+        self,
+        *,
+        host: str | None = None,
+        model: str | None = None,
+        given_up: bool = False,
+        tenant: str | None = None,
+    ) -> RedeliveredWebhooks:
+        """Sends webhooks again that were given up or whose last try failed; returns how many."""
+        query = {"host": host, "model": model, "given_up": given_up or None, "tenant": tenant}
+        return await self._driver.run(operations.redeliver_webhooks(self._server, query))
 
     async def audit(
         self,

@@ -14,6 +14,7 @@ from asyncinfer.client._answers import (
     ClearedJobs,
     Health,
     PausedState,
+    RedeliveredWebhooks,
     RetriedJobs,
     ValidInput,
 )
@@ -39,6 +40,7 @@ from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
 from asyncinfer.schemas.requests import AuditAction
+from asyncinfer.schemas.webhook_views import WebhookHost
 
 _URL: Final = "http://127.0.0.1:8000"
 
@@ -93,6 +95,8 @@ class Client:
     - `version`: The version of the model; without it the served one.
     - `group`: A name that jobs share, to count, follow, cancel and resume them together.
     - `answer`: "json" or "tensors", the form of the result.
+    - `webhook`: The URL to which the end of the job is POSTed; or a dict of `url`, `events` (which
+      of "completed", "failed" and "cancelled") and `metadata` (a dict that is sent back).
     """
 
     def __init__(
@@ -440,6 +444,8 @@ class Client:
         - Rates over the last `window_seconds`: `submitted_per_second`, `completed_per_second`,
           `failed_per_second`.
         - Percentiles, None without jobs: `wait_seconds` and `run_seconds`.
+        - `webhooks`: how many are `reserved` (with `reserved_bytes`), `pending`, `due` (the oldest
+          for `oldest_due_seconds`) and `given_up`.
 
         >>> [queue.paused for queue in client.queues() if queue.model == "iris"]
         [False]
@@ -460,6 +466,38 @@ class Client:
         'ready'
         """
         return self._driver.run(operations.workers(self._server))
+
+    def webhooks(self, *, tenant: str | None = None) -> list[WebhookHost]:
+        """Returns the hosts that your webhooks go to, those that fail most first.
+
+        Each has `host`, numbers of deliveries (`pending` ones to come, those of them that are
+        `failing`, and `given_up` ones), `last_status`, `last_error` and `last_at` of the last try,
+        and `next_at`. `tenant` is as in `jobs`.
+
+        >>> [host.host for host in client.webhooks() if host.host == "hook.example"]
+        []
+        """
+        return self._driver.run(operations.webhooks(self._server, tenant))
+
+    def redeliver_webhooks(
+        self,
+        *,
+        host: str | None = None,
+        model: str | None = None,
+        given_up: bool = False,
+        tenant: str | None = None,
+    ) -> RedeliveredWebhooks:
+        """Sends webhooks again that were given up or whose last try failed; returns how many.
+
+        Those to a `host` (as `webhooks` has it), of a `model`, or with `given_up` only those that
+        were given up: at least one is needed, else InvalidQuery is raised. `tenant` is as in
+        `jobs`.
+
+        >>> client.redeliver_webhooks(host="hook.example").redelivered
+        0
+        """
+        query = {"host": host, "model": model, "given_up": given_up or None, "tenant": tenant}
+        return self._driver.run(operations.redeliver_webhooks(self._server, query))
 
     def audit(
         self,
@@ -587,7 +625,7 @@ def map_options(
         raise CannotSend(f"in_flight={in_flight!r} is not a number of requests of at least 1.")
     if on_error not in ("raise", "return"):
         raise CannotSend(f'on_error={on_error!r} is neither "raise" nor "return".')
-    options = {name: option for name, option in options.items() if option is not None}
+    options = submitting.given_options(options)
     group = options.get("group") or f"map-{uuid.uuid4().hex[:12]}"
     return MapOptions(
         model=model,

@@ -7,17 +7,21 @@
     ├── CannotSend                        also a ValueError: the input has no form to send it in
     ├── WrongAddress                      also a ValueError: not a URL, an API key or a CA file
     ├── ClientClosed
+    ├── WebhookNotVerified                what was received is no webhook of the sender
     └── RequestError                      the server's answer: `.status`, `.detail`, `.job_id`
         ├── Unauthorized                  401
         ├── Forbidden                     403, the key lacks a scope
-        ├── JobNotFound                   404; so ModelNotFound, VersionNotFound, GroupNotFound
+        ├── JobNotFound                   404; so ModelNotFound, VersionNotFound, GroupNotFound,
+        │                                 WebhookNotFound
         ├── JobFinished                   409; so JobNotFinished, JobCancelled, JobNotRetryable
         ├── JobExpired                    410, the job is no longer kept
         ├── BodyTooLarge                  413
         ├── InvalidInput                  422, `.faults` has a JSON pointer for each fault
         ├── JobFailed                     422, `.job_error` is the code and message of the job
         ├── IdempotencyConflict           422, the key was used with another input
-        ├── QueueFull                     429, after all retries: `.retry_after_seconds`
+        ├── WebhookRefused                422, the webhook's URL is not allowed or has no secret
+        ├── QueueFull                     429, after all retries: `.retry_after_seconds`; so
+        │                                 WebhooksFull
         ├── RedisUnavailable              503, after all retries; so StorageFull
         ├── NoModelAnnounced              503, after all retries
         │   └── ModelLoading

@@ -15,7 +15,8 @@ from asyncinfer.client._flows.views import JobView, View
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import WaitingFor
-from asyncinfer.jobs import JobError
+from asyncinfer.jobs import JobError, WebhookEvent
+from asyncinfer.schemas.webhook_views import JobWebhook
 from asyncinfer.untrusted.printable import printable_line
 
 
@@ -204,6 +205,35 @@ class Job(JobState):
         self._view = self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
 
+    def webhook(self) -> JobWebhook:
+        """Reads its webhook: where it goes, and a delivery for each round that ended so.
+
+        - `url`, `events`, and `deliveries`: each has `webhook_id`, `round`, `event`, `status`
+          ("pending", "delivered", "gone" or "given_up"), `tries` and `next_at`.
+        - `attempts` of a delivery: `at`, `status` (of the answer), `error` (why there was none) and
+          `seconds`.
+
+        Raises WebhookNotFound if it was submitted without one.
+
+        >>> hook = {"url": "https://hook.invalid/", "events": ["failed"]}
+        >>> client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", webhook=hook).webhook().deliveries
+        []
+        """
+        return self._driver.run(jobs.read_webhook(self._server, self.id, self.tenant))
+
+    def redeliver_webhook(self, event: WebhookEvent | None = None) -> JobWebhook:
+        """Sends its last delivery again, or the last one of an event, and returns the webhook.
+
+        The tries begin anew, at once, under the same `webhook-id`. Raises WebhookNotFound if there
+        is no such delivery, and WebhooksFull.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", webhook="https://hook.invalid/")
+        >>> [delivery.event for delivery in job.wait().redeliver_webhook().deliveries]
+        ['completed']
+        """
+        flow = jobs.redeliver_webhook(self._server, self.id, event, self.tenant)
+        return self._driver.run(flow)
+
     def purge(self) -> None:
         """Deletes it with its input and result; raises JobNotFinished until it has ended.
 
@@ -278,6 +308,15 @@ class AsyncJob(JobState):
         """Runs it again under the same id, and returns it, pending."""
         self._view = await self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
+
+    async def webhook(self) -> JobWebhook:
+        """Reads its webhook: where it goes, and a delivery for each round that ended so."""
+        return await self._driver.run(jobs.read_webhook(self._server, self.id, self.tenant))
+
+    async def redeliver_webhook(self, event: WebhookEvent | None = None) -> JobWebhook:
+        """Sends its last delivery again, or the last one of an event, and returns the webhook."""
+        flow = jobs.redeliver_webhook(self._server, self.id, event, self.tenant)
+        return await self._driver.run(flow)
 
     async def purge(self) -> None:
         """Deletes it with its input and result; raises JobNotFinished until it has ended."""

@@ -168,13 +168,38 @@ def hold(q: str) -> str:
     return f"{{{q}}}:hold"
 
 
+def outbox(q: str) -> str:
+    """ZSET, no TTL: deliveries of webhooks that are to come, and when each is due in ms."""
+    return f"{{{q}}}:outbox"
+
+
+def undelivered(q: str) -> str:
+    """ZSET, no TTL: deliveries that were given up, and when in ms; bounded in number and in age."""
+    return f"{{{q}}}:undelivered"
+
+
+def webhook(q: str, job_id: str) -> str:
+    """Hash, TTL once its deliveries are done: where a job's webhook goes, and its deliveries."""
+    return f"{{{q}}}:webhook:{job_id}"
+
+
+def webhooks(q: str) -> str:
+    """Hash, no TTL: the bytes reserved by each round whose end a webhook is to be told."""
+    return f"{{{q}}}:webhooks"
+
+
+def webhook_bytes(q: str) -> str:
+    """String, no TTL: the sum of the bytes that are reserved for webhooks."""
+    return f"{{{q}}}:webhookbytes"
+
+
 TYPES_OF_A_QUEUE: Final[dict[str, tuple[Callable[[str], str | tuple[str, ...]], ...]]] = {
     "list": (waiting, wake, log_marks),
-    "hash": (running, facts, kept),
-    "zset": (leases, deadlines, delayed, dead),
+    "hash": (running, facts, kept, webhooks),
+    "zset": (leases, deadlines, delayed, dead, outbox, undelivered),
     "set": (stale_entries,),
     "stream": (log, control),
-    "string": (seq, bytes_waiting, bytes_kept, swept),
+    "string": (seq, bytes_waiting, bytes_kept, swept, webhook_bytes),
 }
 """The type of each key of a queue, for an error message that names a key of another type."""
 

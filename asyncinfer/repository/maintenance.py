@@ -168,6 +168,7 @@ class Maintenance:
         for queue, queue_ids in by_queue.items():
             try:
                 restored += await self._repair_queue(queue, queue_ids, pause_ms)
+                await self._settle_webhooks(queue)
             except RedisRefused as error:
                 _log.warning(f"The queue {queue!r} is not repaired: {error.detail}")
         return restored
@@ -198,6 +199,21 @@ class Maintenance:
             part = ordered[start : start + _REPAIRS_PER_CALL]
             restored += (await self._store.call(script("repair"), names, [args, *part]))[0]
         return restored
+
+    async def _settle_webhooks(self, queue: str) -> None:
+        """Gives back what is reserved for webhooks of jobs that are gone, or ended unseen."""
+        cursor, released = "0", 0
+        while True:
+            args = {"cursor": cursor, "failed_ttl_seconds": self._store.policy.failed_ttl_seconds}
+            reply = await self._store.call(script("settle"), [queue], [encode_args(args)])
+            cursor, released = decoding.text(reply[0]), released + reply[1]
+            if cursor == "0":
+                break
+        if released:
+            _log.warning(
+                f"{released} jobs of the queue {queue!r} had a webhook and are gone or ended "
+                "elsewhere: their ends are not told."
+            )
 
     async def _in_place(self, queue: str, ids: set[bytes]) -> set[bytes]:
         """The subset of `ids` that wait in a list, are delayed, or are in a claim with a lease."""

@@ -10,7 +10,7 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
 from asyncinfer.repository.stored_jobs import StoredJob, next_round, queue_of, read_jobs_in
-from asyncinfer.repository.submissions import pack_options, round_options
+from asyncinfer.repository.submissions import capacity_arguments, pack_options, round_options
 from asyncinfer.untrusted import decoding
 
 _JOBS_PER_CALL: Final = 200
@@ -23,7 +23,9 @@ _MAX_TRIES: Final = 5
 CancelVerdict = Literal["cancelled", "stopping", "finished", "absent"]
 _CANCEL_VERDICTS: Final = ("cancelled", "stopping", "absent")
 ForgetVerdict = Literal["forgotten", "absent", "unfinished"]
-RetryVerdict = Literal["ok", "changed", "full", "no_input", "not_retryable", "absent", "later"]
+RetryVerdict = Literal[
+    "ok", "changed", "full", "webhooks_full", "no_input", "not_retryable", "absent", "later"
+]
 
 
 class CancelCounts(Struct, frozen=True):
@@ -134,7 +136,7 @@ class Operations:
         return ["later" if job.job_id in later else next(verdicts) for job in jobs]
 
     async def _start_rounds(self, jobs: Sequence[StoredJob], now_ms: int) -> list[RetryVerdict]:
-        args: list[Any] = [encode_args(self._store.policy.capacity_arguments())]
+        args: list[Any] = [encode_args(capacity_arguments(self._store, jobs))]
         for job in jobs:
             meta, options = b"", b""
             if job.record:
@@ -150,7 +152,7 @@ class Operations:
         """Deletes ended jobs of one queue in one script call, but no job retried since."""
         args: list[Any] = [encode_args({})]
         for job in jobs:
-            args += (job.job_id, job.idempotency_digest)
+            args += (job.job_id, job.idempotency_digest, "1" if job.webhook else "")
         reply = await self._store.call(script("forget"), [queue_of(self._store, jobs[0])], args)
         return [_parse_forget(verdict) for verdict in reply]
 

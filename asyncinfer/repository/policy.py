@@ -12,6 +12,8 @@ class Policy(Struct, frozen=True, kw_only=True):
     max_queue: int = 100_000
     max_queue_bytes: int = 1 << 30
     max_kept_bytes: int = 4 << 30
+    max_webhooks: int = 100_000
+    max_webhook_bytes: int = 256 << 20
     lease_seconds: float = 15.0
     reap_seconds: float = 2.0
     max_deliveries: int = 3
@@ -51,3 +53,7 @@ class Policy(Struct, frozen=True, kw_only=True):
             "max_kept_bytes": self.max_kept_bytes,
             "idempotency_ttl_seconds": self.idempotency_seconds,
         }
+
+    def webhook_arguments(self) -> dict[str, int]:
+        """More of `capacity_arguments`, for calls with a job that has a webhook."""
+        return {"max_webhooks": self.max_webhooks, "max_webhook_bytes": self.max_webhook_bytes}

@@ -34,6 +34,12 @@ NAMES: Final = (
     "default",
     "retract",
     "announce",
+    "take",
+    "keep",
+    "note",
+    "redeliver",
+    "add",
+    "settle",
 )
 
 LIBRARY_PREFIX: Final = "asyncinfer_"

@@ -6,7 +6,15 @@ from typing import Final, cast
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.jobs import DEFAULT_TENANT, TERMINAL, Record, Status, id_text, read_record
+from asyncinfer.jobs import (
+    DEFAULT_TENANT,
+    TERMINAL,
+    Record,
+    Status,
+    Webhook,
+    id_text,
+    read_record,
+)
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
@@ -44,6 +52,10 @@ class StoredJob(Struct, frozen=True):
     def idempotency_digest(self) -> str:
         """That of the Idempotency-Key that it was submitted with; empty without one."""
         return self.record.idempotency_digest if self.record else ""
+
+    @property
+    def webhook(self) -> Webhook | None:
+        return self.record.options.webhook if self.record else None
 
     @property
     def round(self) -> int:

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -14,10 +14,11 @@ from asyncinfer.errors import (
     RequestError,
     WritesRefused,
 )
-from asyncinfer.jobs import Record, Status, encode_record
+from asyncinfer.jobs import Record, Status, Webhook, encode_record
 from asyncinfer.monitoring.counts import Counts
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
+from asyncinfer.repository.deliveries import Target, delivered_round
 from asyncinfer.repository.intake import call_submit
 from asyncinfer.repository.link import BeforeSend
 from asyncinfer.repository.scripts import script
@@ -56,11 +57,12 @@ class SubmitReply(Struct, frozen=True):
     """The reply to a submit.
 
     `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `kept_full`: the
-    queue's ended jobs keep as much as they may. `dup`: its Idempotency-Key belongs to the job
+    queue's ended jobs keep as much as they may. `webhooks_full`: the queue has as many webhooks to
+    tell as it may. `dup`: its Idempotency-Key belongs to the job
     `job_id`, which was submitted with `fingerprint`.
     """
 
-    verdict: Literal["ok", "exists", "dup", "full", "kept_full"]
+    verdict: Literal["ok", "exists", "dup", "full", "kept_full", "webhooks_full"]
     job_id: str
     fingerprint: str = ""
 
@@ -206,7 +208,7 @@ class Submissions:
     ) -> list[SubmitReply]:
         """Submits jobs of one queue in one script call: at most 256 jobs and 1 MiB, or a single job
         of any size. Returns a reply for each job, in order. Raises as `Store.call` does."""
-        args: list[Any] = [encode_args(self._store.policy.capacity_arguments())]
+        args: list[Any] = [encode_args(capacity_arguments(self._store, jobs))]
         for job in jobs:
             args += (
                 job.job_id,
@@ -292,6 +294,22 @@ def _size_of_entry(entry: _Entry) -> int:
     return len(entry[0].data)
 
 
+class _HasRecord(Protocol):
+    """A new job or a stored one."""
+
+    @property
+    def record(self) -> Record | None: ...
+
+
+def capacity_arguments(store: Store, jobs: Iterable[_HasRecord]) -> dict[str, int]:
+    """What a script needs to know to take these jobs in; more if one of them has a webhook."""
+    arguments = store.policy.capacity_arguments()
+    for job in jobs:
+        if job.record and job.record.options.webhook:
+            return arguments | store.policy.webhook_arguments()
+    return arguments
+
+
 def script_options(job: NewJob, n: str) -> dict[str, str | int]:
     """The options of a job in the words of `submit`; empty for most jobs."""
     options = job.record.options
@@ -321,6 +339,20 @@ def round_options(record: Record) -> dict[str, str | int]:
         fields["delay_ms"] = int(options.delay_seconds * 1000)
     if record.idempotency_digest:
         fields["idempotency_key"] = record.idempotency_digest
+    if options.webhook is not None:
+        fields |= _webhook_options(options.webhook, record)
+    return fields
+
+
+def _webhook_options(webhook: Webhook, record: Record) -> dict[str, str | int]:
+    target = Target(webhook.url, record.tenant, record.model, webhook.metadata)
+    fields: dict[str, str | int] = {
+        "webhook_events": webhook.event_bits,
+        "webhook_bytes": target.reserved_bytes,
+        "webhook_target": target.text,
+    }
+    if record.round != 1:
+        fields["webhook_round"] = delivered_round(record.round)
     return fields
 
 

@@ -73,6 +73,21 @@ def percentiles(seconds: Sequence[float]) -> Percentiles | None:
     )
 
 
+class QueueWebhooks(Struct, frozen=True):
+    """The webhooks that a queue has to tell."""
+
+    reserved: Annotated[
+        int, Meta(description="Unfinished jobs with a webhook, and deliveries to come.")
+    ] = 0
+    reserved_bytes: int = 0
+    pending: Annotated[int, Meta(description="Deliveries to come.")] = 0
+    due: Annotated[int, Meta(description="Those of them that are due.")] = 0
+    oldest_due_seconds: Annotated[
+        float | None, Meta(description="How long the oldest due one has been due.")
+    ] = None
+    given_up: Annotated[int, Meta(description="Deliveries that were given up lately.")] = 0
+
+
 class Queue(Struct, frozen=True, kw_only=True):
     """The queue of a model: its jobs, their rates and durations, and its workers."""
 
@@ -84,6 +99,7 @@ class Queue(Struct, frozen=True, kw_only=True):
     running: int
     dead: Annotated[int, Meta(description="Dead letters; GET /jobs?dead=true lists yours.")]
     oldest_age_seconds: OldestAge
+    webhooks: QueueWebhooks = QueueWebhooks()
     workers: LivingWorkers
     slots: Slots
     starved: Starved = 0
@@ -162,7 +178,8 @@ class WorkerList(Struct, frozen=True):
 class AuditEntry(Struct, frozen=True, kw_only=True):
     """What a request or a start of a service did, to which jobs, and how that ended.
 
-    - `at` (when it ended), `action` ("cancel", "default", "pause", "purge", "resume" or "retry").
+    - `at` (when it ended), `action` ("cancel", "default", "pause", "purge", "redeliver", "resume"
+      or "retry").
     - `tenant` and `key`: who did it. The key is shown as the first 8 hex digits of its SHA-256;
       both are None for a process without a key, as `serve` that gets another default model.
     - `filter`: what was acted on, by name: the `tenant` ("*": all), `model`, `status`, `group`,
@@ -173,7 +190,10 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
     at: Annotated[datetime, Meta(tz=True)]
     action: Annotated[
-        str, Meta(description="`cancel`, `default`, `pause`, `purge`, `resume` or `retry`.")
+        str,
+        Meta(
+            description="`cancel`, `default`, `pause`, `purge`, `redeliver`, `resume` or `retry`."
+        ),
     ]
     tenant: Annotated[
         str | None, Meta(description="The tenant of the key; null: a process without a key.")

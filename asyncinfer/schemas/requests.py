@@ -5,19 +5,40 @@ from typing import Annotated, Final, Literal, TypeAlias, get_args
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from asyncinfer.jobs import GROUP_PATTERN, NAME_PATTERN, PATTERN_END, Options, Status
+from asyncinfer.jobs import (
+    GROUP_PATTERN,
+    NAME_PATTERN,
+    PATTERN_END,
+    Options,
+    Status,
+    Webhook,
+    WebhookEvent,
+)
 
 MAX_WAIT_SECONDS: Final = 60
 MAX_JOBS_PER_CALL: Final = 1000
 ALL_TENANTS: Final = "*"
 
-AuditAction: TypeAlias = Literal["cancel", "default", "pause", "purge", "resume", "retry"]
+AuditAction: TypeAlias = Literal[
+    "cancel", "default", "pause", "purge", "redeliver", "resume", "retry"
+]
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
+
+
+class RequestWebhook(Webhook, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whom to tell of the end of a job, as a request says it."""
+
+
+QUERY_OBJECTS: Final = {"webhook": "url"}
+"""Options that are objects, and the one member that a query gives of each."""
 
 
 class RequestOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The options of one job, as a request gives them."""
 
+    webhook: (
+        Annotated[RequestWebhook, Meta(description="Whom to tell of the end of the job.")] | None
+    ) = None
     answer: (
         Annotated[
             Literal["json", "tensors"],
@@ -216,6 +237,30 @@ class CancelJobQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JobQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    tenant: TenantQuery = None
+
+
+class RedeliverJobQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    event: (
+        Annotated[
+            WebhookEvent, Meta(description="The last end of this kind; without it, the last one.")
+        ]
+        | None
+    ) = None
+    tenant: TenantQuery = None
+
+
+class WebhooksQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    tenant: TenantQuery = None
+
+
+class RedeliverQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which deliveries start anew, of those that were given up or whose last try failed; one field
+    besides `tenant` is needed."""
+
+    host: Annotated[str, Meta(description="Only those to this host, as listed.")] | None = None
+    model: _ModelFilter = None
+    given_up: Annotated[bool, Meta(description="Only those that were given up.")] = False
     tenant: TenantQuery = None
 
 

@@ -12,12 +12,14 @@ import msgspec
 import pytest
 import redis
 
-from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record
+from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record, Webhook
 from asyncinfer.repository import keys
 from asyncinfer.repository.audit import AuditEntries, StoredEntry
+from asyncinfer.repository.deliveries import Attempt, Member, Target
 from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.libraries import Libraries
+from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.scripts import NAMES
@@ -95,6 +97,10 @@ def row_of(name: str) -> Row:
     return rows[0]
 
 
+DELIVERIES: Final = {row_of(keys.webhook(Q, "x"))}
+"""The row of keys that have no TTL while there is something to deliver."""
+
+
 def ttl_seconds(row: Row, policy: Policy, status: bytes | None) -> float | None:
     """The TTL of a row in seconds, None for none; `status` is that of the job of a job's key."""
     if row.ttl == "once ended":
@@ -104,6 +110,7 @@ def ttl_seconds(row: Row, policy: Policy, status: bytes | None) -> float | None:
         return policy.failed_ttl_seconds if failed else policy.job_ttl_seconds
     return {
         "none": None,
+        "once its deliveries are done": None,
         "JOB_TTL": policy.job_ttl_seconds,
         "FAILED_TTL": policy.failed_ttl_seconds,
         "24 h, or JOB_TTL if longer; that of its job once ended": policy.idempotency_seconds,
@@ -208,6 +215,8 @@ class KeyCheck:
         assert kind.decode() == row.type, f"{name!r} is a {kind.decode()}"
         status = status if name.startswith("job:") else None
         seconds = ttl_seconds(row, self._policy, status)
+        if row in DELIVERIES and left_ms > 0:
+            seconds = self._policy.failed_ttl_seconds
         if seconds is None:
             assert left_ms == -1, f"{name!r} has a TTL of {left_ms} ms"
             left = 1.0
@@ -278,6 +287,7 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
         await driver.finish(claim, outcome)
         after_each()
     await _lose_cancel_and_expire(driver, after_each)
+    await _tell_webhooks(driver, after_each)
     await driver.cancel_in_one_call(*await driver.submit_many(12))
     after_each()
     for paused in (True, False):
@@ -297,6 +307,21 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     after_each()
     await driver.run_all()
     await driver.operations.purge(OTHER)
+    after_each()
+
+
+async def _tell_webhooks(driver: QueueDriver, after_each: Callable[[], None]) -> None:
+    outbox, target = Outbox(driver.store), Target("https://example.com/hook", "default")
+    job_id = await driver.submit_one(webhook=Webhook(url=target.url))
+    after_each()
+    await driver.run_all()
+    assert await outbox.add(Q, Member("group-g", 1, "ended"), target, b"{}", 600)
+    for delivery in await outbox.take([Q], 10, 1000):
+        after_each()
+        await outbox.keep_body(delivery, b"{}")
+        await outbox.note(delivery, Attempt(1, 500), None, "given_up")
+        after_each()
+    assert await outbox.redeliver(await driver.read(job_id), now_ms=1) == "ok"
     after_each()
 
 

@@ -22,7 +22,7 @@ class Services:
         self._log_path = log_path
         self._log = log_path.open("ab")
         self._environ = environ
-        self._members: list[subprocess.Popen[bytes]] = []
+        self.members: list[subprocess.Popen[bytes]] = []
 
     def work(self, *argv: str, tree: Path = REPOSITORY) -> subprocess.Popen[bytes]:
         """Starts a worker of the release whose source is in `tree`."""
@@ -41,7 +41,7 @@ class Services:
         return self._log_path.read_text()
 
     def close(self) -> None:
-        for member in self._members:
+        for member in self.members:
             member.kill()
             member.wait()
         self._log.close()
@@ -55,7 +55,7 @@ class Services:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        self._members.append(member)
+        self.members.append(member)
         return member
 
 

@@ -35,6 +35,7 @@ def problem_of(fault: Fault) -> str | None:
 
 
 _LUA: Final = "asyncinfer/repository/lua"
+_WEBHOOKS: Final = "asyncinfer/webhooks"
 
 FAULTS: Final = (
     # --- scripts
@@ -75,6 +76,33 @@ FAULTS: Final = (
         "if not tokens[i] or seen[id] then",
         (
             "tests/repository/test_claims.py::test_a_finish_without_a_lease_is_stale_and_changes_nothing",
+        ),
+    ),
+    Fault(
+        "an_end_that_its_webhook_does_not_want_is_told",
+        f"{_LUA}/_webhook_ending.lua",
+        "if ended.facts[WEBHOOK_EVENTS] % (2 * bit) >= bit then",
+        "if ended.facts[WEBHOOK_EVENTS] >= bit then",
+        (
+            "tests/repository/test_outbox.py::test_an_end_that_the_webhook_does_not_want_is_not_told_and_leaves_nothing",
+        ),
+    ),
+    Fault(
+        "a_delivered_webhook_keeps_its_room",
+        f"{_LUA}/note.lua",
+        "  release_webhook(q, id .. '_' .. field:match('^%d+'))",
+        "  if outcome == 'given_up' then release_webhook(q, id .. '_' .. field:match('^%d+')) end",
+        (
+            "tests/repository/test_outbox.py::test_a_submit_with_a_webhook_is_refused_where_there_is_no_room_for_it",
+        ),
+    ),
+    Fault(
+        "a_late_sender_takes_the_lease_of_the_next",
+        f"{_LUA}/note.lua",
+        "  elseif score and score == tonumber(lease) then",
+        "  elseif score then",
+        (
+            "tests/repository/test_outbox.py::test_a_slow_sender_adds_its_attempt_and_takes_no_lease_from_the_next",
         ),
     ),
     Fault(
@@ -677,5 +705,54 @@ FAULTS: Final = (
         "elif len(self) < MAX_SERIES:",
         "elif True:",
         ("tests/monitoring/test_exposition.py::test_labels_beyond_the_bound_share_one_series",),
+    ),
+    # --- webhooks
+    Fault(
+        "a_webhook_goes_to_what_its_name_means_now",
+        f"{_WEBHOOKS}/posting.py",
+        "str(address), port, _CONNECT_SECONDS",
+        "'localhost', port, _CONNECT_SECONDS",
+        (
+            "tests/webhooks/test_posting.py::test_the_connection_goes_to_the_address_that_was_checked",
+        ),
+    ),
+    Fault(
+        "an_address_is_not_checked_where_it_is_connected",
+        f"{_WEBHOOKS}/posting.py",
+        "self._rules.check_address(host, port, address)",
+        "pass",
+        (
+            "tests/webhooks/test_posting.py::test_a_name_that_comes_to_mean_an_inner_address_is_not_called",
+        ),
+    ),
+    Fault(
+        "a_setting_allows_the_metadata_of_a_cloud",
+        f"{_WEBHOOKS}/url_rules.py",
+        "if addresses.is_metadata(address):",
+        "if addresses.is_metadata(address) and (host, port) not in self._allowed:",
+        ("tests/webhooks/test_url_rules.py::test_no_setting_allows_the_metadata_of_a_cloud",),
+    ),
+    Fault(
+        "each_try_of_a_webhook_makes_its_body",
+        f"{_WEBHOOKS}/sender.py",
+        "body = delivery.body or await self._keep_body(held)",
+        "body = await self._keep_body(held) and self._bodies.of(delivery, 0)[0]",
+        ("tests/webhooks/test_sender.py::test_each_try_has_the_same_id_and_body",),
+    ),
+    Fault(
+        "a_webhook_without_a_secret_is_sent",
+        f"{_WEBHOOKS}/sender.py",
+        "if self._door.needs_secret and not keys:",
+        "if self._door.needs_secret and keys is None:",
+        (
+            "tests/webhooks/test_sender.py::test_where_keys_are_in_use_nothing_is_sent_without_a_secret",
+        ),
+    ),
+    Fault(
+        "an_outcome_is_not_noted_after_an_outage",
+        f"{_WEBHOOKS}/sender.py",
+        "await pause_before_retry(self._closing)",
+        "return",
+        ("tests/webhooks/test_lost_replies.py::test_an_outcome_is_noted_once_redis_is_back",),
     ),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import redis
 
-from asyncinfer.jobs import SCHEMA, Facts, Options, Record
+from asyncinfer.jobs import SCHEMA, Facts, Options, Record, Webhook
 from asyncinfer.repository import keys
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.scripts import LIBRARY_PREFIX, NAMES, library, script
@@ -298,8 +298,11 @@ def test_the_options_that_python_packs_are_those_that_submit_documents_and_reads
         finish_within_seconds=1,
         ttl_seconds=1,
         group="g",
+        webhook=Webhook(url="https://example.com"),
     )
-    record = Record(SCHEMA, "q", "m", "default", 0, options=options, idempotency_digest="key")
+    record = Record(
+        SCHEMA, "q", "m", "default", 0, round=2, options=options, idempotency_digest="key"
+    )
     packed = script_options(NewJob("id", "q", b"x", record, "inbox", "fingerprint"), "q")
     code = code_of(script("submit").text)
     assert set(re.findall(r"\boptions\.(\w+)", code)) == set(packed)
@@ -335,7 +338,7 @@ def test_the_keys_that_scripts_use_are_those_that_are_listed() -> None:
     text = "".join(code_of(source(name)) for name in (*NAMES, *PARTS))
     # `q` and `default_q` hold the keys of a queue.
     assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {"list"}
-    assert set(re.findall(r"\bq\['(\w+):'", text)) == {"claim", "idem"}
+    assert set(re.findall(r"\bq\['(\w+):'", text)) == {"claim", "idem", "webhook"}
     for names in re.findall(r"local ([\w, ]+) = queue\(", text):
         assert re.fullmatch(r"(?:\w+_)?q(, .*)?", names)
 

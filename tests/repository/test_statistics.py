@@ -12,7 +12,14 @@ from asyncinfer.repository.claims import Claim, ClaimedJob, JobOutcome
 from asyncinfer.repository.inspect.overview import read_overview
 from asyncinfer.repository.inspect.statistics import Statistics
 from asyncinfer.repository.store import Store
-from asyncinfer.schemas.operations import JobsDone, Percentiles, Queue, WaitingJobs, percentiles
+from asyncinfer.schemas.operations import (
+    JobsDone,
+    Percentiles,
+    Queue,
+    QueueWebhooks,
+    WaitingJobs,
+    percentiles,
+)
 from tests.queue_driver import RESULT, Q, QueueDriver, new_job
 
 OTHER = f"{Q}:digits"
@@ -36,6 +43,7 @@ async def test_an_empty_system_has_an_empty_queue(observation: Statistics) -> No
         **{"model": None, "queue": Q, "paused": False, "delayed": 0, "running": 0, "dead": 0},
         "starved": 0,
         **{"waiting": {"high": 0, "normal": 0, "low": 0}, "oldest_age_seconds": None},
+        "webhooks": msgspec.to_builtins(QueueWebhooks()),
         **{"workers": 0, "slots": 0, "seconds_per_job": None, "backlog_seconds": 0.0},
         **{"window_seconds": 60.0, "submitted_per_second": 0.0, "completed_per_second": 0.0},
         **{"failed_per_second": 0.0, "wait_seconds": None, "run_seconds": None},

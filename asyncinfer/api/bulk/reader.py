@@ -17,7 +17,7 @@ from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
 from asyncinfer.api.http.ndjson import Line, LineSplitter
-from asyncinfer.api.inputs.new_job import new_job
+from asyncinfer.api.inputs.new_job import check_webhook, new_job
 from asyncinfer.api.inputs.request_input import (
     check_query_ttl,
     is_slow_to_parse,
@@ -332,6 +332,7 @@ class BulkReader:
         else:
             parsed, key = read_line(line.text, query, served, max_ttl_seconds)
         request = self._request
+        check_webhook(self._services.webhooks, request.tenant, parsed.options)
         return new_job(
             request.tenant,
             served.queue,

@@ -10,6 +10,7 @@ import msgspec
 from asyncinfer.api.audit import audited
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.messages import Reply, Request, json_reply
+from asyncinfer.api.inputs.new_job import check_webhook
 from asyncinfer.api.inputs.request_input import read_input
 from asyncinfer.api.services import Services
 from asyncinfer.errors import ModelNotFound, NoModelAnnounced
@@ -124,6 +125,7 @@ async def validate(services: Services, request: Request[RequestOptions]) -> Repl
     """
     served = await services.catalog.find(request.path("model"))
     checked = await read_input(request, services.config, served, services.long_reads)
+    check_webhook(services.webhooks, request.tenant, checked.options)
     signature = checked.signature
     batched_inputs = {spec.name for spec in signature.inputs if has_dynamic_first_dim(spec)}
     return json_reply(

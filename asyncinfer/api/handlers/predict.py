@@ -60,7 +60,7 @@ async def _predict(services: Services, request: Request[RequestOptions]) -> Repl
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
-    head = job_head(request, served, key, services.config.max_ttl_seconds)
+    head = job_head(request, served, key, services.config.max_ttl_seconds, services.webhooks)
     # No local variable keeps the body: a large one would be in memory twice while its job waits.
     job = await read_and_parse(request, services.config, services.long_reads, partial(job_of, head))
     if wait_seconds is None:

@@ -15,6 +15,7 @@ from asyncinfer.api.http.byte_budget import ByteBudget, Reservation
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InvalidQuery, RequestError
 from asyncinfer.jobs import TraceContext
+from asyncinfer.schemas.requests import QUERY_OBJECTS
 
 OWS: Final = " \t"
 """Optional white space in header fields (RFC 9110, 5.6.3). Python's `strip()` also removes other
@@ -303,12 +304,15 @@ def read_query(scope: Scope, struct: type[Query]) -> Query:
     text: bytes = scope["query_string"]
     if not text:
         return struct()
-    parameters = _parameters(text)
+    parameters = {
+        name: {QUERY_OBJECTS[name]: value} if name in QUERY_OBJECTS else value
+        for name, value in _parameters(text)
+    }
     try:
-        return msgspec.convert(dict(parameters), struct, strict=False)
+        return msgspec.convert(parameters, struct, strict=False)
     except msgspec.ValidationError as error:
         fault = fault_of(error, struct)
-        name = fault.pointer.removeprefix("/")
+        name = fault.pointer.removeprefix("/").partition("/")[0]
         raise InvalidQuery(f"Query parameter `{name}`: {fault.detail}") from error
 
 

@@ -11,12 +11,19 @@ from msgspec import Raw, Struct
 
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InputError, InvalidInput, InvalidJSON
+from asyncinfer.jobs import MAX_WEBHOOK_URL
 from asyncinfer.schemas.requests import RequestOptions
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 _MAX_COLONS: Final = 256
 """Colons in options without repeated keys: one per key, and up to 128 in the name of a group."""
+
+MAX_METADATA_BYTES: Final = 4096
+MAX_METADATA_LEVELS: Final = 16
+
+_MAX_WEBHOOK_COLONS: Final = MAX_WEBHOOK_URL + MAX_METADATA_BYTES
+"""Colons in a webhook: those of its URL, its metadata and its keys."""
 
 _NO_OPTIONS: Final = RequestOptions()
 _KEY = re.compile(rb'[ \t\r\n{,]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
@@ -209,11 +216,37 @@ def _read_options(text: bytes) -> RequestOptions:
         options = _decode_options(text)
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, RequestOptions, under="/options"), error)
-    # Checked after decoding, since only then the text is known to be a flat object.
-    if text.count(b":") > _MAX_COLONS:
+    if options.webhook:
+        _check_metadata(options.webhook.metadata)
+    # Checked after decoding, since only then the text is known to have few members.
+    if text.count(b":") > _MAX_COLONS + (_MAX_WEBHOOK_COLONS if options.webhook else 0):
         reject_input(InputError("/options", "Keys are given more than once; send each once."))
     json.loads(text, object_pairs_hook=_reject_repeated_option)
     return options
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    """Raises InvalidInput for metadata that is too large or deep, or that a record cannot hold."""
+    pointer = "/options/webhook/metadata"
+    if _is_deeper(metadata, MAX_METADATA_LEVELS):
+        reject_input(InputError(pointer, f"It has more than {MAX_METADATA_LEVELS} levels."))
+    size = len(msgspec.json.encode(metadata))
+    if size > MAX_METADATA_BYTES:
+        reject_input(
+            InputError(pointer, f"It has {size} bytes as JSON; {MAX_METADATA_BYTES} are allowed.")
+        )
+    try:
+        msgspec.msgpack.encode(metadata)
+    except OverflowError:
+        reject_input(InputError(pointer, "A whole number in it takes more than 64 bits."))
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists are nested more deeply than this; looks no deeper."""
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = "") -> None:
@@ -236,11 +269,13 @@ def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = ""
 
 
 def _reject_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
-    """Raises InvalidInput if a key is repeated, else returns None; called for the options'
-    object."""
-    names = [name for name, _ in pairs]
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        reject_input(_repeated_key(f"/options/{repeated}"))
+    """Raises InvalidInput if a key is repeated, else returns None; called for the options' object,
+    and before it for those in it."""
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            reject_input(_repeated_key(f"/options/{name}"))
+        seen.add(name)
 
 
 def _repeated_key(pointer: str) -> InputError:

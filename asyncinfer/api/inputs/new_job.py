@@ -22,13 +22,16 @@ from asyncinfer.errors import (
     RedisUnavailable,
     RequestError,
     StorageFull,
+    WebhooksFull,
 )
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions
 from asyncinfer.schemas.responses import WaitingFor
+from asyncinfer.webhooks.door import WebhookDoor
 
 _STORAGE_FULL_RETRY_SECONDS: Final = 5
+_WEBHOOKS_FULL_RETRY_SECONDS: Final = 5
 _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
 
@@ -46,10 +49,15 @@ class JobHead(Struct, frozen=True):
     trace: jobs.TraceContext | None
     """The span that submits the job."""
     max_ttl_seconds: int
+    door: WebhookDoor
 
 
 def job_head(
-    request: Request[RequestOptions], served: Served, key: str | None, max_ttl_seconds: int
+    request: Request[RequestOptions],
+    served: Served,
+    key: str | None,
+    max_ttl_seconds: int,
+    door: WebhookDoor,
 ) -> JobHead:
     """Checks the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
     check_query_ttl(request.query, max_ttl_seconds)
@@ -61,6 +69,7 @@ def job_head(
         request.request_id,
         request.trace,
         max_ttl_seconds,
+        door,
     )
 
 
@@ -68,6 +77,7 @@ def job_of(head: JobHead, body: Body) -> NewJob:
     """The job of a request whose body was read; stores nothing. Raises a RequestError if the input
     does not fit the model. Takes milliseconds for a long body."""
     checked = input_of(body, head.options, head.served, head.max_ttl_seconds)
+    check_webhook(head.door, head.tenant, checked.options)
     return new_job(
         head.tenant,
         head.served.queue,
@@ -76,6 +86,13 @@ def job_of(head: JobHead, body: Body) -> NewJob:
         request_id=head.request_id,
         trace=head.trace,
     )
+
+
+def check_webhook(door: WebhookDoor, tenant: str, options: jobs.Options) -> None:
+    """Raises WebhookRefused if the options have a webhook whose URL is not allowed, or that needs a
+    secret which its tenant does not have for its host."""
+    if options.webhook:
+        door.check(options.webhook.url, tenant)
 
 
 def new_job(
@@ -164,6 +181,17 @@ def kept_full_error(policy: Policy) -> KeptFull:
     )
 
 
+def webhooks_full_error(policy: Policy) -> WebhooksFull:
+    """Makes the error for a queue that has as many webhooks to tell as it may."""
+    return WebhooksFull(
+        f"The model's queue has {policy.max_webhooks} webhooks, or {policy.max_webhook_bytes} "
+        "bytes of them, to tell once their jobs have ended. Retry later or submit without a "
+        "webhook, or ask the operator which receivers fail (asyncinfer webhooks), or for a higher "
+        "MAX_WEBHOOKS or MAX_WEBHOOK_BYTES.",
+        retry_after_seconds=_WEBHOOKS_FULL_RETRY_SECONDS,
+    )
+
+
 def refused_submit_error(
     submitted: SubmitReply,
     job: NewJob,
@@ -171,8 +199,10 @@ def refused_submit_error(
     wait_reasons: WaitReasons,
     queue_looks: QueueLooks,
 ) -> RequestError | None:
-    """Returns why a job was not accepted: QueueFull, KeptFull or IdempotencyConflict; None if it
-    was accepted, now or earlier."""
+    """Returns why a job was not accepted: QueueFull, KeptFull, WebhooksFull or IdempotencyConflict;
+    None if it was accepted, now or earlier."""
+    if submitted.verdict == "webhooks_full":
+        return webhooks_full_error(policy)
     if submitted.verdict == "kept_full":
         return kept_full_error(policy)
     if submitted.verdict == "full":

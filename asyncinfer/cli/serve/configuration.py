@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from asyncinfer.repository.policy import Policy
     from asyncinfer.repository.store import Store
     from asyncinfer.telemetry.tracing import Tracing
+    from asyncinfer.webhooks.config import WebhookConfig
     from asyncinfer.worker.models.source import ModelSource
     from asyncinfer.worker.process import WorkerProcessConfig
 
@@ -146,6 +147,8 @@ def policy(settings: Settings) -> "Policy":
         max_queue=settings.max_queue,
         max_queue_bytes=settings.max_queue_bytes,
         max_kept_bytes=settings.max_kept_bytes,
+        max_webhooks=settings.max_webhooks,
+        max_webhook_bytes=settings.max_webhook_bytes,
         lease_seconds=settings.lease_seconds,
         reap_seconds=settings.reap_seconds,
         max_deliveries=settings.max_deliveries,
@@ -205,7 +208,21 @@ def api_config(settings: Settings, url: str, own_worker_since_ms: int | None) ->
         max_inflight_bytes=settings.max_inflight_bytes,
         express=settings.express,
         access_log=settings.access_log,
+        webhooks=_webhooks(settings),
         tracing=_tracing(settings, "asyncinfer-api"),
+    )
+
+
+def _webhooks(settings: Settings) -> "WebhookConfig":
+    """What an API process knows of webhooks."""
+    from asyncinfer.webhooks.config import WebhookConfig
+
+    return WebhookConfig(
+        sends=settings.webhooks,
+        secrets=settings.webhook_secrets,
+        allow=settings.webhook_allow,
+        proxy_url=settings.webhook_proxy,
+        public_url=settings.public_url and settings.public_url.rstrip("/"),
     )
 
 

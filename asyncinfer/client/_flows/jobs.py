@@ -21,6 +21,7 @@ from asyncinfer.client._requests import (
     query_text,
 )
 from asyncinfer.errors import JobFinished, JobNotRetryable, RequestError
+from asyncinfer.schemas.webhook_views import JobWebhook
 
 MARGIN_SECONDS: Final = 15.0
 """How long an answer may take beyond the time that the server was told to wait."""
@@ -90,6 +91,21 @@ def retry_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> F
 def purge_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[None]:
     """Deletes a job that has ended; raises JobNotFinished, JobNotFound and JobExpired."""
     yield from call(server, "DELETE", _job_path(job_id), {"purge": True, "tenant": tenant})
+
+
+def read_webhook(server: RemoteServer, job_id: str, tenant: str | None) -> Flow[JobWebhook]:
+    """The webhook of a job with its deliveries; raises WebhookNotFound, JobNotFound, JobExpired."""
+    answer = yield from get(server, f"{_job_path(job_id)}/webhook", tenant=tenant)
+    return convert(server, answer, JobWebhook)
+
+
+def redeliver_webhook(
+    server: RemoteServer, job_id: str, event: str | None, tenant: str | None
+) -> Flow[JobWebhook]:
+    """Starts a delivery of a job's webhook anew; raises as `read_webhook`, and WebhooksFull."""
+    path = f"{_job_path(job_id)}/webhook/redeliver"
+    answer = yield from call(server, "POST", path, {"event": event, "tenant": tenant})
+    return convert(server, answer, JobWebhook)
 
 
 def _job_path(job_id: str) -> str:

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from asyncinfer.client._answers import AuditLog, ClearedJobs, GroupView, Health, PausedState
+from asyncinfer.client._answers import (
+    AuditLog,
+    ClearedJobs,
+    GroupView,
+    Health,
+    PausedState,
+    RedeliveredWebhooks,
+)
 from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer, call, convert, get, path_part
 from asyncinfer.schemas.operations import (
@@ -14,8 +21,11 @@ from asyncinfer.schemas.operations import (
     Worker,
     WorkerList,
 )
+from asyncinfer.schemas.webhook_views import RedeliverResult, WebhookHost, WebhookList
 
 _PAGE_SIZE: Final = 1000
+_MAX_REDELIVERIES: Final = 100
+"""Requests that start many deliveries of webhooks anew."""
 
 
 def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
@@ -61,6 +71,28 @@ def audit(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flow[Au
         if not cursor:
             break
     return AuditLog(entries=tuple(entries), unreadable=unreadable)
+
+
+def webhooks(server: RemoteServer, tenant: str | None) -> Flow[list[WebhookHost]]:
+    """The hosts that webhooks go to, those with most failures first."""
+    return convert(server, (yield from get(server, "/webhooks", tenant=tenant)), WebhookList).hosts
+
+
+def redeliver_webhooks(server: RemoteServer, query: Mapping[str, Any]) -> Flow[RedeliveredWebhooks]:
+    """Starts the deliveries that match the query anew, 1,000 a request.
+
+    Ends when a request has started none, or after so many that one which fails at once is not
+    started again and again.
+    """
+    redelivered = refused = 0
+    for _ in range(_MAX_REDELIVERIES):
+        answer = yield from call(server, "POST", "/webhooks/redeliver", query)
+        page = convert(server, answer, RedeliverResult)
+        redelivered += page.redelivered
+        refused = page.refused
+        if not (page.more and page.redelivered):
+            break
+    return RedeliveredWebhooks(redelivered=redelivered, refused=refused)
 
 
 def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[PausedState]:

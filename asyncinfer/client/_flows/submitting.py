@@ -44,6 +44,7 @@ class JobOptions(TypedDict, total=False):
     version: str | None
     group: str | None
     answer: Literal["json", "tensors"] | None
+    webhook: str | Mapping[str, Any] | None
 
 
 class NewJob(Struct, frozen=True, kw_only=True):
@@ -72,7 +73,7 @@ def new_job(
         raise InvalidInput("request_id takes 1 to 128 visible ASCII characters.")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("idempotency_key takes 1 to 255 visible ASCII characters.")
-    options = {name: option for name, option in options.items() if option is not None}
+    options = given_options(options)
     return NewJob(
         value=value,
         model=model,
@@ -80,6 +81,14 @@ def new_job(
         key=key or uuid.uuid4().hex,
         request_id=request_id,
     )
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that are None; a webhook that is a URL as an object."""
+    given = {name: option for name, option in options.items() if option is not None}
+    if isinstance(given.get("webhook"), str):
+        given["webhook"] = {"url": given["webhook"]}
+    return given
 
 
 def predict(

@@ -19,6 +19,24 @@ from asyncinfer.untrusted import decoding
 _QUEUES_PER_CALL: Final = 40
 
 
+class WebhookCounts(Struct, frozen=True):
+    """How many webhooks a queue has to tell."""
+
+    reserved: int = 0
+    """Unfinished jobs with a webhook, and deliveries to come."""
+    reserved_bytes: int = 0
+    open: int = 0
+    """Deliveries to come."""
+    due: int = 0
+    oldest_due_seconds: float | None = None
+    """How long the oldest due one has been due; None if none is."""
+    given_up: int = 0
+    """Deliveries that were given up lately."""
+
+
+_NO_WEBHOOKS: Final = WebhookCounts()
+
+
 class QueueDepth(Struct, frozen=True, kw_only=True):
     """The numbers of jobs in a queue."""
 
@@ -30,11 +48,14 @@ class QueueDepth(Struct, frozen=True, kw_only=True):
     paused: bool
     oldest_age_seconds: float | None
     """Of the job that waits longest; None if none waits, or if only external jobs do."""
+    webhooks: WebhookCounts = _NO_WEBHOOKS
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether the queue has no jobs, not even dead letters, and is not paused."""
-        return not (any(self.waiting) or self.delayed or self.running or self.dead or self.paused)
+        """Whether the queue has no jobs, not even dead letters, nothing to tell a webhook, and is
+        not paused."""
+        has_jobs = any(self.waiting) or self.delayed or self.running or self.dead
+        return not (has_jobs or self.webhooks.open or self.paused)
 
 
 class QueueDepths(Struct, frozen=True):
@@ -175,7 +196,14 @@ def combine_load(
 
 
 def parse_depth(
-    now_ms: int, waiting: Any, delayed: int, running: int, dead: int, paused: int, metas: Any
+    now_ms: int,
+    waiting: Any,
+    delayed: int,
+    running: int,
+    dead: int,
+    paused: int,
+    metas: Any,
+    webhooks: Any = None,
 ) -> QueueDepth:
     """The depth in the reply of a script, at `now_ms` of the server's clock."""
     return QueueDepth(
@@ -185,6 +213,27 @@ def parse_depth(
         dead=dead,
         paused=bool(paused),
         oldest_age_seconds=_oldest_age_seconds(now_ms, metas),
+        webhooks=_parse_webhooks(now_ms, *webhooks) if webhooks else _NO_WEBHOOKS,
+    )
+
+
+def _parse_webhooks(
+    now_ms: int,
+    reserved: int,
+    reserved_bytes: bytes | None,
+    total: int,
+    due: int,
+    first_due_ms: bytes | None,
+    given_up: int,
+) -> WebhookCounts:
+    first_ms = decoding.finite(first_due_ms) if due else None
+    return WebhookCounts(
+        reserved,
+        decoding.whole_number(reserved_bytes or b"") or 0,
+        total,
+        due,
+        None if first_ms is None else max(0.0, (now_ms - first_ms) / 1000),
+        given_up,
     )
 
 

@@ -19,7 +19,7 @@ from asyncinfer.repository.inspect.queue_load import (
 )
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store, encode_args
-from asyncinfer.schemas.operations import Queue, WaitingJobs, Worker, percentiles
+from asyncinfer.schemas.operations import Queue, QueueWebhooks, WaitingJobs, Worker, percentiles
 from asyncinfer.untrusted import decoding
 
 _WINDOW_MS: Final = 60_000
@@ -131,6 +131,14 @@ def _queue(queue: str, model: str | None, load: QueueLoad, tally: _Tally) -> Que
         running=depth.running,
         dead=depth.dead,
         oldest_age_seconds=depth.oldest_age_seconds,
+        webhooks=QueueWebhooks(
+            depth.webhooks.reserved,
+            depth.webhooks.reserved_bytes,
+            depth.webhooks.open,
+            depth.webhooks.due,
+            depth.webhooks.oldest_due_seconds,
+            depth.webhooks.given_up,
+        ),
         workers=load.workers,
         slots=load.slots,
         starved=int(load.is_starved),

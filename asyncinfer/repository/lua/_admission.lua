@@ -36,6 +36,8 @@ local function place_with_options(q, id, options, now)
     [FINISH_BY_MS] = finish_by,
     -- Whoever ends the job at its deadline does not read its record.
     [IDEMPOTENCY_DIGEST] = (start_by or finish_by) and options.idempotency_key or nil,
+    [WEBHOOK_EVENTS] = options.webhook_events,
+    [WEBHOOK_ROUND] = options.webhook_round,
   }
   local packed = next(facts) and cmsgpack.pack(facts) or nil
   if start_by or finish_by then

@@ -5,6 +5,7 @@ local FACT_TYPES = {
   [DELIVERIES] = 'number', [SUSPECT] = 'number', [CANCEL_REQUESTED] = 'number', [EXPIRED] = 'number',
   [START_BY_MS] = 'number', [FINISH_BY_MS] = 'number', [TTL_SECONDS] = 'number',
   [CLAIMED_BEFORE] = 'number', [PRIORITY] = 'string', [INBOXES] = 'table', [IDEMPOTENCY_DIGEST] = 'string',
+  [WEBHOOK_EVENTS] = 'number', [WEBHOOK_ROUND] = 'number',
 }
 
 -- Whether the number `value` is valid for the fact `name`: whole, from 0 to 2^53; for a TTL, from

@@ -1,8 +1,9 @@
 -- The names of a queue's keys: `queue(Q).running` is `{Q}:running`, and `.list` is Q itself, the
 -- list of jobs of normal priority.
 -- Words   high low wake running leases facts deadlines delayed seq bytes kept keptbytes stale
---         paused dead log logmarks control reapgate swept hold; in brackets 'claim:' .. token,
---         'idem:' .. digest
+--         paused dead log logmarks control reapgate swept hold outbox undelivered
+--         webhooks webhookbytes; in brackets 'claim:' .. token, 'idem:' .. digest,
+--         'webhook:' .. id
 -- Each word is the key's own name, except `stale`: its key is `ghosts` in every release.
 
 local MAX_QUEUES = 1000

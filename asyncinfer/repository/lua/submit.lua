@@ -1,15 +1,18 @@
 #!lua
 -- submit: takes new jobs into one queue, each whole or not at all.
 -- KEYS    1 queue, 2 the set of all queues
--- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds}; then per job: id,
---         data, meta without seq, options: "" or {idempotency_key (its digest) and fingerprint, priority,
+-- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds, max_webhooks,
+--         max_webhook_bytes} the last two only if a job has a webhook; then per job: id, data, meta
+--         without seq, options: "" or {idempotency_key (its digest) and fingerprint, priority,
 --         ttl_seconds, inbox, group (the list of its ids), start_within_ms, finish_within_ms,
---         delay_ms}
+--         delay_ms, webhook_events (the sum of 1 for completed, 2 for failed, 4 for cancelled),
+--         webhook_round (none for 1), webhook_bytes (to reserve), webhook_target}
 -- Returns per job "ok" | "exists" | "full" | "kept_full": ended jobs keep max_kept_bytes |
---         {"dup", job_id, fingerprint}
+--         "webhooks_full" | {"dup", job_id, fingerprint}
 -- Order   the idempotency key is checked before the id, the id before the capacity. No allow-oom:
 --         with memory full a submit is refused whole.
 -- include: keys job_keys time value doorbell log sequence waiting admission
+-- include: webhook_room webhook_expect
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local verdicts, by_id, by_key = {}, {}, {}
@@ -23,6 +26,7 @@ for i = 2, #ARGV, 4 do statuses[(i + 2) / 4] = job_key(ARGV[i], 'status') end
 local is_usual = redis.call('EXISTS', q.high, q.low, q.delayed, q.stale, unpack(statuses)) == 0
 local all_new = is_usual or redis.call('EXISTS', unpack(statuses)) == 0
 local free, free_bytes, free_kept_bytes = free_capacity(q, args, is_usual)
+local room = webhook_room(q, args)
 
 -- True if the id is taken, by an earlier job of this call or by one in Redis; else false.
 local function exists(id)
@@ -42,15 +46,20 @@ local function duplicate(key)
   end
 end
 
--- Returns the verdict on a new job: ok, exists, full, kept_full, or a table that names an earlier
--- job (see `duplicate`); stores nothing. `options` are unpacked or nil, `size` is the bytes of the
--- input, `free` and `free_bytes` what the queue can still take.
+-- Returns the verdict on a new job: ok, exists, full, kept_full, webhooks_full, or a table that names
+-- an earlier job (see `duplicate`); stores nothing, but takes from `room` what an ok job needs.
+-- `options` are unpacked or nil, `size` is the bytes of the input, `free` and `free_bytes` what the
+-- queue can still take.
 local function verdict_of(id, options, size, free, free_bytes)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end
   if exists(id) then return 'exists' end
   if free_kept_bytes <= 0 then return 'kept_full' end
   if free < 1 or free_bytes < size then return 'full' end
+  if room and options and options.webhook_events
+    and not take_webhook_room(room, options.webhook_bytes) then
+    return 'webhooks_full'
+  end
   return 'ok'
 end
 
@@ -93,7 +102,7 @@ for k, i in ipairs(places) do
   values[n + 5], values[n + 6] = job_key(id, 'meta'), struct.pack('>I8', seq + k) .. ARGV[i + 2]
 end
 redis.call('MSET', unpack(values))
-local joins, packed_facts, groups, now = {}, {}, {}, nil
+local joins, packed_facts, groups, expected, now = {}, {}, {}, room and {}, nil
 for k, id in ipairs(ids) do
   local list, packed, options = q.list, nil, options_of[k]
   if options then
@@ -108,6 +117,7 @@ for k, id in ipairs(ids) do
     local is_timed = options.start_within_ms or options.finish_within_ms or options.delay_ms
     now = now or (is_timed and now_ms())
     list, packed = place_with_options(q, id, options, now)
+    if expected and options.webhook_events then expected[#expected + 1] = { id = id, options = options } end
   end
   if packed then
     packed_facts[#packed_facts + 1], packed_facts[#packed_facts + 2] = id, packed
@@ -119,6 +129,7 @@ for k, id in ipairs(ids) do
   end
 end
 if #packed_facts > 0 then redis.call('HSET', q.facts, unpack(packed_facts)) end
+if expected and #expected > 0 then expect_webhooks(q, expected) end
 for list, joining in pairs(joins) do redis.call('LPUSH', list, unpack(joining)) end
 for list, added in pairs(groups) do add_to_group(list, added) end
 add_waiting_bytes(q, accepted_bytes)
