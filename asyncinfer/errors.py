@@ -167,6 +167,19 @@ class RequestTimeout(RequestError):
     code, status, title = "request_timeout", 408, "The request took too long to arrive"
 
 
+class GroupClosed(RequestError):
+    """The group takes no more jobs, and no other webhook than the one it was closed with."""
+
+    code, status, title = "group_closed", 409, "The group is closed"
+
+
+class GroupNotClosed(RequestError):
+    """Ends the answer to a request of many lines that was to close their group, if not all of them
+    were accepted."""
+
+    code, status, title = "group_not_closed", 409, "The group was not closed"
+
+
 class JobFinished(RequestError):
     code, status, title = "job_finished", 409, "The job has already ended"
 
@@ -245,6 +258,12 @@ class WebhooksFull(QueueFull):
     """The queue has as many webhooks to tell as it may; it takes jobs without one."""
 
     code, title = "webhooks_full", "Too many webhooks are to be told"
+
+
+class TooManyGroups(RequestError):
+    """As many closed groups with a webhook are followed as may be."""
+
+    code, status, title = "too_many_groups", 429, "Too many closed groups have not ended"
 
 
 class ServerStopping(RequestError):

@@ -23,7 +23,7 @@ INSIDE = {
         ("http",),
         ("access_log", "guard", "inputs", "live"),
         ("services",),
-        ("audit", "job_lookup", "sending"),
+        ("audit", "group_closing", "job_lookup", "sending"),
         ("bulk",),
         ("handlers",),
         ("routes",),
@@ -58,7 +58,7 @@ INSIDE = {
         ),
         ("failed_jobs_log", "maintenance", "rights", "submissions"),
         ("operations", "outbox", "reaper"),
-        ("inspect",),
+        ("closed_groups", "inspect"),
         ("unserved_models",),
     ),
     "webhooks": (

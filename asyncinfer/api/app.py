@@ -69,6 +69,7 @@ from asyncinfer.processes.outage import report_of
 from asyncinfer.repository import keys
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.closed_groups import ClosedGroups, follow_closed_groups
 from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
@@ -262,6 +263,7 @@ class Api:
                 group.start_soon(self._services.worker_snapshot.run)
                 group.start_soon(self._services.queue_looks.run)
                 group.start_soon(reap_forever, store, self._services.failed_jobs)
+                group.start_soon(follow_closed_groups, store)
                 if self._guard.keys:
                     group.start_soon(self._guard.keys.run)
                 try:
@@ -464,6 +466,7 @@ def _services(
         selection=Selection(store),
         operations=operations,
         groups=Groups(store, operations),
+        closed_groups=ClosedGroups(store),
         outbox=Outbox(store),
         webhook_inspection=WebhookInspection(store),
         audit_entries=AuditEntries(store),

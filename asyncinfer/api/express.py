@@ -26,11 +26,13 @@ from asyncinfer.api.routes import ROUTES
 from asyncinfer.errors import RequestError
 from asyncinfer.monitoring.histogram import Histogram
 from asyncinfer.repository.submissions import NewJob, SubmitReply
-from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.schemas.requests import RequestOptions, SubmitQuery
 
 _ROUTE, _ROUTE_OF_MODEL = (route for route in ROUTES if route.handler is predict)
 _PATH: Final = b"/predict"
 _ACCEPTED: Final = 202
+_NO_OPTIONS: Final = RequestOptions()
+"""Those of the query, which a usual request has not."""
 _UNUSUAL: Final = frozenset({b"prefer", b"idempotency-key", b"traceparent"})
 """Headers of requests that may have to wait for more than the submit, or are part of a trace."""
 
@@ -72,14 +74,14 @@ class Express:
             # First, as an unusual request is checked again by the ordinary way.
             if not self._is_usual(headers):
                 return None
-            request: Request[RequestOptions]
+            request: Request[SubmitQuery]
             request = self._api.admit(_ROUTE, scope, headers, exchange.receive)
             check_scope(_ROUTE, request)
             served = self._api.services.catalog.find_known(model.decode() or None)
             if served is None:
                 return None
-            door = self._api.services.webhooks
-            head = job_head(request, served, None, self._api.config.max_ttl_seconds, door)
+            door, max_ttl_seconds = self._api.services.webhooks, self._api.config.max_ttl_seconds
+            head = job_head(request, _NO_OPTIONS, served, None, max_ttl_seconds, door)
         except Exception:
             # Whatever it is, the ordinary way meets it too, and answers or logs it.
             return None
@@ -99,7 +101,7 @@ class Express:
     def _submit(
         self,
         exchange: Exchange,
-        request: Request[RequestOptions],
+        request: Request[SubmitQuery],
         head: JobHead,
         path: _Path,
         started_at: float,

@@ -15,7 +15,7 @@ from asyncinfer.api.routes import EVERYWHERE, Route
 from asyncinfer.errors import Forbidden, RequestError, Unauthorized
 from asyncinfer.schemas.problems import Problem
 from asyncinfer.schemas.requests import QUERY_OBJECTS
-from asyncinfer.schemas.webhooks import WEBHOOK_EVENTS
+from asyncinfer.schemas.webhooks import JOB_EVENTS, GroupEvent
 
 _Schema = dict[str, Any]
 
@@ -46,7 +46,16 @@ def document(routes: Sequence[Route]) -> bytes:
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "paths": paths,
-            "webhooks": _webhooks([by_struct[event] for event in WEBHOOK_EVENTS]),
+            "webhooks": {
+                "jobEnded": _webhook(
+                    "Tells the end of a job to the URL of its option `webhook`.",
+                    [by_struct[event] for event in JOB_EVENTS],
+                ),
+                "groupEnded": _webhook(
+                    "Tells that all jobs of a closed group have ended to the URL of its webhook.",
+                    [by_struct[GroupEvent]],
+                ),
+            },
             "components": {"schemas": components, "securitySchemes": _SECURITY},
         }
     )
@@ -55,25 +64,25 @@ def document(routes: Sequence[Route]) -> bytes:
 def _bodies(routes: Iterable[Route]) -> list[type[Struct]]:
     """Every struct that is the body, or a line of the body, of a request or answer: once, in the
     order of the routes, after Problem and the bodies of webhooks."""
-    structs: dict[type[Struct], None] = dict.fromkeys((Problem, *WEBHOOK_EVENTS))
+    structs: dict[type[Struct], None] = dict.fromkeys((Problem, *JOB_EVENTS, GroupEvent))
     for route in routes:
         lines = (*route.line_bodies, *route.line_answers)
         structs |= {body: None for body in (*route.bodies, *route.answers.values(), *lines) if body}
     return list(structs)
 
 
-def _webhooks(schemas: Sequence[_Schema]) -> dict[str, _Schema]:
+def _webhook(summary: str, schemas: Sequence[_Schema]) -> _Schema:
     """What the service sends to receivers; `schemas` are those of the bodies."""
     content = {"application/json": {"schema": {"oneOf": schemas}}}
     operation = {
-        "summary": "Tells the end of a job to the URL of its option `webhook`.",
+        "summary": summary,
         "requestBody": {"required": True, "content": content},
         "responses": {
             "2XX": {"description": "It is delivered."},
             "410": {"description": "It is not tried again. After any other answer it is."},
         },
     }
-    return {"jobEnded": {"post": operation}}
+    return {"post": operation}
 
 
 def _operation(route: Route, schemas: dict[type[Struct], _Schema]) -> _Schema:

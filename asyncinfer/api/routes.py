@@ -9,7 +9,7 @@ from asyncinfer.api.handlers.admin import clear_jobs, list_queues, list_workers,
 from asyncinfer.api.handlers.audit import list_audit
 from asyncinfer.api.handlers.autoscaling import read_scale
 from asyncinfer.api.handlers.events import follow_job, follow_jobs
-from asyncinfer.api.handlers.groups import cancel_group, read_group
+from asyncinfer.api.handlers.groups import cancel_group, close_group, read_group
 from asyncinfer.api.handlers.health import about, health, live, openapi, ready
 from asyncinfer.api.handlers.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.handlers.models import (
@@ -36,6 +36,7 @@ from asyncinfer.errors import (
     BodyTooLarge,
     DiskFull,
     EncodingRefused,
+    GroupClosed,
     GroupNotFound,
     IdempotencyConflict,
     InvalidHeader,
@@ -65,6 +66,7 @@ from asyncinfer.errors import (
     StorageFull,
     TooFewReplicas,
     TooManyDownloads,
+    TooManyGroups,
     TooManyStreams,
     TooManyUploads,
     VersionNotFound,
@@ -78,6 +80,7 @@ from asyncinfer.schemas.requests import (
     AuditQuery,
     CancelJobQuery,
     ClearJobsQuery,
+    CloseGroupRequest,
     EventsQuery,
     JobEventsQuery,
     JobQuery,
@@ -92,6 +95,7 @@ from asyncinfer.schemas.requests import (
     ResultQuery,
     RetryQuery,
     RetryRequest,
+    SubmitQuery,
     TensorLine,
     TensorRequest,
     WaitQuery,
@@ -102,6 +106,7 @@ from asyncinfer.schemas.responses import (
     ClearResult,
     Group,
     GroupCancelResult,
+    GroupCloseResult,
     Health,
     Job,
     JobList,
@@ -215,6 +220,8 @@ _PREDICT: Final[Errors] = (
     JobCancelled,
     ResultDamaged,
     IdempotencyConflict,
+    GroupNotFound,
+    GroupClosed,
     QueueFull,
     KeptFull,
     WebhooksFull,
@@ -230,7 +237,7 @@ ROUTES: Final = (
             "submit",
             {200: Job, 202: AcceptedJob},
             _PREDICT,
-            query=RequestOptions,
+            query=SubmitQuery,
             headers=(_PREFER, _IDEMPOTENCY_KEY, _JSON_LENGTH),
             bodies=_INPUTS,
             binary_bodies=_BINARY,
@@ -354,6 +361,21 @@ ROUTES: Final = (
     ),
     Route("GET", "/group/{group}", read_group, "read", {200: Group}, _GROUP),
     Route("DELETE", "/group/{group}", cancel_group, "submit", {200: GroupCancelResult}, _GROUP),
+    Route(
+        "POST",
+        "/group/{group}/close",
+        close_group,
+        "submit",
+        {200: GroupCloseResult},
+        (
+            *(InvalidJSON, InvalidHeader, BodyTooLarge, MediaTypeRefused, EncodingRefused),
+            *(TooManyUploads, InvalidInput, WebhookRefused),
+            *(GroupClosed, TooManyGroups, WebhooksFull),
+            *_GROUP,
+        ),
+        bodies=(CloseGroupRequest,),
+        body_required=False,
+    ),
     Route("GET", "/models", list_models, "read", {200: ModelList}, _REDIS),
     Route("GET", "/models/{model}", read_model, "read", {200: Model}, _MODEL + _REDIS),
     Route(

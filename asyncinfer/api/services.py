@@ -15,6 +15,7 @@ from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.api.worker_snapshot import WorkerSnapshot
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.audit import AuditEntries
+from asyncinfer.repository.closed_groups import ClosedGroups
 from asyncinfer.repository.failed_jobs_log import FailedJobsLog
 from asyncinfer.repository.inspect.audit_log import AuditLog
 from asyncinfer.repository.inspect.dead_letters import DeadLetters
@@ -46,6 +47,7 @@ class Services(Struct, frozen=True, kw_only=True):
     selection: Selection
     operations: Operations
     groups: Groups
+    closed_groups: ClosedGroups
     outbox: Outbox
     webhook_inspection: WebhookInspection
     audit_entries: AuditEntries

@@ -1,5 +1,6 @@
 """What a client returns besides results: counts of jobs, refusals, and the state of the service."""
 
+from datetime import datetime
 from typing import Any
 
 from msgspec import Struct
@@ -150,3 +151,5 @@ class GroupView(Struct, frozen=True, kw_only=True):
     progress: float = 0.0
     eta_seconds: float | None = None
     first_failed: tuple[str, ...] = ()
+    closed: bool = False
+    ended_at: datetime | None = None

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Unpack
 
@@ -25,7 +25,7 @@ from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver
 from asyncinfer.client._errors import shown_url
 from asyncinfer.client._flows import jobs, models, operations, submitting
-from asyncinfer.client._flows.submitting import JobOptions
+from asyncinfer.client._flows.submitting import JobOptions, MapJobOptions
 from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import AsyncGroup
 from asyncinfer.client._jobs import AsyncJob
@@ -118,10 +118,11 @@ class AsyncClient:
         in_flight: int = 8,
         progress: bool = True,
         on_error: OnError = "raise",
-        **options: Unpack[JobOptions],
+        webhook: str | Mapping[str, Any] | None = None,
+        **options: Unpack[MapJobOptions],
     ) -> AsyncResults:
         """Returns an iterator of the result of each row, in order, as the results come."""
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         return AsyncResults(self._server, self._driver, rows, wanted)
 
     async def map_frame(
@@ -135,10 +136,11 @@ class AsyncClient:
         in_flight: int = 8,
         progress: bool = True,
         on_error: OnError = "raise",
-        **options: Unpack[JobOptions],
+        webhook: str | Mapping[str, Any] | None = None,
+        **options: Unpack[MapJobOptions],
     ) -> Any:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own."""
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         known = await self._driver.run(models.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
         results = [

@@ -27,7 +27,7 @@ from asyncinfer.client._errors import (
     shown_url,
 )
 from asyncinfer.client._flows import jobs, models, operations, submitting
-from asyncinfer.client._flows.submitting import JobOptions
+from asyncinfer.client._flows.submitting import JobOptions, MapJobOptions
 from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
 from asyncinfer.client._jobs import Job
@@ -189,7 +189,8 @@ class Client:
         in_flight: int = 8,
         progress: bool = True,
         on_error: OnError = "raise",
-        **options: Unpack[JobOptions],
+        webhook: str | Mapping[str, Any] | None = None,
+        **options: Unpack[MapJobOptions],
     ) -> Results:
         """Returns an iterator of the result of each row, in order, as the results come.
 
@@ -216,11 +217,15 @@ class Client:
         (and `batch`) within a day, or the server's MAX_TTL if that is shorter, go on where a map
         stopped, and run nothing twice.
 
+        With `webhook`, as in `Group.close`, the group is closed when all rows are done, before the
+        last results are given, and the server tells of it. A map that ends early, or has no rows,
+        closes nothing. An error of the close is raised behind the last result.
+
         >>> rows = [[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]
         >>> [row["class_name"] for row in client.map(rows, "iris", progress=False)]
         ['setosa', 'virginica']
         """
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         return Results(self._server, self._driver, rows, wanted)
 
     def map_frame(
@@ -234,7 +239,8 @@ class Client:
         in_flight: int = 8,
         progress: bool = True,
         on_error: OnError = "raise",
-        **options: Unpack[JobOptions],
+        webhook: str | Mapping[str, Any] | None = None,
+        **options: Unpack[MapJobOptions],
     ) -> Any:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own.
 
@@ -250,7 +256,7 @@ class Client:
         >>> list(client.map_frame(flowers, model="iris", progress=False).columns)
         ['sl', 'sw', 'pl', 'pw', 'prediction', 'class_name', 'probability']
         """
-        wanted = map_options(model, batch, in_flight, progress, on_error, options)
+        wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         known = self._driver.run(models.cached_model(self._server, model))
         rows = dataframes.input_rows(frame, columns, known)
         results = [result for result in Results(self._server, self._driver, rows, wanted)]
@@ -612,6 +618,7 @@ def map_options(
     in_flight: int,
     progress: bool,
     on_error: OnError,
+    webhook: str | Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> MapOptions:
     """The arguments of a map, with a random group if none is given.
@@ -635,6 +642,7 @@ def map_options(
         on_error=on_error,
         group=group,
         is_named="group" in options,
+        webhook=webhook,
         options={**options, "group": group},
     )
 

@@ -14,6 +14,7 @@
         ├── JobNotFound                   404; so ModelNotFound, VersionNotFound, GroupNotFound,
         │                                 WebhookNotFound
         ├── JobFinished                   409; so JobNotFinished, JobCancelled, JobNotRetryable
+        ├── GroupClosed                   409, the group takes no more jobs
         ├── JobExpired                    410, the job is no longer kept
         ├── BodyTooLarge                  413
         ├── InvalidInput                  422, `.faults` has a JSON pointer for each fault

@@ -1,6 +1,7 @@
 """Groups: the progress of jobs that share a name."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -49,11 +50,21 @@ class GroupState:
         """Seconds until all jobs have ended, at their pace so far; None while none has ended."""
         return self._fields.eta_seconds
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._fields.closed
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """When all its jobs had ended; None before, and if it was closed without a webhook."""
+        return self._fields.ended_at
+
     def as_dict(self) -> dict[str, Any]:
         """All that the server says of it.
 
-        The keys are `group`, `jobs`, `counts`, `progress`, `eta_seconds`, `created_at` (RFC 3339)
-        and `first_failed` (up to 10 ids of failed jobs).
+        The keys are `group`, `jobs`, `counts`, `progress`, `eta_seconds`, `created_at` and
+        `ended_at` (RFC 3339), `first_failed` (up to 10 ids of failed jobs) and `closed`.
         """
         return dict(self._view)
 
@@ -98,6 +109,21 @@ class Group(GroupState):
         """
         return self._driver.run(operations.cancel_group(self._server, self.name))
 
+    def close(self, *, webhook: str | Mapping[str, Any] | None = None) -> "Group":
+        """Lets no more jobs join it: a later submit raises GroupClosed. Returns it as it is then.
+
+        A failed job may still be retried. `webhook`, a URL or a dict of `url` and `metadata`, is
+        told once, with the counts, when all jobs have ended; it may also be given later. Raises
+        GroupNotFound once it is no longer kept, GroupClosed if it has another webhook, and
+        InvalidInput for a webhook that the server does not take.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-close")
+        >>> client.group("docs-close").close().closed
+        True
+        """
+        self._driver.run(operations.close_group(self._server, self.name, webhook))
+        return self.refresh()
+
     def events(self) -> Iterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left.
 
@@ -130,6 +156,11 @@ class AsyncGroup(GroupState):
     async def cancel(self) -> ClearedJobs:
         """Cancels all its unfinished jobs; returns how many."""
         return await self._driver.run(operations.cancel_group(self._server, self.name))
+
+    async def close(self, *, webhook: str | Mapping[str, Any] | None = None) -> "AsyncGroup":
+        """Lets no more jobs join it, and returns it as it is then."""
+        await self._driver.run(operations.close_group(self._server, self.name, webhook))
+        return await self.refresh()
 
     def events(self) -> AsyncIterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left."""

@@ -10,6 +10,7 @@ The scripts build the same names in `lua/_keys.lua` and `lua/_job_keys.lua`; a t
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
 
@@ -235,10 +236,29 @@ def inbox(n: str, api: str) -> str:
 def group(n: str, tenant: str, name: str) -> str:
     """List, TTL 7 days after the last submit: the ids of the jobs that `tenant` calls `name`.
 
-    Neither is readable in Redis.
+    Of a closed group with a webhook, 7 days after its end. Neither is readable in Redis.
     """
-    digest = hashlib.sha256(f"{tenant}\0{name}".encode()).hexdigest()
-    return f"{{{n}}}:group:{digest}"
+    return f"{{{n}}}:group:{group_digest(tenant, name)}"
+
+
+def closed_group(n: str, tenant: str, name: str) -> str:
+    """Hash, TTL 7 days after it was closed: exists once the group takes no more jobs.
+
+    Of one with a webhook, 7 days after its end: what is sent then, and its ended jobs so far.
+    """
+    return f"{{{n}}}:closed:{group_digest(tenant, name)}"
+
+
+@lru_cache(maxsize=1024)
+def group_digest(tenant: str, name: str) -> str:
+    """What names a tenant's group in its keys, in hex digits."""
+    return hashlib.sha256(f"{tenant}\0{name}".encode()).hexdigest()
+
+
+def closing(n: str) -> str:
+    """ZSET, no TTL: by digest the closed groups with a webhook whose jobs have not all ended, and
+    when each is looked at next in ms."""
+    return f"{{{n}}}:closing"
 
 
 def worker(n: str, worker_id: str) -> str:

@@ -56,13 +56,13 @@ class NewJob(Struct, frozen=True):
 class SubmitReply(Struct, frozen=True):
     """The reply to a submit.
 
-    `ok`: the job is stored. `exists`: it was already. `full`: the queue is full. `kept_full`: the
-    queue's ended jobs keep as much as they may. `webhooks_full`: the queue has as many webhooks to
-    tell as it may. `dup`: its Idempotency-Key belongs to the job
-    `job_id`, which was submitted with `fingerprint`.
+    `ok`: the job is stored. `exists`: it was already. `closed`: its group takes no more jobs.
+    `full`: the queue is full. `kept_full`: the queue's ended jobs keep as much as they may.
+    `webhooks_full`: the queue has as many webhooks to tell as it may. `dup`: its Idempotency-Key
+    belongs to the job `job_id`, which was submitted with `fingerprint`.
     """
 
-    verdict: Literal["ok", "exists", "dup", "full", "kept_full", "webhooks_full"]
+    verdict: Literal["ok", "exists", "dup", "closed", "full", "kept_full", "webhooks_full"]
     job_id: str
     fingerprint: str = ""
 

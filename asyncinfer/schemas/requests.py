@@ -1,12 +1,13 @@
 """Bodies and queries of requests, checked as they are decoded."""
 
-from typing import Annotated, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.jobs import (
     GROUP_PATTERN,
+    MAX_WEBHOOK_URL,
     NAME_PATTERN,
     PATTERN_END,
     Options,
@@ -49,6 +50,18 @@ class RequestOptions(Options, frozen=True, kw_only=True, forbid_unknown_fields=T
         ]
         | None
     ) = None
+
+
+class SubmitQuery(RequestOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The query of a submit: the options of its job, and what becomes of its group."""
+
+    close: Annotated[
+        bool,
+        Meta(
+            description="Close the group once the job is accepted: it takes no more jobs. Of many "
+            "lines: the group of the query, once all lines are accepted."
+        ),
+    ] = False
 
 
 LineKey = (
@@ -281,6 +294,28 @@ class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """The ids of jobs to run again."""
 
     job_ids: Annotated[list[str], Meta(min_length=1, max_length=MAX_JOBS_PER_CALL)]
+
+
+class GroupWebhook(Struct, frozen=True, forbid_unknown_fields=True):
+    """Whom to tell when all jobs of a group have ended."""
+
+    url: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=MAX_WEBHOOK_URL,
+            description="Where the end of the group is POSTed to, signed.",
+        ),
+    ]
+    metadata: Annotated[
+        dict[str, Any], Meta(description="Sent back with it; at most 4 KiB of JSON.")
+    ] = {}
+
+
+class CloseGroupRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a group is closed."""
+
+    webhook: GroupWebhook | None = None
 
 
 class ClearJobsQuery(Struct, frozen=True, forbid_unknown_fields=True):

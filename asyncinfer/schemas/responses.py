@@ -211,6 +211,22 @@ class Group(Struct, frozen=True, kw_only=True):
     )
     created_at: Annotated[datetime, Meta(description="When its first job was created.")] | None
     first_failed: Annotated[list[str], Meta(description="Up to 10 ids of failed jobs.")]
+    closed: Annotated[bool, Meta(description="It takes no more jobs.")] = False
+    ended_at: (
+        Annotated[
+            datetime,
+            Meta(
+                description="When all its jobs had ended; null before, and of a group that was "
+                "closed without a webhook."
+            ),
+        ]
+        | None
+    ) = None
+
+
+class GroupCloseResult(Struct, frozen=True):
+    group: str
+    closed: Annotated[bool, Meta(description="Always true.")] = True
 
 
 class GroupCancelResult(Struct, frozen=True):

@@ -1,7 +1,7 @@
 """What a webhook tells its receiver."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -17,7 +17,7 @@ class ExpiredJob(Struct, frozen=True):
 
 
 class WebhookEvent(Struct, frozen=True, kw_only=True):
-    """The body of a webhook."""
+    """The body of a webhook of a job."""
 
     type: str
     """`job.completed`, `job.failed` or `job.cancelled`."""
@@ -39,5 +39,33 @@ class ExpiredEvent(Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any]
 
 
-WEBHOOK_EVENTS = (WebhookEvent, ExpiredEvent)
-"""All bodies of webhooks."""
+class EndedCounts(Struct, frozen=True, kw_only=True):
+    """How the jobs of a group ended."""
+
+    completed: int
+    failed: int
+    cancelled: int
+    expired: int
+    """Jobs that had ended and were no longer kept when they were looked at."""
+
+
+class EndedGroup(Struct, frozen=True, kw_only=True):
+    group: str
+    jobs: int
+    counts: EndedCounts
+    closed_at: datetime
+    ended_at: datetime
+
+
+class GroupEvent(Struct, frozen=True, kw_only=True):
+    """The body of the webhook of a group all of whose jobs have ended."""
+
+    type: Literal["group.ended"] = "group.ended"
+    timestamp: datetime
+    """When it was found that all have ended."""
+    data: EndedGroup
+    metadata: dict[str, Any]
+
+
+JOB_EVENTS: Final = (WebhookEvent, ExpiredEvent)
+"""The bodies of webhooks of jobs."""

@@ -30,7 +30,7 @@ from tests.process import REPOSITORY
 
 PAGE: Final = page("http.md")
 OPTIONS: Final = "[the options](#options)"
-BULK_ONLY: Final = {"too_many_refused_lines"}
+BULK_ONLY: Final = {"group_not_closed", "too_many_refused_lines"}
 MONITOR_ONLY: Final = {"not_ready"}
 
 _FACTS: Final = re.compile(
@@ -95,9 +95,9 @@ def facts_by_route() -> dict[str, Facts]:
 
 def _facts(match: re.Match[str]) -> Facts:
     query = match["query"]
-    is_options = query == OPTIONS
+    options = RequestOptions.__struct_fields__ if query.startswith(OPTIONS) else ()
     return Facts(
-        set(RequestOptions.__struct_fields__) if is_options else set(names(query)),
+        {*options, *names(query)},
         set(names(match["headers"] or "")),
         [int(status) for status in match["answers"].split(", ")],
         set(names(match["errors"])),

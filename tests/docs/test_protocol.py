@@ -15,6 +15,7 @@ import redis
 from asyncinfer.jobs import SCHEMA, TERMINAL, Facts, Outcome, Record, Webhook
 from asyncinfer.repository import keys
 from asyncinfer.repository.audit import AuditEntries, StoredEntry
+from asyncinfer.repository.closed_groups import ClosedGroups
 from asyncinfer.repository.deliveries import Attempt, Member, Target
 from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.leases import Leases
@@ -140,7 +141,7 @@ PLACEHOLDERS: Final = {
     "worker_id": "<worker>",
     "model": "<model>",
 }
-NOT_KEYS: Final = ("queue", "model_of")
+NOT_KEYS: Final = ("queue", "model_of", "group_digest")
 
 
 def key_functions() -> dict[str, Callable[..., str | tuple[str, ...]]]:
@@ -308,6 +309,20 @@ async def use_every_script(driver: QueueDriver, after_each: Callable[[], None]) 
     await driver.run_all()
     await driver.operations.purge(OTHER)
     after_each()
+    await _close_groups(driver)
+    after_each()
+
+
+async def _close_groups(driver: QueueDriver) -> None:
+    """Closes a group that has ended, and one that has not."""
+    groups = ClosedGroups(driver.store)
+    await driver.submit_one(group="ended")
+    await driver.run_all()
+    await driver.submit_one(group="unfinished")
+    for name in ("ended", "unfinished"):
+        target = Target("https://example.com/hook", "default")
+        assert await groups.close("default", name, target) == "closed"
+    assert await groups.follow() == 1
 
 
 async def _tell_webhooks(driver: QueueDriver, after_each: Callable[[], None]) -> None:

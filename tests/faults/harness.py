@@ -32,8 +32,9 @@ def assert_bounded(client: redis.Redis) -> None:
     for name, ttl, status in zip(names, replies[::2], replies[1::2], strict=True):
         ended = status is None or status.decode() in TERMINAL
         assert not (ended and ttl == -1), f"{name!r} of a job {status!r} has no TTL"
-    for name in client.scan_iter("{*}:group:*", count=1000):
-        assert client.ttl(name) != -1, f"the group {name!r} has no TTL"
+    for pattern in ("{*}:group:*", "{*}:closed:*"):
+        for name in client.scan_iter(pattern, count=1000):
+            assert client.ttl(name) != -1, f"the group {name!r} has no TTL"
 
 
 def assert_at_rest(client: redis.Redis, *queues: str) -> None:

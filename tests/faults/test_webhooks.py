@@ -17,7 +17,7 @@ import httpx2
 import pytest
 import redis
 
-from asyncinfer.client import verify_webhook
+from asyncinfer.client import Client, verify_webhook
 from asyncinfer.repository import keys
 from asyncinfer.repository.deliveries import DeliveryState, read_state
 from asyncinfer.webhooks.sender import LEASE_SECONDS
@@ -283,3 +283,92 @@ def test_the_receiver_of_the_page_prints_what_it_is_told(
         shown.communicate()
     assert line.startswith("job.completed {'order': 4711} {")
     assert "setosa" in line
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+def close_group(service: Hooked, hook: Receiver, group: str) -> None:
+    url = f"{service.url}/group/{group}/close"
+    reply = httpx2.post(url, json={"webhook": {"url": hook.url()}}, timeout=10)
+    assert reply.status_code == 200, reply.text
+
+
+def submit_group(service: Hooked, group: str, count: int, **options: Any) -> None:
+    line = json.dumps({"data": ROW, "options": {"group": group, **options}})
+    content = "\n".join([line] * count)
+    headers = {"content-type": "application/x-ndjson"}
+    reply = httpx2.post(f"{service.url}/predict", content=content, headers=headers, timeout=60)
+    assert reply.text.count('"pending"') == count, reply.text
+
+
+def test_the_end_of_a_group_is_told_once_though_apis_are_killed(
+    service: Hooked, hook: Receiver
+) -> None:
+    """Two APIs follow five groups; the one is killed again and again, and started anew."""
+    doomed = len(service.services.members)
+    first_url = service.url
+    service.services.serve()
+    for number in range(5):
+        group = f"night-{number}"
+        submit_group(service, group, 200)
+        submit_group(service, group, 20, ttl_seconds=1)
+        close_group(service, hook, group)
+        service.services.members[doomed].kill()
+        service.services.members[doomed].wait()
+        service.services.serve()
+        service.services.members[doomed] = service.services.members.pop()
+    service.wait_until_quiet()
+    hook.wait_for(5)
+    service.wait_until_quiet()
+    assert service.url == first_url
+    told = [request.event["data"] for request in hook.requests]
+    assert {data["group"] for data in told} == {f"night-{number}" for number in range(5)}
+    assert len({request.webhook_id for request in hook.requests}) == 5
+    for data in told:
+        assert data["jobs"] == 220
+        assert data["counts"]["completed"] + data["counts"]["expired"] == 220
+
+
+def test_a_group_that_ended_while_no_api_lived_is_told_by_the_next_one(
+    service: Hooked, hook: Receiver
+) -> None:
+    submit_group(service, "g", 50, delay_seconds=2)
+    close_group(service, hook, "g")
+    service.services.members[-1].kill()
+    with contextlib.closing(redis.Redis.from_url(service.server.url)) as client:
+        queue: Any = client
+        unfinished = (keys.delayed(Q), Q, keys.running(Q))
+        eventually_sync(lambda: not queue.exists(*unfinished), "all jobs have ended")
+    assert hook.requests == []
+    service.url = service.services.serve()
+    (request,) = hook.wait_for(1)
+    assert request.event["data"]["counts"]["completed"] == 50
+
+
+def test_an_emptied_redis_tells_of_no_group(service: Hooked, hook: Receiver) -> None:
+    submit_group(service, "g", 5, delay_seconds=60)
+    close_group(service, hook, "g")
+    with contextlib.closing(redis.Redis.from_url(service.server.url)) as client:
+        client.flushall()
+    eventually_sync(lambda: _predicts(service), "the model is announced again")
+    submit_group(service, "g", 5)
+    close_group(service, hook, "g")
+    (request,) = hook.wait_for(1)
+    assert request.event["data"]["counts"]["completed"] == 5
+
+
+def _predicts(service: Hooked) -> bool:
+    return httpx2.post(f"{service.url}/predict", json={"data": ROW}, timeout=10).status_code == 202
+
+
+def test_a_map_with_a_webhook_is_told_when_it_is_done(service: Hooked, hook: Receiver) -> None:
+    with Client(service.url) as client:
+        results = client.map(
+            ROW * 1000, "iris", batch=10, webhook={"url": hook.url()}, progress=False
+        )
+        assert len(list(results)) == 1000
+    (request,) = hook.wait_for(1)
+    assert is_signed(request, SECRETS[0])
+    data = verify_webhook(SECRETS[0], request.headers, request.body)["data"]
+    assert (data["group"], data["counts"]["completed"]) == (results.group, 100)

@@ -106,6 +106,42 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "a_closed_group_takes_jobs",
+        f"{_LUA}/submit.lua",
+        "is_closed(closed_groups, options.group) then return 'closed' end",
+        "is_closed(closed_groups, options.group) then return 'ok' end",
+        (
+            "tests/repository/test_closed_groups.py::test_a_closed_group_takes_no_more_jobs_and_others_do",
+        ),
+    ),
+    Fault(
+        "an_ended_job_of_a_closed_group_is_counted_again",
+        f"{_LUA}/count_ended.lua",
+        "redis.call('HSET', closed, 'cursor', cursor,",
+        "redis.call('HSET', closed, 'cursor', cursor - count,",
+        (
+            "tests/repository/test_closed_groups.py::test_jobs_count_as_they_were_when_they_had_ended",
+        ),
+    ),
+    Fault(
+        "a_closed_group_ends_again_and_again",
+        f"{_LUA}/end_group.lua",
+        "redis.call('ZREM', q.closing, args.digest)",
+        "",
+        (
+            "tests/repository/test_closed_groups.py::test_a_group_ends_once_however_many_processes_follow_it",
+        ),
+    ),
+    Fault(
+        "the_room_of_a_groups_webhook_is_given_back_before_its_end",
+        f"{_LUA}/settle.lua",
+        "if not id or not (is_expected(id, number) or is_followed(id) or is_open(id, number)) then",
+        "if not id or not (is_expected(id, number) or is_open(id, number)) then",
+        (
+            "tests/repository/test_closed_groups.py::test_the_room_of_a_groups_webhook_is_reserved_by_its_close",
+        ),
+    ),
+    Fault(
         "an_idempotency_key_has_no_ttl",
         f"{_LUA}/submit.lua",
         "redis.call('SET', q['idem:' .. key], by_key[key], 'EX', args.idempotency_ttl_seconds)",

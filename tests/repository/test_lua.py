@@ -337,22 +337,27 @@ def test_the_words_of_keys_are_those_that_python_builds(server: redis.Redis) -> 
 def test_the_keys_that_scripts_use_are_those_that_are_listed() -> None:
     text = "".join(code_of(source(name)) for name in (*NAMES, *PARTS))
     # `q` and `default_q` hold the keys of a queue.
-    assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {"list"}
-    assert set(re.findall(r"\bq\['(\w+):'", text)) == {"claim", "idem", "webhook"}
+    assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {"list", "closing"}
+    assert set(re.findall(r"\bq\['(\w+):'", text)) == {
+        *("claim", "idem", "webhook", "group", "closed"),
+    }
     for names in re.findall(r"local ([\w, ]+) = queue\(", text):
         assert re.fullmatch(r"(?:\w+_)?q(, .*)?", names)
 
 
 def test_lua_builds_the_names_that_python_builds(server: redis.Redis) -> None:
+    digest = keys.group_digest("t", "g")
     names = server.eval(
         source("_keys")
         + source("_job_keys")
-        + "local q = queue('a:b') return { q['claim:t'], q['idem:k'], job_key('1', 'data'), "
+        + "local q = queue('a:b') return { q['claim:t'], q['idem:k'], q.closing, "
+        + f"q['group:{digest}'], q['closed:{digest}'], job_key('1', 'data'), "
         + "unpack(job_keys({ '1', '2' }, ':status')) }",
         0,
     )
     assert [name.decode() for name in names] == [
-        *(keys.claim("a:b", "t"), keys.idempotency("a:b", "k"), keys.data("1")),
+        *(keys.claim("a:b", "t"), keys.idempotency("a:b", "k"), keys.closing("a:b")),
+        *(keys.group("a:b", "t", "g"), keys.closed_group("a:b", "t", "g"), keys.data("1")),
         *(keys.status("1"), keys.status("2")),
     ]
 

@@ -13,6 +13,7 @@ from asyncinfer.api.bulk.response_queue import Due, ResponseBlock, ResponseQueue
 from asyncinfer.api.bulk.submitter import BatchSubmitter, NumberedJob
 from asyncinfer.api.bulk.writer import ResponseWriter, problem_line
 from asyncinfer.api.catalog import Served
+from asyncinfer.api.group_closing import close_group, group_to_close
 from asyncinfer.api.http.body import NDJSON, check_bulk_headers
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, Reservation
 from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Stream
@@ -21,6 +22,7 @@ from asyncinfer.api.inputs.new_job import check_webhook, new_job
 from asyncinfer.api.inputs.request_input import (
     check_query_ttl,
     is_slow_to_parse,
+    options_of,
     read_line,
     read_long_line,
 )
@@ -28,6 +30,7 @@ from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
+    GroupNotClosed,
     InvalidHeader,
     RequestError,
     RequestTimeout,
@@ -35,7 +38,7 @@ from asyncinfer.errors import (
     TooManyRefusedLines,
 )
 from asyncinfer.repository.submissions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, NewJob
-from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.schemas.requests import SubmitQuery
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ class _KeyRevoked(Exception):
     """The client's key was revoked, so no more lines are read."""
 
 
-async def predict_lines(services: Services, request: Request[RequestOptions]) -> Stream:
+async def predict_lines(services: Services, request: Request[SubmitQuery]) -> Stream:
     """Returns the stream of response lines, which reads the request while it is sent. Raises errors
     that concern the whole request; an error in a line becomes that line's response."""
     check_bulk_headers(request)
@@ -62,7 +65,10 @@ async def predict_lines(services: Services, request: Request[RequestOptions]) ->
             "Idempotency-Key does not go with one request a line: give each line a member "
             "`idempotency_key` of its own."
         )
-    check_query_ttl(request.query, services.config.max_ttl_seconds)
+    options = options_of(request.query)
+    check_query_ttl(options, services.config.max_ttl_seconds)
+    if request.query.close:
+        group_to_close(options)
     wait_seconds = preferred_wait(request)
     await services.catalog.find(request.path("model"))
     request.keep_body_open()
@@ -86,7 +92,7 @@ class BulkReader:
     def __init__(
         self,
         services: Services,
-        request: Request[RequestOptions],
+        request: Request[SubmitQuery],
         responses: ResponseQueue,
         wait_seconds: int | None,
     ) -> None:
@@ -94,6 +100,8 @@ class BulkReader:
         job with its 202."""
         self._services = services
         self._request = request
+        self._options = options_of(request.query)
+        """Of lines without their own."""
         self._responses = responses
         self._wait_seconds = wait_seconds
         self._silence_seconds = services.config.body_timeout_seconds
@@ -124,6 +132,7 @@ class BulkReader:
             group.start_soon(self._stop_with_the_api)
             try:
                 await self._read()
+                await self._close_group()
             except ClientGone:
                 return
             except _KeyRevoked:
@@ -169,6 +178,20 @@ class BulkReader:
             await self._process(lines.cut(message.get("body", b"")))
             await self._reserve_line(lines.partial_bytes)
         await self._process(lines.rest())
+
+    async def _close_group(self) -> None:
+        """Closes the group of the query if that asks for it. Raises GroupNotClosed unless all lines
+        were accepted, since those that are sent again would be refused; and as `close_group`."""
+        if not self._request.query.close:
+            return
+        if refused := self._refused_lines + self._submitter.refused_jobs:
+            lines = "1 line was" if refused == 1 else f"{refused} lines were"
+            raise GroupNotClosed(
+                f"{lines} refused, so the group was not closed. Send again what can be accepted, "
+                "then close the group with POST /group/{group}/close."
+            )
+        group = group_to_close(self._options)
+        await close_group(self._services, self._request.tenant, group)
 
     # --- room for long lines ---------------------------------------------------------------
 
@@ -325,12 +348,12 @@ class BulkReader:
             )
         if isinstance(served, RequestError):
             raise served
-        query, max_ttl_seconds = self._request.query, self._services.config.max_ttl_seconds
+        options, max_ttl_seconds = self._options, self._services.config.max_ttl_seconds
         if is_slow_to_parse(line.text):
             limiter = self._services.long_reads
-            parsed, key = await read_long_line(line.text, query, served, max_ttl_seconds, limiter)
+            parsed, key = await read_long_line(line.text, options, served, max_ttl_seconds, limiter)
         else:
-            parsed, key = read_line(line.text, query, served, max_ttl_seconds)
+            parsed, key = read_line(line.text, options, served, max_ttl_seconds)
         request = self._request
         check_webhook(self._services.webhooks, request.tenant, parsed.options)
         return new_job(

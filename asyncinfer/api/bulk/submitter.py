@@ -25,6 +25,8 @@ class BatchSubmitter:
         """`wait_seconds` is None if every job is answered with its 202."""
         self._services = services
         self._wait_seconds = wait_seconds
+        self.refused_jobs = 0
+        """How many jobs were not accepted."""
         self._breaker = CircuitBreaker()
 
     async def submit(self, batch: Sequence[NumberedJob]) -> list[bytes | Due]:
@@ -41,6 +43,7 @@ class BatchSubmitter:
                 continue
             submitted = self._submitted_job(job, next(remaining_outcomes), statuses)
             if isinstance(submitted, RequestError):
+                self.refused_jobs += 1
                 answers.append(self._refused(submitted, number))
             elif self._wait_seconds is None:
                 answers.append(self._accepted(job, *submitted))

@@ -1,19 +1,38 @@
 """The routes about groups of jobs: progress and cancelling."""
 
 import re
+from codecs import BOM_UTF8
 from typing import Any, Final
 
+import msgspec
+
+from asyncinfer.api import group_closing
 from asyncinfer.api.audit import audited
+from asyncinfer.api.group_closing import group_not_found_error
+from asyncinfer.api.http.body import read_body
 from asyncinfer.api.http.messages import Reply, Request, json_reply
+from asyncinfer.api.http.validation_errors import fault_of
+from asyncinfer.api.inputs.envelope import check_metadata, reject_input, reject_repeated_members
 from asyncinfer.api.services import Services
-from asyncinfer.errors import GroupNotFound
+from asyncinfer.errors import BodyTooLarge, InvalidJSON
 from asyncinfer.jobs import GROUP_PATTERN, now_ms
+from asyncinfer.repository.deliveries import Target
 from asyncinfer.repository.inspect.groups import GroupTally
-from asyncinfer.schemas.requests import NoQuery
-from asyncinfer.schemas.responses import Group, GroupCancelResult, GroupCounts, to_datetime
+from asyncinfer.schemas.requests import CloseGroupRequest, NoQuery
+from asyncinfer.schemas.responses import (
+    Group,
+    GroupCancelResult,
+    GroupCloseResult,
+    GroupCounts,
+    to_datetime,
+)
 
 _NO_JOBS: Final = GroupTally(jobs=0, by_status={}, first_failed=[], created_ms=None)
+_MAX_CLOSE_BYTES: Final = 64 << 10
+"""More than any webhook needs, and read in a moment."""
+
 _name = re.compile(GROUP_PATTERN)
+_decode_close = msgspec.json.Decoder(CloseGroupRequest).decode
 
 
 async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
@@ -24,8 +43,46 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
     group = _group(request)
     counted = await services.groups.count(request.tenant, group)
     if counted is None:
-        raise _not_found_error()
+        raise group_not_found_error()
     return json_reply(200, group_view(group, counted))
+
+
+async def close_group(services: Services, request: Request[NoQuery]) -> Reply:
+    """Lets no more jobs join a group; a webhook in the body is told once all of them have ended.
+
+    Does nothing if it is closed already, unless it had no webhook. Raises GroupNotFound,
+    GroupClosed for another webhook, TooManyGroups, WebhooksFull, WebhookRefused, InvalidInput,
+    InvalidJSON, RedisUnavailable, and as `read_body` does.
+    """
+    group = _group(request)
+    body = (await read_body(request, services.config)).content.strip()
+    target = _target(body, request.tenant) if body else None
+    if target:
+        services.webhooks.check(target.url, request.tenant)
+    await group_closing.close_group(services, request.tenant, group, target)
+    return json_reply(200, GroupCloseResult(group))
+
+
+def _target(body: bytes, tenant: str) -> Target | None:
+    """Where the webhook in the body goes, None without one; its URL is not checked. Raises
+    BodyTooLarge, InvalidInput or InvalidJSON."""
+    if len(body) > _MAX_CLOSE_BYTES:
+        raise BodyTooLarge(f"The body to close a group may have {_MAX_CLOSE_BYTES} bytes.")
+    body = body.removeprefix(BOM_UTF8)
+    try:
+        webhook = _decode_close(body).webhook
+    except msgspec.ValidationError as error:
+        reject_input(fault_of(error, CloseGroupRequest), error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidJSON(
+            f'The body is not JSON ({error}); send `{{"webhook": {{"url": "https://..."}}}}`, or '
+            "nothing."
+        ) from error
+    if webhook is None:
+        return None
+    check_metadata(webhook.metadata, "/webhook/metadata")
+    reject_repeated_members(body)
+    return Target(webhook.url, tenant, metadata=webhook.metadata)
 
 
 async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
@@ -39,7 +96,7 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
         group = _group(request)
         done = await services.groups.cancel(request.tenant, group)
         if done is None:
-            raise _not_found_error()
+            raise group_not_found_error()
         audit.count = done.ended + done.stopping
     return json_reply(200, GroupCancelResult(group, done.ended, done.stopping))
 
@@ -59,6 +116,8 @@ def group_view(group: str, counted: GroupTally | None) -> Group:
         eta_seconds=eta_seconds(counted, now_ms()),
         created_at=to_datetime(counted.created_ms) or None,
         first_failed=counted.first_failed,
+        closed=counted.is_closed,
+        ended_at=to_datetime(counted.ended_ms) or None,
     )
 
 
@@ -77,12 +136,5 @@ def _group(request: Request[Any]) -> str:
     """The group in the path; raises GroupNotFound if no group can have such a name."""
     group = request.path("group") or ""
     if not _name.fullmatch(group):
-        raise _not_found_error()
+        raise group_not_found_error()
     return group
-
-
-def _not_found_error() -> GroupNotFound:
-    return GroupNotFound(
-        "There is no group of this name; a group is created when a job is submitted with "
-        "`options.group`, and kept for 7 days after its last submit."
-    )

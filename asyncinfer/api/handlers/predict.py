@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from asyncinfer import jobs
 from asyncinfer.api.bulk.reader import predict_lines
+from asyncinfer.api.group_closing import close_group, group_to_close
 from asyncinfer.api.handlers.results import ResultForm, requested_form, result_reply
 from asyncinfer.api.http.body import is_bulk
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES
@@ -19,7 +20,7 @@ from asyncinfer.api.inputs.new_job import (
     job_of,
     refused_submit_error,
 )
-from asyncinfer.api.inputs.request_input import read_and_parse
+from asyncinfer.api.inputs.request_input import options_of, read_and_parse
 from asyncinfer.api.job_lookup import job_absent_error
 from asyncinfer.api.live.inbox import Ticket
 from asyncinfer.api.live.wait import preferred_wait, while_client_stays
@@ -30,16 +31,17 @@ from asyncinfer.errors import (
     InvalidHeader,
     NotAcceptable,
     RedisUnavailable,
+    RequestError,
     StorageFull,
     Unauthorized,
 )
 from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
-from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.schemas.requests import SubmitQuery
 from asyncinfer.telemetry.trace_context import sampled_context
 
 
-async def predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
+async def predict(services: Services, request: Request[SubmitQuery]) -> Reply | Stream:
     """Submits an input as a job of a model, or many inputs as jobs, one per line.
 
     Replies 202 with the job's id, or with `Prefer: wait=N` 200 with the job if it ends in time and
@@ -53,24 +55,30 @@ async def predict(services: Services, request: Request[RequestOptions]) -> Reply
     return await in_server_span(tracing, request, partial(_predict, services, request))
 
 
-async def _predict(services: Services, request: Request[RequestOptions]) -> Reply | Stream:
+async def _predict(services: Services, request: Request[SubmitQuery]) -> Reply | Stream:
     """`predict` within its span, if it has one."""
     if is_bulk(request.headers.get(b"content-type")):
         return await predict_lines(services, request)
     wait_seconds = preferred_wait(request)
     key = idempotency_key(request)
     served = await services.catalog.find(request.path("model"))
-    head = job_head(request, served, key, services.config.max_ttl_seconds, services.webhooks)
+    max_ttl_seconds = services.config.max_ttl_seconds
+    options = options_of(request.query)
+    head = job_head(request, options, served, key, max_ttl_seconds, services.webhooks)
     # No local variable keeps the body: a large one would be in memory twice while its job waits.
     job = await read_and_parse(request, services.config, services.long_reads, partial(job_of, head))
+    if closes_group := request.query.close:
+        group_to_close(job.record.options)
     if wait_seconds is None:
-        return await _submitted_reply(services, job, await _submit(services, job))
+        submitted = await _submit(services, job, closes_group=closes_group)
+        return await _submitted_reply(services, job, submitted)
     form = _requested_form(request, job)
     record = job.record
     with services.inbox.expect(job.job_id) as ticket:
-        submitted = await _submit(services, replace(job, inbox=services.inbox.name))
+        watched_job = replace(job, inbox=services.inbox.name)
+        submitted = await _submit(services, watched_job, closes_group=closes_group)
         # The body is stored, and would else be in memory for as long as its client waits.
-        del job
+        del job, watched_job
         request.release_body()
         stored = await _wait(services, request, submitted, ticket, wait_seconds)
     applied = (b"preference-applied", b"wait=%d" % wait_seconds)
@@ -107,9 +115,10 @@ def _requested_form(request: Request[Any], job: NewJob) -> ResultForm:
     return form
 
 
-async def _submit(services: Services, job: NewJob) -> SubmitReply:
-    """Submits the job; raises why it was not accepted: QueueFull, StorageFull, IdempotencyConflict
-    or RedisUnavailable. The result names the earlier job if this is a repetition."""
+async def _submit(services: Services, job: NewJob, *, closes_group: bool) -> SubmitReply:
+    """Submits the job, then closes its group if it `closes_group`; raises why it was not accepted
+    (GroupClosed, QueueFull, StorageFull, IdempotencyConflict or RedisUnavailable), or with its id
+    why the group was not closed. The result names the earlier job if this is a repetition."""
     try:
         submitted = await services.submissions.submit(job)
     except (RedisUnavailable, StorageFull) as error:
@@ -118,6 +127,12 @@ async def _submit(services: Services, job: NewJob) -> SubmitReply:
         submitted, job, services.config.policy, services.wait_reasons, services.queue_looks
     ):
         raise refusal
+    if closes_group:
+        group = group_to_close(job.record.options)
+        try:
+            await close_group(services, job.record.tenant, group)
+        except RequestError as error:
+            raise with_job_id(error, submitted.job_id) from error
     return submitted
 
 

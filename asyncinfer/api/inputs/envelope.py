@@ -217,17 +217,17 @@ def _read_options(text: bytes) -> RequestOptions:
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, RequestOptions, under="/options"), error)
     if options.webhook:
-        _check_metadata(options.webhook.metadata)
+        check_metadata(options.webhook.metadata, "/options/webhook/metadata")
     # Checked after decoding, since only then the text is known to have few members.
     if text.count(b":") > _MAX_COLONS + (_MAX_WEBHOOK_COLONS if options.webhook else 0):
         reject_input(InputError("/options", "Keys are given more than once; send each once."))
-    json.loads(text, object_pairs_hook=_reject_repeated_option)
+    reject_repeated_members(text, "/options")
     return options
 
 
-def _check_metadata(metadata: dict[str, Any]) -> None:
-    """Raises InvalidInput for metadata that is too large or deep, or that a record cannot hold."""
-    pointer = "/options/webhook/metadata"
+def check_metadata(metadata: dict[str, Any], pointer: str) -> None:
+    """Raises InvalidInput for the metadata of a webhook, at `pointer`, that are too large or deep,
+    or that Redis cannot hold."""
     if _is_deeper(metadata, MAX_METADATA_LEVELS):
         reject_input(InputError(pointer, f"It has more than {MAX_METADATA_LEVELS} levels."))
     size = len(msgspec.json.encode(metadata))
@@ -268,14 +268,18 @@ def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = ""
         seen.add(name)
 
 
-def _reject_repeated_option(pairs: Sequence[tuple[str, Any]]) -> None:
-    """Raises InvalidInput if a key is repeated, else returns None; called for the options' object,
-    and before it for those in it."""
-    seen: set[str] = set()
-    for name, _ in pairs:
-        if name in seen:
-            reject_input(_repeated_key(f"/options/{name}"))
-        seen.add(name)
+def reject_repeated_members(text: bytes, under: str = "") -> None:
+    """Raises InvalidInput if an object has a key twice, whether the outer one, which is `under`
+    this pointer, or one in it. The text must be JSON with few members."""
+
+    def check(pairs: Sequence[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                reject_input(_repeated_key(f"{under}/{name}"))
+            seen.add(name)
+
+    json.loads(text, object_pairs_hook=check)
 
 
 def _repeated_key(pointer: str) -> InputError:

@@ -15,6 +15,7 @@ from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.views import url_of
 from asyncinfer.api.wait_reasons import WaitReasons
 from asyncinfer.errors import (
+    GroupClosed,
     IdempotencyConflict,
     KeptFull,
     QueueFull,
@@ -26,7 +27,7 @@ from asyncinfer.errors import (
 )
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
-from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.schemas.requests import RequestOptions, SubmitQuery
 from asyncinfer.schemas.responses import WaitingFor
 from asyncinfer.webhooks.door import WebhookDoor
 
@@ -53,18 +54,19 @@ class JobHead(Struct, frozen=True):
 
 
 def job_head(
-    request: Request[RequestOptions],
+    request: Request[SubmitQuery],
+    options: RequestOptions,
     served: Served,
     key: str | None,
     max_ttl_seconds: int,
     door: WebhookDoor,
 ) -> JobHead:
-    """Checks the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
-    check_query_ttl(request.query, max_ttl_seconds)
+    """Checks the options of the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
+    check_query_ttl(options, max_ttl_seconds)
     return JobHead(
         request.tenant,
         served,
-        request.query,
+        options,
         key,
         request.request_id,
         request.trace,
@@ -170,6 +172,14 @@ def queue_full_error(policy: Policy, reason: WaitingFor | None, room_seconds: in
     )
 
 
+def group_closed_error(group: str | None) -> GroupClosed:
+    """Makes the error for a job of a closed group."""
+    return GroupClosed(
+        f"The group {group} is closed and takes no more jobs. Submit the job to another group; a "
+        "failed job of this one may be retried by its id."
+    )
+
+
 def kept_full_error(policy: Policy) -> KeptFull:
     """Makes the error for a queue whose ended jobs keep as much as they may."""
     return KeptFull(
@@ -199,8 +209,10 @@ def refused_submit_error(
     wait_reasons: WaitReasons,
     queue_looks: QueueLooks,
 ) -> RequestError | None:
-    """Returns why a job was not accepted: QueueFull, KeptFull, WebhooksFull or IdempotencyConflict;
-    None if it was accepted, now or earlier."""
+    """Returns why a job was not accepted: GroupClosed, QueueFull, KeptFull, WebhooksFull or
+    IdempotencyConflict; None if it was accepted, now or earlier."""
+    if submitted.verdict == "closed":
+        return group_closed_error(job.record.options.group)
     if submitted.verdict == "webhooks_full":
         return webhooks_full_error(policy)
     if submitted.verdict == "kept_full":

@@ -23,7 +23,7 @@ from asyncinfer.errors import InputError, InvalidInput, InvalidQuery
 from asyncinfer.jobs import Options
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.models.validation import check_data, check_inputs
-from asyncinfer.schemas.requests import RequestOptions
+from asyncinfer.schemas.requests import RequestOptions, SubmitQuery
 from asyncinfer.tensors import packing, shape_errors
 from asyncinfer.tensors.datatypes import Array, datatype_of
 from asyncinfer.tensors.json_errors import invalid_input_error
@@ -40,6 +40,7 @@ _SLOW_TEXT_BYTES: Final = 64 << 10
 """Parsing this much JSON takes some 2 ms, during which no other request is answered."""
 
 _NO_OPTIONS: Final = RequestOptions()
+_NO_QUERY: Final = SubmitQuery()
 _NOT_PACKED: Final = frozenset({"BYTES", "BOOL"})
 
 
@@ -112,6 +113,14 @@ def check_query_ttl(query: RequestOptions, max_ttl_seconds: int) -> None:
     """Raises InvalidQuery if the query asks for a `ttl_seconds` above the limit."""
     if problem := _ttl_problem(query, max_ttl_seconds):
         raise InvalidQuery(f"Query parameter `ttl_seconds`: {problem}")
+
+
+def options_of(query: SubmitQuery) -> RequestOptions:
+    """The options in the query of a submit."""
+    if query == _NO_QUERY:
+        return _NO_OPTIONS
+    names = RequestOptions.__struct_fields__
+    return RequestOptions(**{name: getattr(query, name) for name in names})
 
 
 def is_slow_to_parse(line: bytes) -> bool:

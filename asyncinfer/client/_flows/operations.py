@@ -41,6 +41,16 @@ def cancel_group(server: RemoteServer, name: str) -> Flow[ClearedJobs]:
     return convert(server, answer, ClearedJobs)
 
 
+def close_group(
+    server: RemoteServer, name: str, webhook: str | Mapping[str, Any] | None = None
+) -> Flow[None]:
+    """Closes a group, so that it takes no more jobs; raises GroupNotFound, or with a webhook the
+    error with which the server refuses that."""
+    given = {"url": webhook} if isinstance(webhook, str) else webhook
+    body = None if given is None else {"webhook": dict(given)}
+    yield from call(server, "POST", f"/group/{path_part(name)}/close", {}, body)
+
+
 def health(server: RemoteServer) -> Flow[Health]:
     """The state of the server; raises RedisUnavailable."""
     return convert(server, (yield from get(server, "/health")), Health)

@@ -33,8 +33,9 @@ _KEY: Final = re.compile(r"[!-~]{1,255}")
 _REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 
 
-class JobOptions(TypedDict, total=False):
-    """The options of one job; `Client` describes them. One that is None is left out."""
+class MapJobOptions(TypedDict, total=False):
+    """The options of each job of a map, whose webhook is that of its group. One that is None is
+    left out."""
 
     priority: Priority | None
     delay_seconds: float | None
@@ -44,6 +45,11 @@ class JobOptions(TypedDict, total=False):
     version: str | None
     group: str | None
     answer: Literal["json", "tensors"] | None
+
+
+class JobOptions(MapJobOptions, total=False):
+    """The options of one job; `Client` describes them. One that is None is left out."""
+
     webhook: str | Mapping[str, Any] | None
 
 

@@ -77,6 +77,8 @@ class MapOptions(Struct, frozen=True, kw_only=True):
     group: str
     is_named: bool
     """The caller named the group, which may have jobs already."""
+    webhook: str | Mapping[str, Any] | None
+    """That of the group, which is closed with it once all rows are done."""
     options: Mapping[str, Any]
     """Those of each job, the group among them."""
 
@@ -143,6 +145,16 @@ def run_block(server: RemoteServer, plan: MapPlan, block: RowBlock) -> Flow[list
             return [error] * len(block)
         return (yield from _run_halves(server, plan, block, error))
     return rows_of_result(value, plan, len(block))
+
+
+def close(server: RemoteServer, wanted: MapOptions) -> Flow[AsyncinferError | None]:
+    """Closes the group of a map with its webhook; returns why it could not, since the results that
+    are left to give come first."""
+    try:
+        yield from operations.close_group(server, wanted.group, wanted.webhook)
+    except AsyncinferError as error:
+        return error
+    return None
 
 
 def cancel(server: RemoteServer, group: str) -> Flow[None]:

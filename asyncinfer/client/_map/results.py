@@ -102,9 +102,14 @@ class Results(Iterator[Any]):
                     if started := run.start(next(blocks, None)):
                         threads.start(*started)
                 else:
-                    yield from run.take(self._wait_for_outcome(threads, run))
-            if rows.failure:
-                raise rows.failure
+                    outcome = self._wait_for_outcome(threads, run)
+                    if run.may_be_last(outcome) and (started := run.start(next(blocks, None))):
+                        threads.start(*started)
+                    if run.closes_group(outcome):
+                        run.close_error = self._driver.run(jobs.close(self._server, self._wanted))
+                    yield from run.take(outcome)
+            if failure := rows.failure or run.close_error:
+                raise failure
         except BaseException as error:
             threads.stop()
             if isinstance(error, WaitTimeout):
@@ -205,10 +210,16 @@ class AsyncResults(AsyncIterator[Any]):
                     if started := run.start(await _next(blocks)):
                         tasks.start(*started)
                 else:
-                    for result in run.take(await self._wait_for_outcome(tasks, run)):
+                    outcome = await self._wait_for_outcome(tasks, run)
+                    if run.may_be_last(outcome) and (started := run.start(await _next(blocks))):
+                        tasks.start(*started)
+                    if run.closes_group(outcome):
+                        flow = jobs.close(self._server, self._wanted)
+                        run.close_error = await self._driver.run(flow)
+                    for result in run.take(outcome):
                         yield result
-            if rows.failure:
-                raise rows.failure
+            if failure := rows.failure or run.close_error:
+                raise failure
         except BaseException as error:
             tasks.stop()
             if not isinstance(error, ConnectionFailed | ClientClosed | WaitTimeout):

@@ -50,6 +50,8 @@ class MapRun:
         self._early: dict[int, list[Any]] = {}
         """Results by block that wait for those of the blocks before them."""
         self._may_warn = not plan.model.batched
+        self.close_error: AsyncinferError | None = None
+        """Why the group could not be closed, to be raised once all results are given."""
 
     @property
     def is_over(self) -> bool:
@@ -71,6 +73,21 @@ class MapRun:
         self._rows_started += len(block)
         self._warn_if_slow()
         return self._blocks_started - 1, jobs.run_block(self._server, self._plan, block)
+
+    def may_be_last(self, outcome: FlowOutcome) -> bool:
+        """Whether a map with a webhook must read its next block before it takes this outcome: its
+        group is closed before the last results are given, as nobody may ask for more."""
+        return self._has_more and self._answers_all(outcome)
+
+    def closes_group(self, outcome: FlowOutcome) -> bool:
+        """Whether the group is to be closed before this outcome is taken."""
+        return not self._has_more and not self._rows.failure and self._answers_all(outcome)
+
+    def _answers_all(self, outcome: FlowOutcome) -> bool:
+        """Whether a map with a webhook has, with this outcome, results of all blocks so far."""
+        answered = self._blocks_given + len(self._early) + 1
+        is_complete = outcome.error is None and answered == self._blocks_started
+        return is_complete and self._wanted.webhook is not None
 
     def take(self, outcome: FlowOutcome) -> Iterator[Any]:
         """Takes the outcome of a block, and yields the results whose turn it is now, maybe none.

@@ -34,6 +34,10 @@ class GroupTally(Struct, frozen=True, kw_only=True):
     """Ids of the failed jobs that were submitted first; at most 10."""
     created_ms: int | None
     """When its first job was submitted."""
+    is_closed: bool = False
+    """It takes no more jobs."""
+    ended_ms: int | None = None
+    """When all jobs of a closed group with a webhook had ended."""
 
     @property
     def expired(self) -> int:
@@ -104,7 +108,8 @@ class Groups:
         shared.finished = shared.begun
 
     async def _count(self, tenant: str, group: str) -> GroupTally | None:
-        """Counts with two commands for each thousand jobs."""
+        """Counts with two commands for each thousand jobs, and one more."""
+        is_closed, ended_ms = await self._closed_state(tenant, group)
         total, first, failed = 0, None, list[str]()
         counter: Counter[bytes | None] = Counter()
         async for ids, statuses in self._pages(tenant, group):
@@ -120,7 +125,18 @@ class Groups:
             by_status={decoding.text(status): n for status, n in counter.items() if status},
             first_failed=failed[:_MAX_FAILED_IDS],
             created_ms=created_ms(first),
+            is_closed=is_closed,
+            ended_ms=ended_ms,
         )
+
+    async def _closed_state(self, tenant: str, group: str) -> tuple[bool, int | None]:
+        """Whether a group is closed, and when it ended, if that is known. It is read before the
+        jobs, so that a group which has ended is not shown with jobs that have not."""
+        name = keys.closed_group(self._store.queue_name, tenant, group)
+        closed, ended = await self._store.read(
+            "HMGET", name, "closed_ms", "ended_ms", otherwise=(None, None)
+        )
+        return closed is not None, decoding.whole_number(ended or b"")
 
     async def cancel(self, tenant: str, group: str) -> CancelCounts | None:
         """Cancels the waiting jobs and has the running ones stopped; None if there is no such

@@ -24,7 +24,7 @@ local function webhooks_of(q)
   }
 end
 
--- Returns the depth of a queue, and behind it its webhooks. Raises if a key has another type.
+-- The depth of a queue with its webhooks. Raises if a key has another type.
 local function gauge(q)
   local depth = depth_of(q)
   depth[#depth + 1] = webhooks_of(q)

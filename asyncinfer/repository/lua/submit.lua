@@ -7,15 +7,15 @@
 --         ttl_seconds, inbox, group (the list of its ids), start_within_ms, finish_within_ms,
 --         delay_ms, webhook_events (the sum of 1 for completed, 2 for failed, 4 for cancelled),
 --         webhook_round (none for 1), webhook_bytes (to reserve), webhook_target}
--- Returns per job "ok" | "exists" | "full" | "kept_full": ended jobs keep max_kept_bytes |
---         "webhooks_full" | {"dup", job_id, fingerprint}
--- Order   the idempotency key is checked before the id, the id before the capacity. No allow-oom:
---         with memory full a submit is refused whole.
--- include: keys job_keys time value doorbell log sequence waiting admission
--- include: webhook_room webhook_expect
+-- Returns per job "ok" | "exists" | "closed": its group takes no more jobs | "full" | "kept_full":
+--         ended jobs keep max_kept_bytes | "webhooks_full" | {"dup", job_id, fingerprint}
+-- Order   the idempotency key is checked before the id, the id before the group, the group before
+--         the capacity. No allow-oom: with memory full a submit is refused whole.
+-- include: keys job_keys time value doorbell log sequence waiting admission groups
+-- include: closed_group webhook_room webhook_expect
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
-local verdicts, by_id, by_key = {}, {}, {}
+local verdicts, by_id, by_key, closed_groups = {}, {}, {}, {}
 -- Of each job that is taken: where it begins in ARGV, and its options (false for none).
 local taken, places, options_of = 0, {}, {}
 
@@ -46,14 +46,15 @@ local function duplicate(key)
   end
 end
 
--- Returns the verdict on a new job: ok, exists, full, kept_full, webhooks_full, or a table that names
--- an earlier job (see `duplicate`); stores nothing, but takes from `room` what an ok job needs.
--- `options` are unpacked or nil, `size` is the bytes of the input, `free` and `free_bytes` what the
--- queue can still take.
+-- Returns the verdict on a new job: ok, exists, closed, full, kept_full, webhooks_full, or a table
+-- that names an earlier job (see `duplicate`); stores nothing, but takes from `room` what an ok job
+-- needs. `options` are unpacked or nil, `size` is the bytes of the input, `free` and `free_bytes` what
+-- the queue can still take.
 local function verdict_of(id, options, size, free, free_bytes)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end
   if exists(id) then return 'exists' end
+  if options and options.group and is_closed(closed_groups, options.group) then return 'closed' end
   if free_kept_bytes <= 0 then return 'kept_full' end
   if free < 1 or free_bytes < size then return 'full' end
   if room and options and options.webhook_events
@@ -66,11 +67,11 @@ end
 -- Appends ids, at least one, to a group's list (its key). A full group drops its oldest ids: it
 -- serves reading, and refuses no job.
 local function add_to_group(list, ids)
-  local max_jobs, ttl_seconds = 1000000, 7 * 24 * 3600
+  local max_jobs = 1000000
   if redis.call('RPUSH', list, unpack(ids)) > max_jobs then
     redis.call('LTRIM', list, -max_jobs, -1)
   end
-  redis.call('EXPIRE', list, ttl_seconds)
+  keep_group(list)
 end
 
 local accepted_bytes = 0
@@ -111,8 +112,9 @@ for k, id in ipairs(ids) do
       redis.call('SET', q['idem:' .. key], by_key[key], 'EX', args.idempotency_ttl_seconds)
     end
     if group then
-      groups[group] = groups[group] or {}
-      table.insert(groups[group], id)
+      local added = groups[group] or {}
+      groups[group] = added
+      added[#added + 1] = id
     end
     local is_timed = options.start_within_ms or options.finish_within_ms or options.delay_ms
     now = now or (is_timed and now_ms())

@@ -1,0 +1,142 @@
+"""Webhooks of groups over HTTP: what is refused, and what their receivers are told."""
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from msgspec.structs import replace
+
+from asyncinfer.api.config import ApiConfig
+from asyncinfer.client import verify_webhook
+from asyncinfer.repository import keys
+from asyncinfer.repository.policy import Policy
+from asyncinfer.repository.store import Store
+from asyncinfer.webhooks.config import WebhookConfig
+from tests.faults.harness import eventually
+from tests.webhooks.receiver import Received, receiver
+from tests.webhooks.sending import SECRETS, secrets_file
+
+from .harness import QUEUE, ROW, ManualWorker, announce, assert_problem, client_of, hosted, running
+
+PUBLIC = "https://hooks.example.com/done"
+
+
+@pytest.fixture
+async def quiet_api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClient]:
+    """An API that leaves sending to others, with room for one webhook."""
+    await announce(store, "iris", "digits", default="iris")
+    policy = Policy(max_webhooks=1)
+    changed = replace(config, policy=policy, webhooks=WebhookConfig(sends=False))
+    async with hosted(running(changed)) as port, client_of(port) as client:
+        yield client
+
+
+async def submit_to(client: httpx2.AsyncClient, group: str = "g", model: str = "iris") -> None:
+    data = ROW if model == "iris" else [[1.0] * 64]
+    reply = await client.post(f"/predict/{model}?group={group}", json={"data": data})
+    assert reply.status_code == 202, reply.text
+
+
+async def close(
+    client: httpx2.AsyncClient, url: str = PUBLIC, group: str = "g", **more: Any
+) -> httpx2.Response:
+    return await client.post(f"/group/{group}/close", json={"webhook": {"url": url, **more}})
+
+
+async def test_a_webhook_that_cannot_be_taken_leaves_the_group_open(
+    quiet_api: httpx2.AsyncClient,
+) -> None:
+    await submit_to(quiet_api)
+    large = {"x": "x" * 4096}
+    deep: dict[str, Any] = {}
+    for _ in range(16):
+        deep = {"x": deep}
+    for more, pointer in (
+        ({"metadata": large}, "/webhook/metadata"),
+        ({"metadata": deep}, "/webhook/metadata"),
+        ({"metadata": []}, "/webhook/metadata"),
+        ({"metadata": {"x": 2**70}}, "/webhook/metadata"),
+        ({"events": ["completed"]}, "/webhook/events"),
+        ({"url": ""}, "/webhook/url"),
+    ):
+        problem = assert_problem(await close(quiet_api, **more), 422, "invalid_input")
+        assert problem["errors"][0]["pointer"] == pointer
+    assert_problem(await close(quiet_api, "http://10.0.0.1/"), 422, "webhook_refused")
+    for content, status, code in (
+        (b"{", 400, "invalid_json"),
+        (b'{"webhook": {"url": "https://a.example", "url": "b"}}', 422, "invalid_input"),
+        (b'{"webhook": {"url": "%s"}}' % (b"x" * (64 << 10)), 413, "body_too_large"),
+    ):
+        headers = {"content-type": "application/json"}
+        reply = await quiet_api.post("/group/g/close", content=content, headers=headers)
+        assert_problem(reply, status, code)
+    assert not (await quiet_api.get("/group/g")).json()["closed"]
+
+
+async def test_a_closed_group_keeps_its_webhook(quiet_api: httpx2.AsyncClient) -> None:
+    await submit_to(quiet_api)
+    for _ in range(2):
+        assert (await close(quiet_api, metadata={"order": 7})).status_code == 200
+    assert (await quiet_api.post("/group/g/close")).status_code == 200
+    others: list[dict[str, Any]] = [{}, {"metadata": {"order": 8}}]
+    for more in others:
+        assert_problem(await close(quiet_api, **more), 409, "group_closed")
+
+
+async def test_without_room_for_its_webhook_a_group_stays_open(
+    quiet_api: httpx2.AsyncClient, store: Store
+) -> None:
+    for name in "gh":
+        await submit_to(quiet_api, name)
+    assert (await close(quiet_api)).status_code == 200
+    full = await close(quiet_api, group="h")
+    assert_problem(full, 429, "webhooks_full")
+    assert full.headers["retry-after"]
+    await submit_to(quiet_api, "h")
+    assert (await quiet_api.post("/group/h/close")).status_code == 200
+
+
+async def test_the_end_of_a_group_is_told_once_by_two_apis(
+    config: ApiConfig, store: Store, manual_worker: ManualWorker, tmp_path: Path
+) -> None:
+    await announce(store, "iris", "digits", default="iris")
+    secrets = secrets_file(tmp_path, f"default localhost {SECRETS[0]}")
+    with receiver() as hook:
+        webhooks = WebhookConfig(secrets=secrets, allow=(hook.address,))
+        changed = replace(config, webhooks=webhooks)
+        async with running(changed) as port, running(changed), client_of(port) as api:
+            for model in ("iris", "iris", "digits"):
+                await submit_to(api, model=model)
+            await manual_worker.fail()
+            assert (await close(api, hook.url(), metadata={"order": 7})).status_code == 200
+            await manual_worker.complete(f"{QUEUE}:digits")
+            await eventually(lambda: bool(hook.requests), "the webhook arrives")
+            # All of a second group is told later than a repetition of the first would be.
+            await submit_to(api, "last")
+            await manual_worker.complete()
+            await close(api, hook.url(), "last")
+            await eventually(lambda: _groups(hook.requests)[-1] == "last", "the next one arrives")
+            group = (await api.get("/group/g")).json()
+            document = (await api.get("/openapi.json")).json()
+        assert _groups(hook.requests) == ["g", "last"]
+        request = hook.requests[0]
+    event = verify_webhook(SECRETS[0], request.headers, request.body)
+    assert request.webhook_id.startswith("msg_group")
+    assert "." not in request.webhook_id
+    assert (event["type"], event["metadata"]) == ("group.ended", {"order": 7})
+    counts = {"completed": 1, "failed": 2, "cancelled": 0, "expired": 0}
+    data = event["data"]
+    assert (data["group"], data["jobs"], data["counts"]) == ("g", 3, counts)
+    assert data["closed_at"] < data["ended_at"] == event["timestamp"]
+    assert group["ended_at"] >= data["ended_at"]
+    described = document["components"]["schemas"]
+    assert event.keys() == described["GroupEvent"]["properties"].keys()
+    assert data.keys() == described["EndedGroup"]["properties"].keys()
+    assert "groupEnded" in document["webhooks"]
+    assert not await store.command("EXISTS", keys.closing(QUEUE), keys.outbox(QUEUE))
+
+
+def _groups(requests: Sequence[Received]) -> list[str]:
+    return [request.event["data"]["group"] for request in requests]
