@@ -4,6 +4,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -141,6 +142,43 @@ class TraceContext(Struct, frozen=True, array_like=True):
     tracestate: str = ""
 
 
+class Delivery(Struct, frozen=True, array_like=True):
+    """The delivery that ended a job: its claim, and the run that it had there. All jobs of a run
+    share one."""
+
+    claimed_ms: int
+    """When it was claimed, by the server's clock, in ms since 1970. `started_ms` of the record is
+    the same moment by the worker's clock, which tells by how much they differ."""
+    claimed_jobs: int
+    """How many jobs the claim had."""
+    run_after_ms: int = 0
+    """From the claim to the begin of its run, which waits for the engine and for other runs."""
+    run_jobs: int = 0
+    """How many jobs the run had together; 0 for a job that did not run."""
+    run_rows: int = 0
+    """How many rows these jobs had."""
+    provider: str = ""
+    """The execution provider of ONNX Runtime, such as `CPU`, without the rest of its name."""
+
+
+class PastDelivery(Struct, frozen=True, array_like=True):
+    """A delivery that did not end its job. Times are in ms since 1970 by the server's clock."""
+
+    reason: str
+    """Why it did not: `worker_lost`, `out_of_memory`, `timeout`, `stopping`, `not_loaded`."""
+    ended_ms: int
+    """When the job was put back."""
+    worker: str
+    claimed_ms: int = 0
+    """When it was claimed; 0 where that is not known, as of a worker that was lost."""
+    delay_ms: int = 0
+    """How long the job then waited at least."""
+
+
+MAX_HANDED_BACK: Final = 16
+"""Of the deliveries that a job was handed back from, the record keeps the newest ones."""
+
+
 class Record(Struct, frozen=True, array_like=True):
     """The value of `job:{id}:meta`: what is known of a job besides its data, status, result and
     error.
@@ -183,6 +221,14 @@ class Record(Struct, frozen=True, array_like=True):
     trace: TraceContext | None = None
     """The span that submitted the job, in whose trace a worker puts the job's spans; None if that
     trace is not recorded."""
+    delivery: Delivery | None = None
+    """The delivery that ended it; None until then, if no worker ended it, and in records of earlier
+    releases."""
+    past_deliveries: tuple[PastDelivery, ...] = ()
+    """Earlier deliveries of this round, the oldest first: those it was handed back from, at most
+    `MAX_HANDED_BACK`; and once a worker has ended the job those that lost their worker, too."""
+    handed_back: int = 0
+    """How many deliveries of this round handed the job back."""
 
 
 class _Head(Struct, frozen=True, array_like=True):
@@ -217,6 +263,7 @@ _FACT_LETTERS: Final = {
     "idempotency_digest": "k",
     "webhook_events": "h",
     "webhook_round": "n",
+    "lost_deliveries": "x",
 }
 """In Redis one letter names each fact; `lua/_fact_names.lua` has the same."""
 
@@ -251,6 +298,9 @@ class Facts(Struct, frozen=True, omit_defaults=True, rename=_FACT_LETTERS):
     """The ends that the job's webhook is told of, as in `Webhook.event_bits`; 0: it has none."""
     webhook_round: int = 0
     """The round that the end will be told of, of a job with a webhook; 0 for the first."""
+    lost_deliveries: tuple[str, ...] = ()
+    """When each of its deliveries was found lost, and its worker: ms, a space, the worker's id. The
+    newest, at most MAX_DELIVERIES."""
 
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode
@@ -259,6 +309,7 @@ _decode_head = msgspec.msgpack.Decoder(_Head).decode
 _decode_facts = msgspec.msgpack.Decoder(Facts).decode
 
 _SEQ_BYTES: Final = 8
+_LOST_PATTERN: Final = re.compile(r"([0-9]{1,15}) (.+)", re.DOTALL)
 _NO_FACTS: Final = Facts()
 
 _read_facts = lenient_decoder(_decode_facts)
@@ -316,6 +367,19 @@ def record_seq(meta: bytes) -> bytes:
 def decode_facts(facts: bytes | None) -> Facts:
     """The facts in packed bytes; empty facts if those are missing or corrupt. Raises nothing."""
     return (facts and _read_facts(facts)) or _NO_FACTS
+
+
+def with_lost_deliveries(
+    handed_back: tuple[PastDelivery, ...], lost: Sequence[str]
+) -> tuple[PastDelivery, ...]:
+    """The deliveries of a record and those in the `lost_deliveries` of its facts, the oldest first.
+    Leaves out what cannot be read; raises nothing."""
+    if not lost:
+        return handed_back
+    read = (_LOST_PATTERN.fullmatch(entry) for entry in lost)
+    found = [PastDelivery("worker_lost", int(match[1]), match[2]) for match in read if match]
+    # Of two in one ms the lost one is the first, as the lease of the next has to end.
+    return tuple(sorted((*found, *handed_back), key=lambda delivery: delivery.ended_ms))
 
 
 def now_ms() -> int:

@@ -19,7 +19,7 @@ INSIDE = {
     "api": (
         ("answer_sizes", "config", "figures", "key_file", "views", "worker_snapshot"),
         ("queue_looks",),
-        ("admission", "catalog", "wait_reasons"),
+        ("admission", "catalog", "timelines", "wait_reasons"),
         ("http",),
         ("access_log", "guard", "inputs", "live"),
         ("services",),

@@ -66,17 +66,12 @@ def test_facts_are_stored_under_the_letters_that_every_release_reads() -> None:
     words = {
         **{"deliveries": 1, "suspect": 2, "cancel_requested": 3, "expired": 4, "start_by_ms": 5},
         **{"finish_by_ms": 6, "priority": "low", "ttl_seconds": 7, "inboxes": ("i",)},
-        **{
-            "claimed_before": 8,
-            "idempotency_digest": "d",
-            "webhook_events": 9,
-            "webhook_round": 10,
-        },
+        **{"claimed_before": 8, "idempotency_digest": "d", "webhook_events": 9},
+        **{"webhook_round": 10, "lost_deliveries": ("l",)},
     }
     letters = {"d": 1, "s": 2, "c": 3, "e": 4, "b": 5, "l": 6, "p": "low", "t": 7, "r": 8, "k": "d"}
-    facts = jobs.decode_facts(
-        msgspec.msgpack.encode(letters | {"w": ["i"], "h": 9, "n": 10}),
-    )
+    lists = {"w": ["i"], "x": ["l"]}
+    facts = jobs.decode_facts(msgspec.msgpack.encode(letters | lists | {"h": 9, "n": 10}))
     assert msgspec.structs.asdict(facts) == words
 
 

@@ -22,6 +22,7 @@ from asyncinfer.api.handlers.models import (
 )
 from asyncinfer.api.handlers.predict import predict
 from asyncinfer.api.handlers.results import BINARY, read_result
+from asyncinfer.api.handlers.timeline import read_timeline
 from asyncinfer.api.handlers.webhooks import (
     list_webhooks,
     read_webhook,
@@ -121,6 +122,7 @@ from asyncinfer.schemas.responses import (
     ServiceInfo,
     ValidationResult,
 )
+from asyncinfer.schemas.timeline import Timeline
 from asyncinfer.schemas.webhook_views import JobWebhook, RedeliverResult, WebhookList
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
@@ -267,6 +269,9 @@ ROUTES: Final = (
         query=ResultQuery,
         binary_answers=_BINARY,
         has_large_answers=True,
+    ),
+    Route(
+        "GET", "/job/{id}/timeline", read_timeline, "read", {200: Timeline}, _JOB, query=JobQuery
     ),
     Route(
         "GET",

@@ -32,6 +32,7 @@ from asyncinfer.client._jobs import AsyncJob, Job
 from asyncinfer.client._models import Catalog, Model, ModelProblem, TensorInfo
 from asyncinfer.client._progress import ProgressBar
 from asyncinfer.client._protocol import Event
+from asyncinfer.client._timeline import Timeline
 from asyncinfer.client._wait_reasons import Cadence, WaitingFor
 from asyncinfer.errors import (
     AsyncinferError,
@@ -72,6 +73,7 @@ from asyncinfer.schemas.operations import (
     WaitingJobs,
     Worker,
 )
+from asyncinfer.schemas.timeline import TimelineEvent
 from asyncinfer.schemas.webhook_views import (
     JobWebhook,
     WebhookAttempt,
@@ -136,6 +138,8 @@ __all__ = [
     "RetriedJobs",
     "SlowMapWarning",
     "TensorInfo",
+    "Timeline",
+    "TimelineEvent",
     "Unauthorized",
     "UnknownAnswer",
     "ValidInput",

@@ -3,11 +3,15 @@
 Colours come from the page (`currentColor`, transparency), so that light and dark themes both do.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from html import escape
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
+
+from asyncinfer.schemas.timeline import TimelineEvent
 
 _CARD: Final = (
     "display:inline-block;border:1px solid rgba(128,128,128,.4);border-radius:6px;"
@@ -23,10 +27,29 @@ _COLOURS: Final = {
     "cancelled": "rgba(220,150,30,.4)",
 }
 _MAX_CHARACTERS: Final = 400
+_DOES_AFTER: Final = defaultdict(lambda: "waited", {"claimed": "prepared", "running": "ran"})
+"""What a job does after an event."""
+_ENDS_SO: Final = {"worker_lost": "lost", "handed_back": "handed back"}
+"""Events that say what became of the time before them."""
+_SPAN_COLOURS: Final = {
+    "waited": "rgba(128,128,128,.5)",
+    "prepared": "rgba(110,180,240,.6)",
+    "ran": "rgba(30,120,230,.8)",
+    "mixed": "rgba(110,180,240,.6)",
+    "handed back": "rgba(220,150,30,.75)",
+    "lost": "rgba(220,50,50,.75)",
+}
+_SPAN_TEXTS: Final = {
+    "mixed": "waited and ran",
+    "handed back": "handed back after",
+    "lost": "worker lost within",
+}
+_MAX_SPANS: Final = 20
 
 
-def job_card(view: Mapping[str, Any]) -> str:
-    """The HTML of a job's card; `view` is the job as the server shows it."""
+def job_card(view: Mapping[str, Any], events: Sequence[TimelineEvent] = ()) -> str:
+    """The HTML of a job's card; `view` is the job as the server shows it, `events` are those of its
+    timeline, for the picture."""
     rows = {"model": _model_of(view), "group": view.get("group")}
     rows |= {name: view.get(f"{name}_at") for name in ("created", "started", "finished")}
     if reason := view.get("waiting_for"):
@@ -38,7 +61,21 @@ def job_card(view: Mapping[str, Any]) -> str:
         rows["error"] = f"{error.get('code')}: {error.get('message')}"
     if view.get("result") is not None:
         rows["result"] = msgspec.json.encode(view["result"]).decode(errors="replace")
-    return _card("Job", view["job_id"], _badge(view["status"]), rows)
+    return _card("Job", view["job_id"], _badge(view["status"]), rows, _picture(events))
+
+
+def timeline_card(job_id: str, status: str, events: Sequence[TimelineEvent]) -> str:
+    """The HTML of the card that shows a job's timeline alone."""
+    return _card("Timeline of", job_id, _badge(status), {}, _picture(events))
+
+
+def events_of(times: Mapping[str, datetime]) -> list[TimelineEvent]:
+    """The events that follow from the times of a job itself, as far as these tell."""
+    names = {"created": "submitted", "started": "running", "finished": "finished"}
+    return [
+        TimelineEvent(event=names[name], at=at, at_ms=int(at.timestamp() * 1000), seconds=None)
+        for name, at in times.items()
+    ]
 
 
 def model_card(name: str, badge: str, rows: Mapping[str, Any]) -> str:
@@ -59,8 +96,9 @@ def group_card(view: Mapping[str, Any]) -> str:
     return _card("Group", view["group"], _bar(float(view.get("progress", 0))), rows)
 
 
-def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
-    """The HTML of a card. `badge` is HTML and is not escaped; rows without a value are left out."""
+def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any], picture: str = "") -> str:
+    """The HTML of a card. `badge` and `picture` are HTML and are not escaped; rows without a value
+    are left out."""
     shown = "".join(
         f'<tr style="background:none"><td style="{_QUIET};text-align:left;vertical-align:top">'
         f'{escape(label)}</td><td style="text-align:left;word-break:break-word">'
@@ -71,8 +109,91 @@ def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any]) -> str:
     return (
         f'<div style="{_CARD}"><span style="{_QUIET}">{escape(kind)}</span> '
         f'<code style="background:none">{escape(name)}</code> {badge}'
-        f'<table style="margin:.3em 0 0;border:none">{shown}</table></div>'
+        f'<table style="margin:.3em 0 0;border:none">{shown}</table>{picture}</div>'
     )
+
+
+class _Span(NamedTuple):
+    """The time between two events of a job: what it did, for how long."""
+
+    what: str
+    seconds: float
+    details: str
+
+
+def _spans(events: Sequence[TimelineEvent]) -> Iterator[_Span]:
+    """The times between the events whose times are known."""
+    since: TimelineEvent | None = None
+    undated: TimelineEvent | None = None
+    for event in events:
+        if event.event == "webhook":
+            return
+        if event.at_ms is None:
+            undated = event
+            continue
+        # A worker's loss and what follows are one step.
+        if since and since.at_ms is not None and since.event != "worker_lost":
+            what = _ENDS_SO.get(event.event) or ("mixed" if undated else _DOES_AFTER[since.event])
+            details = event.reason or _details(undated or since)
+            yield _Span(what, max(0, event.at_ms - since.at_ms) / 1000, details)
+        since, undated = event, None
+
+
+def _details(event: TimelineEvent) -> str:
+    """Where a span began: the worker, and with how many others the job ran."""
+    parts = [event.worker if event.event in ("claimed", "running") else None]
+    if event.event == "running":
+        parts += [
+            f"{event.jobs} jobs" if event.jobs and event.jobs > 1 else None,
+            f"{event.rows} rows" if event.rows and event.rows > 1 else None,
+            event.provider,
+        ]
+    return ", ".join(part for part in parts if part)
+
+
+def _picture(events: Sequence[TimelineEvent]) -> str:
+    """A bar with a part for each span of a timeline, and what each part is; empty for no span.
+
+    A part is as wide as its time is long, but never too narrow to be seen. The texts wrap in a
+    narrow cell.
+    """
+    spans = list(_spans(events))
+    shown = spans[-_MAX_SPANS:]
+    if not shown:
+        return ""
+    longest = max(span.seconds for span in shown) or 1.0
+    parts = "".join(
+        f'<span style="flex:{max(span.seconds / longest, 0.001):.3f} 1 0;min-width:4px;'
+        f'background:{_SPAN_COLOURS[span.what]}" title="{escape(_span_text(span))}"></span>'
+        for span in shown
+    )
+    texts = "".join(
+        f'<span><span style="display:inline-block;width:.7em;'
+        f'height:.7em;border-radius:2px;background:{_SPAN_COLOURS[span.what]}"></span> '
+        f"{escape(_span_text(span))}</span>"
+        for span in shown
+    )
+    left_out = f"<span>{len(spans) - len(shown)} before</span>" if len(spans) > len(shown) else ""
+    return (
+        '<div style="display:flex;gap:1px;height:.8em;border-radius:4px;overflow:hidden;'
+        f'margin:.5em 0 .3em">{parts}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:0 1em;font-size:.9em">{left_out}{texts}</div>'
+    )
+
+
+def _span_text(span: _Span) -> str:
+    """What a span is and how long, such as `ran 12 ms (w-f0fd4a)`."""
+    text = f"{_SPAN_TEXTS.get(span.what, span.what)} {_duration(span.seconds)}"
+    return _shorten(f"{text} ({span.details})" if span.details else text)
+
+
+def _duration(seconds: float) -> str:
+    """A number of seconds with a fitting unit."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _badge(text: str) -> str:

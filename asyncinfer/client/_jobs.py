@@ -14,6 +14,7 @@ from asyncinfer.client._flows import jobs, views, waiting
 from asyncinfer.client._flows.views import JobView, View
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._timeline import Timeline
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.jobs import JobError, WebhookEvent
 from asyncinfer.schemas.webhook_views import JobWebhook
@@ -25,6 +26,8 @@ class JobState:
 
     def __init__(self, view: View) -> None:
         self._view = view
+        self._timeline: Timeline | None = None
+        """As last read, for the card of a notebook."""
 
     @property
     def _fields(self) -> JobView:
@@ -93,7 +96,7 @@ class JobState:
         return self._fields.eta_seconds
 
     @property
-    def timeline(self) -> dict[str, datetime]:
+    def times(self) -> dict[str, datetime]:
         """The times, with time zone, when it was `created`, `started` and `finished`, so far."""
         job = self._fields
         times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
@@ -115,7 +118,10 @@ class JobState:
 
     def _repr_html_(self) -> str:
         """The card that a notebook shows."""
-        return _display.job_card(self._view)
+        job, timeline = self._fields, self._timeline
+        if timeline and (timeline.status, timeline.round) == (job.status, job.round or 1):
+            return _display.job_card(self._view, timeline.events)
+        return _display.job_card(self._view, _display.events_of(self.times))
 
 
 class Job(JobState):
@@ -204,6 +210,19 @@ class Job(JobState):
         """
         self._view = self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
+
+    def timeline(self) -> Timeline:
+        """Reads what has happened to it: each delivery, where it ran, and when, with the seconds
+        between.
+
+        It is of the present round: a retry begins a new one. Raises JobNotFound and JobExpired.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait()
+        >>> job.timeline().events[-1].status
+        'completed'
+        """
+        self._timeline = self._driver.run(jobs.read_timeline(self._server, self.id, self.tenant))
+        return self._timeline
 
     def webhook(self) -> JobWebhook:
         """Reads its webhook: where it goes, and a delivery for each round that ended so.
@@ -308,6 +327,12 @@ class AsyncJob(JobState):
         """Runs it again under the same id, and returns it, pending."""
         self._view = await self._driver.run(jobs.retry_job(self._server, self.id, self.tenant))
         return self
+
+    async def timeline(self) -> Timeline:
+        """Reads what has happened to it, and when."""
+        flow = jobs.read_timeline(self._server, self.id, self.tenant)
+        self._timeline = await self._driver.run(flow)
+        return self._timeline
 
     async def webhook(self) -> JobWebhook:
         """Reads its webhook: where it goes, and a delivery for each round that ended so."""

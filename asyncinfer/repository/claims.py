@@ -61,6 +61,8 @@ class Claim(Struct, frozen=True, dict=True):
     token: str
     flat: Sequence[bytes | None]
     """Id, input, meta and facts of each job, one after another, as in the reply."""
+    claimed_ms: int
+    """When it was made, by the server's clock; of a call that was sent again when that came."""
 
     @property
     def count(self) -> int:
@@ -248,7 +250,7 @@ class QueueConsumer:
     def _parse_claim_reply(self, reply: Any, token: str) -> ClaimReply:
         server_ms, queue, blocked, failures, *flat = reply
         self._store.note_server_time(server_ms)
-        claim = Claim(queue.decode(), token, flat) if flat else None
+        claim = Claim(queue.decode(), token, flat, server_ms) if flat else None
         failed = tuple(map(read_failed_jobs, failures)) if failures else ()
         return ClaimReply(claim, bool(blocked), failed)
 

@@ -160,6 +160,9 @@ def next_round(record: Record, now_ms: int) -> Record:
         claim=None,
         ran_version=None,
         ran_sha256=None,
+        delivery=None,
+        past_deliveries=(),
+        handed_back=0,
     )
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Final, Literal
 
 from asyncinfer.engine import Stop
-from asyncinfer.jobs import TraceContext, now_ms
+from asyncinfer.jobs import Delivery, TraceContext, now_ms
 from asyncinfer.repository.claims import Claim, ClaimedJob
 from asyncinfer.worker.execution import Batch
 from asyncinfer.worker.lease_renewer import LeaseRenewer
@@ -25,8 +25,10 @@ class BatchRun:
     """One batch that runs in a thread, and why it was stopped, if it was. Its methods are called in
     the event loop."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, delivery: Delivery) -> None:
+        """`delivery` is what the records of its jobs will say of it."""
         self.batch = batch
+        self.delivery = delivery
         self.stop = Stop()
         self.stop_reason: StopReason | None = None
         self.wanted_ids = {job.job_id for job in batch.jobs}
@@ -67,6 +69,30 @@ class HeldClaim:
         """By id the jobs whose traces are recorded; empty without TRACES."""
         self.run_traces: dict[str, TraceContext] = {}
         """By id the span of the last run that a job was in."""
+
+    @cached_property
+    def delivery(self) -> Delivery:
+        """What the records of jobs of this claim say of it that do not run."""
+        return Delivery(self.claim.claimed_ms, self.claim.count)
+
+    def age_ms(self) -> int:
+        """How long ago it was claimed, in whole ms, whatever happens to the clock."""
+        return int((time.monotonic() - self.claimed_at) * 1000)
+
+    def delivery_of_run(self, batch: Batch) -> Delivery:
+        """What the records of jobs of this claim say of it and of their run, which begins now."""
+        return Delivery(
+            self.claim.claimed_ms,
+            self.claim.count,
+            self.age_ms(),
+            len(batch.jobs),
+            sum(batch.rows),
+            batch.engine.provider.removesuffix("ExecutionProvider"),
+        )
+
+    def run_of(self, job_id: str) -> BatchRun | None:
+        """The run under way that a job is in; None if it is in none."""
+        return self.run if self.run and job_id in self.run.wanted_ids else None
 
     @cached_property
     def open_jobs(self) -> dict[str, ClaimedJob]:

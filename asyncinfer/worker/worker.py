@@ -48,7 +48,7 @@ from asyncinfer.worker.models.queues import Queues
 from asyncinfer.worker.output_sizes import OutputSizes
 from asyncinfer.worker.running.completion import Finisher
 from asyncinfer.worker.running.deferral import Deferrer, LaterReleaseDeferrer
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
+from asyncinfer.worker.running.outcomes import OutcomeBuilder
 from asyncinfer.worker.running.runner import BatchRunner, RunHung
 from asyncinfer.worker.running.spans import JobSpans
 from asyncinfer.worker.running.timings import JobTimes
@@ -438,9 +438,12 @@ class Worker:
         model, version = execution.requested_model(job, self._queues.model_of(held.claim.queue))
         if isinstance(error, UnknownModel) and model:
             if self._table.will_load(model, version):
-                return self._unloaded_deferrer.deferred_outcome(job)
-            if await self._is_elsewhere(model, version):
-                return released_outcomes([job], random.randrange(*_ELSEWHERE_DELAY_MS))[0]
+                delay_ms = self._unloaded_deferrer.next_delay_ms()
+            elif await self._is_elsewhere(model, version):
+                delay_ms = random.randrange(*_ELSEWHERE_DELAY_MS)
+            else:
+                return self._builder.failed(held, job, error)
+            return self._builder.released(held, [job], "not_loaded", delay_ms)[0]
         return self._builder.failed(held, job, error)
 
     async def _is_elsewhere(self, model: str, version: str | None) -> bool:

@@ -57,6 +57,18 @@ def test_a_job_is_shown_with_its_result(url: str) -> None:
     assert run_command("job", job_id, "--json").json["result"]["class_name"] == "setosa"
 
 
+def test_the_timeline_of_a_job_is_shown_to_people_and_programs(url: str) -> None:
+    job_id = wait_until_ended(url, submit(url))
+    shown = run_command("job", job_id, "--timeline").out.splitlines()
+    program = run_command("job", job_id, "--timeline", "--json").json
+    names = [event["event"] for event in program["events"]]
+    assert names == ["submitted", "claimed", "running", "finished"]
+    for event, line in zip(program["events"], shown[1:], strict=True):
+        assert line.startswith(event["at"][:23])
+        assert event["event"] in line
+    assert "1 row, version 1, sha256" in shown[3]
+
+
 def test_a_job_is_watched_until_its_end(url: str) -> None:
     ran = run_command("job", submit(url), "--watch", "--json")
 

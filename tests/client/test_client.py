@@ -230,8 +230,8 @@ def test_a_job_is_found_by_its_id(client: Client, running: Running) -> None:
 
     assert job.wait().status == "completed"
     assert (job.model, job.error) == ("iris", None)
-    assert list(job.timeline) == ["created", "started", "finished"]
-    assert job.timeline["created"] <= job.timeline["finished"]
+    assert list(job.times) == ["created", "started", "finished"]
+    assert job.times["created"] <= job.times["finished"]
     assert job.as_dict()["priority"] == "low"
     assert client.group("found-by-id").counts.completed == 1
     assert [found.id for found in client.jobs(group="found-by-id")] == [job.id]
@@ -399,7 +399,7 @@ def test_a_job_is_read_again_when_it_has_ended(client: Client) -> None:
     client.resume("iris")
     assert job.refresh(wait_seconds=20).status == "completed"
     assert (job.group, job.version) == ("read-again", client.model("iris").version)
-    assert list(job.timeline) == ["created", "started", "finished"]
+    assert list(job.times) == ["created", "started", "finished"]
     assert client.job(job.id, tenant="default").tenant == "default"
 
 

@@ -1,10 +1,11 @@
 """Cards for notebooks: every value of a server is escaped."""
 
+import re
 from typing import Any, Final
 
 import pytest
 
-from asyncinfer.client import Client, Model
+from asyncinfer.client import Client, Model, Timeline, TimelineEvent
 from asyncinfer.client._display import group_card, job_card
 from asyncinfer.client._models import TensorInfo
 
@@ -71,3 +72,27 @@ def test_cards_show_the_state_of_jobs_models_and_groups(client: Client) -> None:
 
     card = client.group("carded")._repr_html_()
     assert all(word in card for word in ("carded", "1 completed", "100 %"))
+
+
+def test_the_card_of_a_job_shows_for_how_long_it_waited_and_ran(client: Client) -> None:
+    job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris").wait()
+    before = job._repr_html_()
+    assert re.search(r"waited [0-9.]+ m?s</span>.*ran [0-9.]+ m?s</span>", before)
+    timeline = job.timeline()
+    card = job._repr_html_()
+    assert f"({timeline.events[2].worker}, CPU)" in card
+    assert card.count("waited") == 2  # A part of the bar, and its text.
+    assert "prepared" in timeline._repr_html_()
+
+
+def test_the_picture_of_a_timeline_has_a_part_for_each_worker_that_was_lost() -> None:
+    times = (0, None, 16_000, 16_000, None, 33_500, 33_500)
+    names = ("submitted", "claimed", "worker_lost", "redelivered", "claimed", "worker_lost")
+    events = [
+        TimelineEvent(event=name, at=None, at_ms=at_ms, seconds=None, worker='<b>"w')
+        for name, at_ms in zip((*names, "finished"), times, strict=True)
+    ]
+    card = Timeline(job_id="1", status="failed", events=tuple(events))._repr_html_()
+    assert re.findall(r"> worker lost within ([0-9.]+ s)", card) == ["16.0 s", "17.5 s"]
+    assert "waited" not in card
+    assert "<b>" not in card

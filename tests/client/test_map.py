@@ -36,7 +36,7 @@ def iris_rows(count: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]
 def started(client: Client, group: str) -> dict[str, Any]:
     """When each completed job of a group was started, by id; another time shows another run."""
     return {
-        job.id: job.timeline["started"]
+        job.id: job.times["started"]
         for job in client.jobs(group=group, limit=5000)
         if job.status == "completed"
     }

@@ -113,6 +113,7 @@ def as_shown(output: str, ids: Mapping[str, str], digits: int = 4) -> str:
     output = re.sub(r'"queues":\{[^}]*\}', '"queues":{}', output)
     output = re.sub(r'"request_id":"[^"]+"', '"request_id":"REQUEST"', output)
     output = re.sub(r'"cursor":"[^"]+"', '"cursor":"CURSOR"', output)
+    output = re.sub(r'"(at_ms|seconds)":[0-9.]+', r'"\1":0', output)
     # The phrase of a status is that of the Python.
     output = output.replace("422 Unprocessable Content", "422 Unprocessable Entity")
     output = re.sub(r"^id: \S+$", "id: POSITION", output, flags=re.MULTILINE)

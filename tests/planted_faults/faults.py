@@ -177,6 +177,15 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "a_lost_worker_is_not_noted",
+        f"{_LUA}/reap.lua",
+        "lost[#lost + 1] = now .. ' ' ..",
+        "lost[#lost + 1] = 'lost ' ..",
+        (
+            "tests/api/test_timeline.py::test_a_dead_letter_shows_each_delivery_and_a_retry_begins_anew",
+        ),
+    ),
+    Fault(
         "after_an_outage_jobs_are_taken_from_live_workers",
         f"{_LUA}/reap.lua",
         "if not last or last > now or now - last > args.lease_ms / 2 then",
@@ -504,6 +513,15 @@ FAULTS: Final = (
         "for kind in vars(errors).values()",
         (
             "tests/client/test_failures.py::test_of_two_classes_with_one_code_the_base_class_is_raised",
+        ),
+    ),
+    Fault(
+        "a_clock_that_is_ahead_makes_negative_times",
+        "asyncinfer/api/timelines.py",
+        "at_ms = min(at_ms, first_later_ms)",
+        "at_ms = max(at_ms, first_later_ms)",
+        (
+            "tests/api/test_timeline.py::test_no_time_is_negative_though_every_clock_shows_another_hour",
         ),
     ),
     # --- settings and commands

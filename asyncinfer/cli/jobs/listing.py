@@ -10,6 +10,7 @@ import msgspec
 from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, EXIT_TIMED_OUT
+from asyncinfer.cli.jobs.timeline import show_timeline
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import (
     ago,
@@ -80,12 +81,14 @@ def dead(server: ServerOptions, as_json: bool, **filters: Any) -> None:
     "job",
     "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11",
     "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11 --watch --timeout 60    # seconds",
+    "asyncinfer job 019ab5f2c1f77c36b1a2c6f0d3a54e11 --timeline",
 )
 @click.argument("job_id", metavar="ID")
 @click.option(
     "--watch", is_flag=True, help="Wait until the job ends; print each new state on stderr."
 )
 @options.timeout("How long to watch. Default: no limit.")
+@click.option("--timeline", is_flag=True, help="Show what happened to it, and when, instead.")
 @options.tenant
 @options.server
 @options.as_json
@@ -93,6 +96,7 @@ def job(
     job_id: str,
     watch: bool,
     timeout: float | None,
+    timeline: bool,
     tenant: str | None,
     server: ServerOptions,
     as_json: bool,
@@ -106,7 +110,10 @@ def job(
         found = client.job(job_id, tenant=tenant)
         if watch:
             _watch(found, timeout)
-    if as_json:
+        course = found.timeline() if timeline else None
+    if course:
+        show_timeline(course, as_json)
+    elif as_json:
         say_json(found.as_dict())
     else:
         _show_job(found.as_dict())
@@ -187,7 +194,7 @@ def _list_jobs(server: ServerOptions, as_json: bool, **filters: Any) -> None:
 
 def _row(job: "Job") -> Sequence[object]:
     """The cells of a job; the last is its error, or why it waits, cut to a length."""
-    times = job.timeline
+    times = job.times
     started, ended = times.get("started"), times.get("finished")
     run_time = seconds((ended - started).total_seconds()) if started and ended else None
     reason = f"{job.error.code}: {job.error.message}" if job.error else ""

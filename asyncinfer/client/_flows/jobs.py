@@ -20,6 +20,7 @@ from asyncinfer.client._requests import (
     path_part,
     query_text,
 )
+from asyncinfer.client._timeline import Timeline
 from asyncinfer.errors import JobFinished, JobNotRetryable, RequestError
 from asyncinfer.schemas.webhook_views import JobWebhook
 
@@ -55,6 +56,12 @@ def read_job(
         timeout_seconds=wait_seconds + MARGIN_SECONDS,
     )
     return check_view(server, (yield from fetch_json(server, request)))
+
+
+def read_timeline(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[Timeline]:
+    """What has happened to a job; raises JobNotFound and JobExpired."""
+    answer = yield from get(server, f"{_job_path(job_id)}/timeline", tenant=tenant)
+    return convert(server, answer, Timeline)
 
 
 def cancel_job(server: RemoteServer, job_id: str, tenant: str | None = None) -> Flow[View]:

@@ -142,13 +142,13 @@ local function select_jobs(q, args, now, lists, first_ids, with_inputs)
         end
         if class == 'invalid' and status == 'pending' and #id <= max_logged_id_bytes then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.')
+            id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.', nil, now)
         elseif class == 'input_lost' then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'input_lost', 'The input is gone from Redis; submit the job again.', facts)
+            id, 'input_lost', 'The input is gone from Redis; submit the job again.', facts, now)
         elseif class == 'expired' then
           chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'expired', 'The deadline passed while the job waited.', facts)
+            id, 'expired', 'The deadline passed while the job waited.', facts, now)
           chosen.freed_bytes = chosen.freed_bytes + counted
         elseif class == 'absent' then
           chosen.absent[#chosen.absent + 1] = id

@@ -127,11 +127,18 @@ local function end_jobs(q, ends, args, spent)
   notify_inboxes(notices)
 end
 
--- An entry of `ends` for a job that fails for a reason only the queue knows; ends nothing. `code`
--- and `message` are put into JSON as they are, so they must need no escapes; `facts` may be nil.
-local function failed_job(id, code, message, facts)
-  local body = '{"code":"' .. code .. '","message":"' .. message .. '"}'
-  return { id = id, status = 'failed', code = code, body = body, facts = facts }
+-- An entry of `ends` for a job that fails at `now`, in ms, for a reason only the queue knows; ends
+-- nothing. `code` and `message` are put into JSON as they are, so they must need no escapes; `facts`
+-- may be nil. No script rewrites a record, so the error also has what a worker would have put there:
+-- when the job ended, and its lost deliveries.
+local function failed_job(id, code, message, facts, now)
+  local body = '{"code":"' .. code .. '","message":"' .. message .. '","at_ms":' .. now
+  local lost = {}
+  for i, entry in ipairs(facts and facts[LOST_DELIVERIES] or {}) do
+    lost[i] = '"' .. entry:gsub('[^%w .:_-]', '?') .. '"'
+  end
+  if #lost > 0 then body = body .. ',"lost":[' .. table.concat(lost, ',') .. ']' end
+  return { id = id, status = 'failed', code = code, body = body .. '}', facts = facts }
 end
 
 -- Stale entries are ids of ended jobs that are still in a list. A claim drops them when it meets

@@ -6,6 +6,7 @@ local FACT_TYPES = {
   [START_BY_MS] = 'number', [FINISH_BY_MS] = 'number', [TTL_SECONDS] = 'number',
   [CLAIMED_BEFORE] = 'number', [PRIORITY] = 'string', [INBOXES] = 'table', [IDEMPOTENCY_DIGEST] = 'string',
   [WEBHOOK_EVENTS] = 'number', [WEBHOOK_ROUND] = 'number',
+  [LOST_DELIVERIES] = 'table',
 }
 
 -- Whether the number `value` is valid for the fact `name`: whole, from 0 to 2^53; for a TTL, from
@@ -24,7 +25,7 @@ local function is_well_formed(value)
     local kind = type(part)
     if kind ~= (type(name) == 'number' and 'string' or FACT_TYPES[name] or kind) then return false end
     if kind == 'number' and FACT_TYPES[name] and not is_valid_number(name, part) then return false end
-    if name == INBOXES and not is_well_formed(part) then return false end
+    if (name == INBOXES or name == LOST_DELIVERIES) and not is_well_formed(part) then return false end
   end
   return true
 end

@@ -87,17 +87,27 @@ local function read_expired_claims(q)
   return claims, false
 end
 
--- Counts one more delivery of a job whose claim, `token`, expired, and puts the job back; adds it to
--- `ends` instead if its cancel was requested or no delivery is left (a dead letter then). `facts`
--- are unpacked or nil. Adds to back, dead and bytes of `counts`.
+-- Notes in the facts of a job that the worker of `token` was lost with it. Keeps the newest
+-- `args.max_deliveries` notes, each of 100 bytes at most.
+local function note_lost_delivery(facts, token)
+  local lost, max_worker_bytes = facts[LOST_DELIVERIES] or {}, 80
+  if #lost >= args.max_deliveries then table.remove(lost, 1) end
+  lost[#lost + 1] = now .. ' ' .. (token:match('^(.*):') or token):sub(-max_worker_bytes)
+  facts[LOST_DELIVERIES] = lost
+end
+
+-- Counts one more delivery of a job whose claim, `token`, expired, and puts the job back; adds it
+-- to `ends` instead if its cancel was requested or no delivery is left (a dead letter then).
+-- `facts` are unpacked or nil. Adds to back, dead and bytes of `counts`.
 local function put_back_or_end(q, id, token, facts, ends, counts)
   facts = facts or {}
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
+  note_lost_delivery(facts, token)
   if facts[CANCEL_REQUESTED] then
     ends[#ends + 1] = { id = id, status = 'cancelled', facts = facts }
   elseif facts[DELIVERIES] >= args.max_deliveries then
     local dead = failed_job(id, 'worker_lost',
-      'The worker died or froze each of ' .. facts[DELIVERIES] .. ' times it ran this job.', facts)
+      'The worker died or froze each of ' .. facts[DELIVERIES] .. ' times it ran this job.', facts, now)
     dead.token = token
     ends[#ends + 1] = dead
     add_dead_letter(q, id, now, args)
@@ -153,7 +163,7 @@ end
 local function expire_job(q, id, ends, counts)
   local status = value_at(job_key(id, 'status'))
   local facts = decode_table(redis.call('HGET', q.facts, id)) or {}
-  local expired = failed_job(id, 'expired', 'The deadline passed before the job was done.', facts)
+  local expired = failed_job(id, 'expired', 'The deadline passed before the job was done.', facts, now)
   if status == 'pending' then
     counts.bytes = counts.bytes - counted_bytes(id)
     if not redis.call('ZSCORE', q.delayed, id) then table.insert(counts.stale, id) end

@@ -26,7 +26,7 @@ from asyncinfer.schemas.operations import JobsDone
 from asyncinfer.timeouts import pause_before_retry
 from asyncinfer.worker.claiming.claims import Claimer
 from asyncinfer.worker.held_claim import HeldClaim, HeldClaims, Step
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes
+from asyncinfer.worker.running.outcomes import OutcomeBuilder
 from asyncinfer.worker.running.spans import JobSpans
 
 _log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Finisher:
         Does nothing for a claim without such jobs: it is being finished, or that has failed. Its
         lease stays: the jobs whose outcomes are not stored are redelivered when it ends.
         """
-        if outcomes := released_outcomes(held.open_jobs.values()):
+        if outcomes := self._builder.released(held, held.open_jobs.values(), "stopping"):
             held.open_jobs.clear()
             with contextlib.suppress(RedisUnavailable):
                 await self._runs.finish(held.claim, outcomes, last=not held.early_tasks)

@@ -7,7 +7,6 @@ from typing import Final
 
 from asyncinfer.jobs import SCHEMA
 from asyncinfer.repository.claims import ClaimedJob, JobOutcome
-from asyncinfer.worker.running.outcomes import released_outcomes
 
 _log = logging.getLogger(__name__)
 
@@ -28,15 +27,15 @@ class Deferrer:
         self._window_began_at = 0.0
         self._count = 0
 
-    def deferred_outcome(self, job: ClaimedJob) -> JobOutcome:
-        """Returns the outcome that puts the job back into its queue with a random delay, and counts
-        the job; stores nothing. The longest delay grows by 1 ms with each job in a minute."""
+    def next_delay_ms(self) -> int:
+        """Counts a job, and returns its random delay in ms. The longest delay grows by 1 ms with
+        each job in a minute."""
         now = time.monotonic()
         if now - self._window_began_at > _WINDOW_SECONDS:
             self._window_began_at, self._count = now, 0
         self._count += 1
         max_delay_ms = min(2 * self._min_ms + self._count, self._max_ms)
-        return released_outcomes([job], random.randint(self._min_ms, max_delay_ms))[0]
+        return random.randint(self._min_ms, max_delay_ms)
 
 
 class LaterReleaseDeferrer:
@@ -47,8 +46,9 @@ class LaterReleaseDeferrer:
         self._deferrer = Deferrer(_MIN_MS, _MAX_MS)
 
     def defer(self, job: ClaimedJob) -> JobOutcome:
-        """As `Deferrer.deferred_outcome`, with a delay of 1 to 60 s. Logs what to do about such
-        jobs, once per schema, for a few schemas only, since anyone may write any number there."""
+        """Returns the outcome that puts the job back into its queue as it is, with a delay of 1 to
+        60 s. Logs what to do about such jobs, once per schema, for a few schemas only, since anyone
+        may write any number there."""
         schema = job.later_schema
         if schema not in self._named_schemas and len(self._named_schemas) < _MAX_NAMED:
             self._named_schemas.add(schema)
@@ -58,4 +58,5 @@ class LaterReleaseDeferrer:
                 schema,
                 SCHEMA,
             )
-        return self._deferrer.deferred_outcome(job)
+        delay_ms = self._deferrer.next_delay_ms()
+        return JobOutcome(job.job_id, "released", meta=job.meta, delay_ms=delay_ms)

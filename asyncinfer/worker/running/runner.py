@@ -19,7 +19,7 @@ from asyncinfer.worker.figures import WorkerFigures
 from asyncinfer.worker.held_claim import BatchRun, HeldClaim, Step
 from asyncinfer.worker.models.library import Library
 from asyncinfer.worker.output_sizes import OutputSizes
-from asyncinfer.worker.running.outcomes import OutcomeBuilder, released_outcomes, suspect_outcomes
+from asyncinfer.worker.running.outcomes import OutcomeBuilder
 from asyncinfer.worker.running.spans import JobSpans
 from asyncinfer.worker.running.timings import RunTimes
 
@@ -127,12 +127,12 @@ class BatchRunner:
         max_rows = self._output_sizes.fitting_rows(signature, input_bytes)
         batch, *others = first.split_to_rows(max_rows)
         waiting.extendleft(others)
-        run = BatchRun(batch)
+        run = BatchRun(batch, held.delivery_of_run(batch))
         run.wanted_ids &= held.open_jobs.keys()
         if not run.wanted_ids:
             return []
         if self._given_up:
-            return released_outcomes(_open_jobs_of(held, batch))
+            return self._builder.released(held, _open_jobs_of(held, batch), "stopping")
         held.run = run
         try:
             started_at = time.monotonic()
@@ -143,7 +143,7 @@ class BatchRunner:
             return self._outcomes_of_stopped(held, run)
         except (ModelFailed, OutOfMemory) as error:
             if len(batch.jobs) == 1:
-                return [self._builder.failed(held, batch.jobs[0], error)]
+                return [self._builder.failed(held, batch.jobs[0], error, run)]
             waiting.extendleft(reversed(batch.halves()))
             return []
         finally:
@@ -162,7 +162,7 @@ class BatchRunner:
             size=sum(map(len, bodies)),
         )
         return [
-            self._builder.completed(held, job, body, signature)
+            self._builder.completed(held, job, body, run)
             for job, body in zip(done.jobs, bodies, strict=True)
         ]
 
@@ -175,7 +175,8 @@ class BatchRunner:
         known_ids = {outcome.job_id for outcome in finished}
         known_ids |= {job.job_id for job in run.batch.jobs}
         others = [job for job in held.open_jobs.values() if job.job_id not in known_ids]
-        return self._outcomes_of_stopped(held, run) + released_outcomes(others)
+        released = self._builder.released(held, others, "stopping")
+        return self._outcomes_of_stopped(held, run) + released
 
     async def _run_in_thread(self, run: BatchRun) -> list[bytes]:
         """Runs a batch in a thread and returns results as `execution.run` does; waits for the end
@@ -203,10 +204,11 @@ class BatchRunner:
         else failed."""
         unended = _open_jobs_of(held, run.batch)
         if run.stop_reason == "drain":
-            return released_outcomes(unended)
+            return self._builder.released(held, unended, "stopping")
         if len(run.batch.jobs) > 1:
-            return suspect_outcomes(unended)
-        return [self._builder.failed(held, job, self._timeout_error(run.batch)) for job in unended]
+            return self._builder.suspects(held, unended)
+        error = self._timeout_error(run.batch)
+        return [self._builder.failed(held, job, error, run) for job in unended]
 
     def _timeout_seconds(self, batch: Batch) -> float:
         """How long a run may take: as `model.toml` says, else PREDICTION_TIMEOUT."""
