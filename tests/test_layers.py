@@ -210,7 +210,7 @@ def test_each_module_has_a_one_line_summary() -> None:
             "asyncinfer.cli.serve.commands, asyncinfer.cli.serve.work",
             ("numpy",),
         ),
-        ("asyncinfer.api.app", ("onnxruntime",)),
+        ("asyncinfer.api.app", ("onnxruntime", "httpcore2")),
         ("asyncinfer.client", ("numpy", "onnxruntime", "redis", "starlette", "httpx2", "tqdm")),
         ("asyncinfer.testing", ("numpy", "onnxruntime", "redis", "starlette", "httpx2", "pytest")),
         ("asyncinfer.worker.process", ("starlette", "uvicorn", "watchfiles")),
