@@ -118,6 +118,9 @@ class QueueLooks:
             since_ms = waits_since_ms(stored.record) if stored.record else look.now_ms
             rate = look.jobs_per_second(since_ms)
             eta_seconds = load.seconds_to_end(position.ahead, rate)
+            if eta_seconds is not None:
+                # It counts from the look.
+                eta_seconds = max(0.0, eta_seconds - (time.monotonic() - seen.taken_at))
         return Whereabouts(position, eta_seconds, look.deliveries(stored.job_id))
 
     def submit_seconds(self, record: Record) -> int:

@@ -272,6 +272,7 @@ async def test_a_body_that_takes_too_long_gives_its_bytes_back(
         await uploads.all_given_back()
 
 
+@pytest.mark.soak
 async def test_a_submit_that_redis_does_not_answer_leaves_nothing_in_memory(
     limits: ApiConfig, store: Store
 ) -> None:

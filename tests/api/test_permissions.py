@@ -29,7 +29,9 @@ from .harness import (
     submit,
 )
 
-WORKER = "gpu-host.internal-4711-f0fd4a"
+PID = 4_711_471_147
+"""Long enough not to be found in an id by chance."""
+WORKER = f"gpu-host.internal-{PID}-f0fd4a"
 
 
 @pytest.fixture
@@ -246,7 +248,7 @@ async def test_host_names_and_pids_are_shown_to_admins_only(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {
-        **{"models": ["iris"], "state": "ready", "host": "gpu-host.internal", "pid": 4711},
+        **{"models": ["iris"], "state": "ready", "host": "gpu-host.internal", "pid": PID},
         "run_times": {"iris": {"1": 0.001}},
         "problems": {"iris": {"2": "too bad"}},
     }
@@ -258,14 +260,14 @@ async def test_host_names_and_pids_are_shown_to_admins_only(
     assert (worker["worker"], worker["host"], worker["pid"]) == (
         "w-f0fd4a",
         "gpu-host.internal",
-        4711,
+        PID,
     )
     assert (await bob.get(f"/job/{job_id}")).json()["worker"] == "w-f0fd4a"
     paths = ("/models", "/models/iris", "/jobs", f"/job/{job_id}", "/queues", "/scale/iris")
     for path in (*paths, "/health", "/models/wine", f"/job/{job_id}/events"):
         text = (await bob.get(path)).text
         assert "gpu-host" not in text, path
-        assert "4711" not in text, path
+        assert str(PID) not in text, path
 
 
 async def _ended_by(

@@ -170,14 +170,17 @@ async def test_the_end_is_estimated_by_the_work_ahead_and_the_living_slots(
     await hands.claim_jobs(2)
     async with running_client(config) as api:
         last = await read(api, ids[-1])
-        # Ten jobs have to end, two at a time, in 3 s each; of those that run a part is done.
-        assert last["eta_seconds"] == 14.25
-        assert last["waiting_for"] == {
-            "code": "queue",
-            "message": "It waits behind 7 jobs, some 14 s.",
+        # Ten jobs have to end, two at a time, in 3 s each; of those that run a part is done. The
+        # look that says so may be a second old.
+        assert 13.25 <= last["eta_seconds"] <= 14.25
+        assert last["waiting_for"]["code"] == "queue"
+        assert last["waiting_for"]["message"] in {
+            f"It waits behind 7 jobs, some {seconds} s." for seconds in (13, 14)
         }
-        assert (await read(api, ids[2]))["eta_seconds"] == 3.75
-        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "15"
+        assert 2.75 <= (await read(api, ids[2]))["eta_seconds"] <= 3.75
+        later = await api.get(f"/job/{ids[-1]}")
+        assert later.json()["eta_seconds"] < last["eta_seconds"], "it counts down within a look"
+        assert later.headers["retry-after"] in {"14", "15"}
 
 
 async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(

@@ -240,6 +240,7 @@ def names(results: Sequence[Any]) -> list[str]:
     return [result["class_name"] for result in results]
 
 
+@pytest.mark.soak
 def test_a_map_goes_through_a_server_that_keeps_jobs_for_less_than_a_day(
     shipped_models: Path,
 ) -> None:

@@ -195,6 +195,7 @@ class WorkerOptions(TypedDict, total=False):
     monitor_port: int
     allow_custom_ops: bool
     unprivileged: bool
+    run_seconds: float
 
 
 class OpenWorkers(Protocol):

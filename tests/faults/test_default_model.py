@@ -12,6 +12,7 @@ from .harness import eventually
 from .processes import OpenWorkers
 
 
+@pytest.mark.soak
 async def test_a_worker_adopts_the_default_model_that_redis_names(
     open_workers: OpenWorkers, store: Store, server: redis.Redis
 ) -> None:

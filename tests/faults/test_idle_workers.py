@@ -98,6 +98,7 @@ async def test_a_worker_frozen_while_it_waited_delays_a_job_by_one_look_of_anoth
     assert_at_rest(server, load_client.queue)
 
 
+@pytest.mark.soak
 async def test_a_worker_cut_off_while_it_waited_delays_a_job_by_one_look_of_another(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis, redis_url: str
 ) -> None:

@@ -71,7 +71,7 @@ def new_jobs(count: int, numbers: int) -> list[NewJob]:
     [
         pytest.param([NUMBERS, NUMBERS * COPIES], NUMBERS, id="declared"),
         pytest.param(["n", "m"], NUMBERS, id="open", marks=pytest.mark.soak),
-        pytest.param(["n", "m"], 1, id="open, and small at first"),
+        pytest.param(["n", "m"], 1, id="open, and small at first", marks=pytest.mark.soak),
     ],
 )
 async def test_many_jobs_with_large_results_are_not_held_at_once(
@@ -136,6 +136,7 @@ async def test_a_run_that_gives_more_than_was_expected_is_stored_in_parts(
     assert_at_rest(server, QUEUE)
 
 
+@pytest.mark.soak
 async def test_later_claims_of_large_results_are_small_so_that_other_slots_get_the_rest(
     open_workers: OpenWorkers, tmp_path: Path, server: redis.Redis, store: Store
 ) -> None:
@@ -152,6 +153,7 @@ async def test_later_claims_of_large_results_are_small_so_that_other_slots_get_t
     assert claim_sizes(server, QUEUE) == [1] * 6
 
 
+@pytest.mark.soak
 async def test_jobs_with_large_results_that_filled_a_batch_do_not_wait_for_others_again(
     open_workers: OpenWorkers, tmp_path: Path, server: redis.Redis, store: Store
 ) -> None:
@@ -170,6 +172,7 @@ async def test_jobs_with_large_results_that_filled_a_batch_do_not_wait_for_other
     assert claim_sizes(server, QUEUE) == [3, 1, 1, 1]
 
 
+@pytest.mark.soak
 async def test_the_first_jobs_of_a_usual_model_share_one_run(
     open_workers: OpenWorkers,
     tmp_path: Path,

@@ -28,6 +28,7 @@ def lines_by_process(log: str) -> dict[tuple[str, int], list[str]]:
     return messages
 
 
+@pytest.mark.soak
 def test_an_outage_of_redis_has_two_lines_in_each_process(
     durable: DurableServer, shipped_models: Path, tmp_path: Path
 ) -> None:

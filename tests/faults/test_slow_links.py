@@ -178,6 +178,7 @@ async def test_who_waits_gets_a_large_result_over_5_mb_a_second(
     _assert_twice(answer, count)
 
 
+@pytest.mark.soak
 async def test_32_images_at_once_are_accepted_while_redis_takes_them_in_steadily(
     client: httpx2.AsyncClient,
     proxy: Proxy,

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class WorkerSettings(msgspec.Struct, kw_only=True):
     """The step of a job at which it kills itself with SIGKILL."""
     fail_at: Step | None = None
     """The step of a job at which it raises an unexpected error."""
+    run_seconds: float = 0.0
+    """How much longer each run takes, however busy the machine is: as on an accelerator."""
 
 
 def _on_step(settings: WorkerSettings) -> Callable[[Step], None]:
@@ -44,6 +47,8 @@ def _on_step(settings: WorkerSettings) -> Callable[[Step], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == settings.fail_at:
             raise RuntimeError(f"a bug at {step!r}")
+        if step == "running":
+            time.sleep(settings.run_seconds)
 
     return on_step
 

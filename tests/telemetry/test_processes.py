@@ -91,6 +91,7 @@ def test_traces_without_opentelemetry_are_refused_in_one_line(
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.soak
 def test_every_process_exports_its_last_spans_as_it_stops(tmp_path: Path) -> None:
     with running_collector() as (collector, url):
         environ = {

@@ -221,6 +221,7 @@ async def test_an_answer_without_redis_is_an_error_of_the_api_with_its_code(
     assert submit.status.status_code is StatusCode.ERROR
 
 
+@pytest.mark.soak
 async def test_a_retry_is_another_round_in_the_same_trace(
     deployment: Deployment, spans: Spans
 ) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from asyncinfer.repository import keys
 from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.scripts import script
@@ -13,6 +15,7 @@ from tests.webhooks.receiver import Received, Receiver, Reply
 from tests.webhooks.sending import running_sender, webhook
 
 
+@pytest.mark.soak
 async def test_a_lost_reply_loses_no_webhook_and_changes_no_body(
     redis_url: str, hands: QueueDriver, hook: Receiver
 ) -> None:
