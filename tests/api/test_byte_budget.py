@@ -349,6 +349,7 @@ async def test_lines_take_room_only_while_a_long_one_is_received(uploads: Upload
         await upload.read_chunks()
 
 
+@pytest.mark.soak
 async def test_a_long_line_that_comes_too_slowly_ends_for_others(
     limits: ApiConfig, store: Store
 ) -> None:

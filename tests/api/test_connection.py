@@ -504,6 +504,7 @@ class ShortIdleConnection(Connection):
         super().__init__(app, short, registry, short_way)
 
 
+@pytest.mark.soak
 async def test_a_connection_is_closed_when_it_is_idle_and_not_while_it_is_used(
     config: ApiConfig, store: Store
 ) -> None:

@@ -45,6 +45,7 @@ async def close(
     return await client.post(f"/group/{group}/close", json={"webhook": {"url": url, **more}})
 
 
+@pytest.mark.soak
 async def test_a_webhook_that_cannot_be_taken_leaves_the_group_open(
     quiet_api: httpx2.AsyncClient,
 ) -> None:

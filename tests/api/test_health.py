@@ -108,6 +108,7 @@ async def test_the_queue_of_a_model_that_is_gone_is_shown_only_while_it_has_jobs
     assert await shown() == ({QUEUE}, {QUEUE})
 
 
+@pytest.mark.soak
 async def test_without_redis_the_api_is_live_and_after_a_while_not_ready(
     config: ApiConfig, store: Store
 ) -> None:

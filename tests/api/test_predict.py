@@ -190,6 +190,7 @@ async def test_a_key_is_neither_readable_in_redis_nor_of_any_form(
     assert server.llen(QUEUE) == 1
 
 
+@pytest.mark.soak
 async def test_200_requests_with_one_key_over_two_apis_make_one_job(
     config: ApiConfig, store: Store, server: redis.Redis
 ) -> None:

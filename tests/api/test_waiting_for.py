@@ -197,6 +197,7 @@ async def test_a_replaced_worker_leaves_no_gap_and_a_stopped_one_is_reported_wit
     assert workforce.absence("iris", "1") is None
 
 
+@pytest.mark.soak
 async def test_an_outage_of_redis_is_no_absence_of_workers(
     redis_url: str, store: Store, server: redis.Redis, policy: Policy
 ) -> None:

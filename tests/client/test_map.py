@@ -259,6 +259,7 @@ def test_a_map_goes_through_a_server_that_keeps_jobs_for_less_than_a_day(
             next(client.map(rows, ttl_seconds=3601, progress=False))
 
 
+@pytest.mark.soak
 def test_the_jobs_of_a_map_that_cannot_be_resumed_are_kept_for_an_hour(
     shipped_models: Path, redis_url: str, server: redis.Redis
 ) -> None:

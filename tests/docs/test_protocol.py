@@ -361,7 +361,9 @@ async def _lose_cancel_and_expire(driver: QueueDriver, after_each: Callable[[], 
     after_each()
 
 
-@pytest.mark.parametrize("forbidden", [(), ("fcall", "function")])
+@pytest.mark.parametrize(
+    "forbidden", [(), pytest.param(("fcall", "function"), marks=pytest.mark.soak)]
+)
 async def test_every_key_that_the_scripts_write_has_the_type_and_ttl_of_its_row(
     forbidden: tuple[str, ...], server: redis.Redis, redis_url: str, key_check: KeyCheck
 ) -> None:

@@ -135,6 +135,7 @@ def _assert_twice(answer: httpx2.Response, count: int) -> None:
 # --- a narrow link ---------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 async def test_an_8_mb_input_is_accepted_over_5_mb_a_second_and_sent_once(
     client: httpx2.AsyncClient,
     proxy: Proxy,
@@ -293,7 +294,12 @@ async def test_an_api_that_starts_with_200_ms_more_each_way_becomes_ready(
 
 
 @pytest.mark.parametrize(
-    "fault", ["drip", pytest.param("black hole", marks=pytest.mark.soak), "refused"]
+    "fault",
+    [
+        pytest.param("drip", marks=pytest.mark.soak),
+        pytest.param("black hole", marks=pytest.mark.soak),
+        "refused",
+    ],
 )
 async def test_a_submit_and_a_read_are_503_within_1_5_s_if_redis_is_as_good_as_gone(
     fault: str, client: httpx2.AsyncClient, proxy: Proxy, server: redis.Redis

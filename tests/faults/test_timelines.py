@@ -50,6 +50,7 @@ async def read_timeline(port: int, job_id: str) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.soak
 async def test_a_job_that_lost_two_workers_and_then_completed_shows_when_and_where(
     open_workers: OpenWorkers, redis_url: str, server: redis.Redis
 ) -> None:

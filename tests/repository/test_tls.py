@@ -143,6 +143,7 @@ def plain_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
+@pytest.mark.soak
 async def test_tls_to_a_port_without_it_is_told_so(plain_port: int) -> None:
     message = await refusal(f"rediss://:secret@127.0.0.1:{plain_port}")
     assert f"127.0.0.1:{plain_port}: this port speaks no TLS. Where the network" in message

@@ -323,6 +323,7 @@ async def test_a_url_that_only_redis_has_is_checked_before_it_is_called(
     assert hook.broken == 0
 
 
+@pytest.mark.soak
 async def test_a_host_that_hangs_delays_no_other(hands: QueueDriver, hook: Receiver) -> None:
     release = threading.Event()
     with receiver() as hanging:
