@@ -1,7 +1,7 @@
 """A driver of one queue for tests: it submits, claims, finishes and sweeps, and reads Redis."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -221,6 +221,16 @@ class QueueDriver:
         for rank, member in enumerate(self.redis.zrange(table, 0, -1)):
             if not job_ids or member.decode() in job_ids:
                 self.redis.zadd(table, {member: rank + 1})
+
+    async def commands_of(self, work: Awaitable[object]) -> dict[str, int]:
+        """How often Redis ran each command during `work`, also inside scripts."""
+        self.redis.config_resetstat()
+        await work
+        found = self.redis.info("commandstats")
+        ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
+        # The store may still be opening its connections for large calls.
+        others = ("client", "config", "info")
+        return {name: count for name, count in ours.items() if not name.startswith(others)}
 
     # --- what an external producer does ----------------------------------------------------
 

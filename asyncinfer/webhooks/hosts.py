@@ -40,7 +40,7 @@ class Held(Struct, frozen=True):
     target: Target | None
     """None if its URL is refused."""
     taken_at: float
-    """By the clock of the event loop, in seconds."""
+    """By `time.monotonic`, in seconds."""
 
 
 class Host(Struct):

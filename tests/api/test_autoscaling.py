@@ -192,14 +192,7 @@ async def test_a_requested_delay_does_not_count_as_waiting(
 
 
 async def calls_of_a_gauge(hands: QueueDriver) -> dict[str, int]:
-    """How often Redis ran each command, including calls inside scripts."""
-    hands.redis.config_resetstat()
-    await read_load(hands.store, "iris", "predict_queue")
-    found = hands.redis.info("commandstats")
-    ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
-    # The store may still be opening its connections for large calls.
-    others = ("client", "config", "info")
-    return {name: calls for name, calls in ours.items() if not name.startswith(others)}
+    return await hands.commands_of(read_load(hands.store, "iris", "predict_queue"))
 
 
 async def test_an_answer_costs_redis_the_same_for_any_number_of_waiting_jobs(

@@ -322,14 +322,7 @@ async def test_however_many_poll_a_queue_it_is_looked_at_once_a_second(
 
 
 async def calls_of_a_look(hands: QueueDriver) -> dict[str, int]:
-    """How often Redis ran each command, including calls inside scripts."""
-    hands.redis.config_resetstat()
-    await look_at(hands.store, "predict_queue", "iris")
-    found = hands.redis.info("commandstats")
-    ours = {name.removeprefix("cmdstat_"): item["calls"] for name, item in found.items()}
-    # The store may still be opening its connections for large calls.
-    others = ("client", "config", "info")
-    return {name: count for name, count in ours.items() if not name.startswith(others)}
+    return await hands.commands_of(look_at(hands.store, "predict_queue", "iris"))
 
 
 async def test_a_look_costs_redis_the_same_for_any_number_of_waiting_jobs(

@@ -90,8 +90,8 @@ FAULTS: Final = (
     Fault(
         "a_delivered_webhook_keeps_its_room",
         f"{_LUA}/note.lua",
-        "  release_webhook(q, id .. '_' .. field:match('^%d+'))",
-        "  if outcome == 'given_up' then release_webhook(q, id .. '_' .. field:match('^%d+')) end",
+        "  release_webhook(q, delivery.round)",
+        "  if outcome == 'given_up' then release_webhook(q, delivery.round) end",
         (
             "tests/repository/test_outbox.py::test_a_submit_with_a_webhook_is_refused_where_there_is_no_room_for_it",
         ),

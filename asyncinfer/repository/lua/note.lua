@@ -7,15 +7,15 @@
 -- Returns per delivery "ok" | "absent" | {"changed", the state that Redis has}
 -- Order   a try that outlasts its lease is stored, and does not move the due time of a later lease
 -- Retry   a second call finds the new state and does the same
--- include: keys time webhook_release webhook_settle
+-- include: keys time webhook_change webhook_release webhook_settle
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 
 -- Takes a delivery that is done out of the outbox, with its body; one that was given up is listed.
-local function close_delivery(member, id, field, outcome)
+local function close_delivery(member, delivery, outcome)
   redis.call('ZREM', q.outbox, member)
-  redis.call('HDEL', q['webhook:' .. id], 'body:' .. field)
-  release_webhook(q, id .. '_' .. field:match('^%d+'))
+  redis.call('HDEL', delivery.key, 'body:' .. delivery.field)
+  release_webhook(q, delivery.round)
   if outcome == 'given_up' then
     redis.pcall('ZADD', q.undelivered, 'NX', now, member)
     redis.pcall('ZREMRANGEBYSCORE', q.undelivered, '-inf', now - args.failed_ttl_seconds * 1000)
@@ -23,21 +23,17 @@ local function close_delivery(member, id, field, outcome)
   else
     redis.pcall('ZREM', q.undelivered, member)
   end
-  settle_webhook(q, id, args.failed_ttl_seconds)
+  settle_webhook(q, delivery.id, args.failed_ttl_seconds)
 end
 
 -- Stores the state of one delivery; returns its verdict.
 local function note(member, lease, expected, state, due, outcome)
-  local id, field = member:match('^(.+)_(%d+_%l+)$')
-  if not id then return 'absent' end
-  local key = q['webhook:' .. id]
-  local target, current = unpack(redis.call('HMGET', key, 'target', field))
-  if not target or not current then return 'absent' end
-  if current ~= expected and current ~= state then return { 'changed', current } end
+  local delivery, verdict = delivery_to_change(q, member, expected, state)
+  if not delivery then return verdict end
   local score = tonumber(redis.call('ZSCORE', q.outbox, member) or nil)
-  redis.call('HSET', key, field, state)
+  redis.call('HSET', delivery.key, delivery.field, state)
   if outcome ~= '' then
-    close_delivery(member, id, field, outcome)
+    close_delivery(member, delivery, outcome)
   elseif score and score == tonumber(lease) then
     redis.call('ZADD', q.outbox, due, member)
   end

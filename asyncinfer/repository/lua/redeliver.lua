@@ -6,24 +6,20 @@
 -- Returns per delivery "ok" | "absent" | "webhooks_full" | {"changed", the state that Redis has}
 -- Order   the room before the writes; a delivery that is open has its room, and is due at once
 -- Retry   a second call finds the new state and does the same
--- include: keys time webhook_room webhook_reserve
+-- include: keys time webhook_change webhook_room webhook_reserve
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 
 -- Makes one delivery due now; returns its verdict.
 local function redeliver(member, bytes, expected, state)
-  local id, field = member:match('^(.+)_(%d+_%l+)$')
-  if not id then return 'absent' end
-  local key = q['webhook:' .. id]
-  local target, current = unpack(redis.call('HMGET', key, 'target', field))
-  if not target or not current then return 'absent' end
-  if current ~= expected and current ~= state then return { 'changed', current } end
+  local delivery, verdict = delivery_to_change(q, member, expected, state)
+  if not delivery then return verdict end
   if not redis.call('ZSCORE', q.outbox, member) then
     if not take_webhook_room(webhook_room(q, args), bytes) then return 'webhooks_full' end
-    reserve_webhook(q, id .. '_' .. field:match('^%d+'), bytes)
+    reserve_webhook(q, delivery.round, bytes)
   end
-  redis.call('HSET', key, field, state)
-  redis.call('PERSIST', key)
+  redis.call('HSET', delivery.key, delivery.field, state)
+  redis.call('PERSIST', delivery.key)
   redis.call('ZADD', q.outbox, now, member)
   redis.pcall('ZREM', q.undelivered, member)
   return 'ok'

@@ -7,18 +7,18 @@
 -- Order   the deliveries that have been due for longest come first; one that has no target is
 --         dropped, and what it reserved is given back
 -- Retry   a second call takes others; those of the first are due again after their lease
--- include: keys time webhook_release webhook_settle
+-- include: keys time webhook_parse webhook_release webhook_settle
 
 local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local until_ms, taken = now + args.lease_ms, 0
 local reply = { until_ms }
 
 -- Removes a delivery that cannot be sent, since its target is gone or its name is damaged.
-local function drop(q, member, id, field)
+local function drop(q, member, id, field, round)
   redis.call('ZREM', q.outbox, member)
   if not id then return end
   redis.pcall('HDEL', q['webhook:' .. id], field, 'body:' .. field)
-  release_webhook(q, id .. '_' .. field:match('^%d+'))
+  release_webhook(q, round)
   settle_webhook(q, id, args.failed_ttl_seconds)
 end
 
@@ -28,7 +28,7 @@ for _, list in ipairs(KEYS) do
     and redis.pcall('ZRANGEBYSCORE', q.outbox, '-inf', now, 'LIMIT', 0, left) or {}
   for i = 1, #due do
     local member = due[i]
-    local id, field = member:match('^(.+)_(%d+_%l+)$')
+    local id, field, round = parse_delivery(member)
     local found = id and redis.pcall('HMGET', q['webhook:' .. id], 'target', field, 'body:' .. field)
     if found and found[1] then
       taken = taken + 1
@@ -37,7 +37,7 @@ for _, list in ipairs(KEYS) do
       reply[n + 1], reply[n + 2], reply[n + 3] = list, member, found[1]
       reply[n + 4], reply[n + 5] = found[2], found[3]
     else
-      drop(q, member, id, field)
+      drop(q, member, id, field, round)
     end
   end
 end
