@@ -242,6 +242,8 @@ class _Channel(asyncio.Protocol):
         """Since when the reply to the first of them is due."""
         self._received_bytes = self._seen_bytes = self._seen_unsent_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_late = False
+        """Whether the timer is set to the end of the silence, not to the next look."""
         # The writer would close the transport once nothing refers to it.
         self._writer = writer
         self._transport = cast(asyncio.Transport, writer.transport)
@@ -261,8 +263,8 @@ class _Channel(asyncio.Protocol):
         self._waiting.append(call)
         for piece in packed:
             self._transport.write(piece)
-        if self._timer is None:
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+        if self._timer is None or self._looks_late:
+            self._look_in(_LOOK_SECONDS)
         return call.future
 
     def data_received(self, data: bytes) -> None:
@@ -273,6 +275,8 @@ class _Channel(asyncio.Protocol):
                 self._take(reply)
         except Exception as error:
             self.end(error)
+        if self._looks_late and self._waiting:
+            self._look_in(_LOOK_SECONDS)
 
     def _take(self, reply: Any) -> None:
         if not self._waiting:
@@ -313,8 +317,18 @@ class _Channel(asyncio.Protocol):
         overdue = now - self._first_since > max(_MAX_SECONDS, first.silence_seconds)
         if silent_seconds >= first.silence_seconds or overdue:
             self.end(TimeoutError())
+        elif len(self._waiting) == 1 and not self._seen_unsent_bytes:
+            # An idle worker waits like this for its bell, and ten looks a second were a quarter of
+            # its CPU time.
+            self._look_in(first.silence_seconds - silent_seconds, is_late=True)
         else:
-            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+            self._look_in(_LOOK_SECONDS)
+
+    def _look_in(self, seconds: float, *, is_late: bool = False) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, self._look)
+        self._looks_late = is_late
 
     def _has_moved(self) -> bool:
         """Whether a part of a reply has come, or one of a call has gone, since the last look."""

@@ -17,6 +17,8 @@ import redis
 
 from asyncinfer.api.config import ApiConfig
 from asyncinfer.repository import keys
+from asyncinfer.repository.endpoint import Endpoint
+from asyncinfer.repository.link import Link, pack_in_pieces
 from asyncinfer.repository.policy import Policy
 from tests import zoo
 from tests.api.harness import assert_problem, client_of, hosted, running
@@ -366,6 +368,36 @@ async def test_a_large_read_is_given_up_if_the_link_stops_in_its_middle(
     assert_problem(answer, 503, "redis_unavailable")
     seconds = time.monotonic() - stopped_at
     assert seconds < (_PATIENCE_SECONDS if fault == "drip" else _OUTAGE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "silence_seconds"),
+    [("none", 0.6), pytest.param("black hole", 1.5, marks=pytest.mark.soak)],
+)
+async def test_silence_is_counted_from_the_last_byte_of_a_value_that_was_waited_for(
+    fault: str, silence_seconds: float, server: redis.Redis, proxy: Proxy
+) -> None:
+    value = b"v" * 4 * _MB
+    link = Link(Endpoint.parse(proxy.url).client("late"), pack=pack_in_pieces)
+    loop = asyncio.get_running_loop()
+    call = asyncio.ensure_future(link.ask(("BRPOP", "late", 5), silence_seconds))
+    await eventually(lambda: server.info("clients")["blocked_clients"] == 1, "it waits")
+    blocked_at = loop.time()
+    await eventually(lambda: loop.time() > blocked_at + 0.3, "it has waited for a while")
+    proxy.limit_rate(_NARROW)
+
+    server.lpush("late", value)
+
+    if fault == "none":
+        assert await call == [b"late", value]
+        await link.close()
+    else:
+        await eventually(lambda: proxy.replies.bytes_sent > _MB, "it is being sent")
+        stopped_at = loop.time()
+        await _stop(proxy, fault)
+        with pytest.raises(TimeoutError):
+            await call
+        assert -0.2 < loop.time() - stopped_at - silence_seconds < 0.8
 
 
 async def _stop(proxy: Proxy, fault: str) -> None:

@@ -670,6 +670,15 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "a_late_reply_is_not_looked_at_while_it_arrives",
+        "asyncinfer/repository/link.py",
+        "if self._looks_late and self._waiting:",
+        "if False:",
+        (
+            "tests/faults/test_slow_links.py::test_silence_is_counted_from_the_last_byte_of_a_value_that_was_waited_for",
+        ),
+    ),
+    Fault(
         "large_replies_come_before_small_ones",
         "asyncinfer/repository/store.py",
         "ask = self._lanes.ask if is_large else self._link.ask",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -18,6 +19,17 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from tests.queue_driver import Q, new_job
+
+
+async def test_a_call_that_waits_for_a_bell_seldom_wakes_its_process(redis_url: str) -> None:
+    link = Link(Endpoint.parse(redis_url).client("idle"))
+    await link.ask(("PING",), 1)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+    assert await link.ask(("BRPOP", "bell", 1), 2) is None
+
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before <= 6
+    await link.close()
 
 
 @pytest.fixture(params=[True, False], ids=["directly", "through redis-py's client"])
