@@ -36,6 +36,7 @@ from tests.benchmarks.systems import (
     Service,
     System,
     answers,
+    exact_cpu_seconds,
     running,
     until,
     usage,
@@ -224,14 +225,13 @@ def _mean_batch(client: redis.Redis, queue: str) -> float:
 async def idle(system: System, workspace: Workspace) -> Figures:
     """CPU time and memory of idle processes, and the size of a job in Redis."""
     processes = {"api": system.api.pid, "worker": system.workers[0].pid}
-    before = {name: usage(pid) for name, pid in processes.items()}
+    before = {name: exact_cpu_seconds(pid) for name, pid in processes.items()}
     await anyio.sleep(workspace.scale.idle_seconds)
-    after = {name: usage(pid) for name, pid in processes.items()}
     figures: Figures = {}
-    for name in processes:
-        used = after[name].cpu_seconds - before[name].cpu_seconds
+    for name, pid in processes.items():
+        used = exact_cpu_seconds(pid) - before[name]
         figures[f"idle_{name}_cpu_percent"] = 100 * used / workspace.scale.idle_seconds
-        figures[f"rss_{name}_mib"] = after[name].rss_mib
+        figures[f"rss_{name}_mib"] = usage(pid).rss_mib
     system.workers[0].signal(signal.SIGSTOP)
     empty = _memory(system.redis)
     ids = await system.enqueue("iris", models.inputs("iris", 5_000))

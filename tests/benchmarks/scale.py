@@ -27,7 +27,7 @@ FULL: Final = Scale(
     drained=5_000,
     drains=3,
     single=400,
-    idle_seconds=5,
+    idle_seconds=10,
     bare_seconds=1,
     backlogs=(1_000, 100_000, 1_000_000),
 )
