@@ -27,13 +27,15 @@ class PythonProcess:
         before: Callable[[], None] | None = None,
     ) -> None:
         self.environ = environ
+        # Unbuffered, `print` writes a text and its line end apart, and those of two processes mix.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         self.process = subprocess.Popen(
             [sys.executable, *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env={**os.environ, **environ},
+            env={**own, **environ},
             start_new_session=True,
             preexec_fn=before,
         )
