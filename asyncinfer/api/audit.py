@@ -15,7 +15,8 @@ from asyncinfer.repository.audit import BROKEN_OFF, DONE, shortened
 from asyncinfer.schemas.requests import ALL_TENANTS, AUDIT_ACTIONS
 from asyncinfer.untrusted.printable import printable_json
 
-_OF_A_JOB: Final = "/job/"
+_OF_ONE: Final = ("/job/", "/group/{group}/webhook/")
+"""How the paths of routes about one job, or one webhook of a group, begin."""
 _READS: Final = ("list", "read")
 
 _log = logging.getLogger("asyncinfer.audit")
@@ -75,8 +76,8 @@ async def note_refusal(
     is_purge = filters.pop("purge", False)
     if method == "DELETE":
         verb = "purge" if is_purge else "cancel"
-    is_of_own_job = path.startswith(_OF_A_JOB) and not filters["tenant"]
-    if verb not in AUDIT_ACTIONS or is_of_own_job:
+    is_of_own_one = path.startswith(_OF_ONE) and not filters.get("tenant")
+    if verb not in AUDIT_ACTIONS or is_of_own_one:
         return
     named = {"job_id": "id", "model": "model", "group": "group"}
     criteria = {

@@ -2,9 +2,10 @@
 
 from typing import Final
 
+from asyncinfer.api.group_lookup import group_not_found_error
 from asyncinfer.api.inputs.new_job import webhooks_full_error
 from asyncinfer.api.services import Services
-from asyncinfer.errors import GroupClosed, GroupNotFound, InvalidQuery, TooManyGroups
+from asyncinfer.errors import GroupClosed, InvalidQuery, TooManyGroups
 from asyncinfer.jobs import Options
 from asyncinfer.repository.closed_groups import MAX_CLOSING
 from asyncinfer.repository.deliveries import Target
@@ -44,11 +45,3 @@ async def close_group(
         )
     if verdict == "webhooks_full":
         raise webhooks_full_error(services.config.policy)
-
-
-def group_not_found_error() -> GroupNotFound:
-    """Makes the error for a group that does not exist."""
-    return GroupNotFound(
-        "There is no group of this name; a group is created when a job is submitted with "
-        "`options.group`, and kept for 7 days after its last submit."
-    )

@@ -25,7 +25,9 @@ from asyncinfer.api.handlers.results import BINARY, read_result
 from asyncinfer.api.handlers.timeline import read_timeline
 from asyncinfer.api.handlers.webhooks import (
     list_webhooks,
+    read_group_webhook,
     read_webhook,
+    redeliver_group_webhook,
     redeliver_webhook,
     redeliver_webhooks,
 )
@@ -123,7 +125,7 @@ from asyncinfer.schemas.responses import (
     ValidationResult,
 )
 from asyncinfer.schemas.timeline import Timeline
-from asyncinfer.schemas.webhook_views import JobWebhook, RedeliverResult, WebhookList
+from asyncinfer.schemas.webhook_views import GroupWebhook, JobWebhook, RedeliverResult, WebhookList
 
 Handler = Callable[[Services, Request[Any]], Awaitable[Reply | Stream]]
 Errors = tuple[type[RequestError], ...]
@@ -380,6 +382,22 @@ ROUTES: Final = (
         ),
         bodies=(CloseGroupRequest,),
         body_required=False,
+    ),
+    Route(
+        "GET",
+        "/group/{group}/webhook",
+        read_group_webhook,
+        "read",
+        {200: GroupWebhook},
+        (*_GROUP, WebhookNotFound),
+    ),
+    Route(
+        "POST",
+        "/group/{group}/webhook/redeliver",
+        redeliver_group_webhook,
+        "submit",
+        {202: GroupWebhook},
+        (*_GROUP, WebhookNotFound, WebhooksFull),
     ),
     Route("GET", "/models", list_models, "read", {200: ModelList}, _REDIS),
     Route("GET", "/models/{model}", read_model, "read", {200: Model}, _MODEL + _REDIS),

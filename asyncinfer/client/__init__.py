@@ -75,6 +75,7 @@ from asyncinfer.schemas.operations import (
 )
 from asyncinfer.schemas.timeline import TimelineEvent
 from asyncinfer.schemas.webhook_views import (
+    GroupWebhook,
     JobWebhook,
     WebhookAttempt,
     WebhookDelivery,
@@ -103,6 +104,7 @@ __all__ = [
     "GroupClosed",
     "GroupCounts",
     "GroupNotFound",
+    "GroupWebhook",
     "Health",
     "IdempotencyConflict",
     "InvalidInput",

@@ -13,6 +13,7 @@ from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import operations
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
+from asyncinfer.schemas.webhook_views import GroupWebhook
 
 
 class GroupState:
@@ -124,6 +125,33 @@ class Group(GroupState):
         self._driver.run(operations.close_group(self._server, self.name, webhook))
         return self.refresh()
 
+    def webhook(self) -> GroupWebhook:
+        """Reads its webhook: `url` and `deliveries`, which are as those of `Job.webhook()`.
+
+        There is one once all jobs have ended. Raises WebhookNotFound if it was not closed with a
+        webhook.
+
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-hook")
+        >>> client.group("docs-hook").close(webhook="https://hook.invalid/").webhook().url
+        'https://hook.invalid/'
+        """
+        return self._driver.run(operations.group_webhook(self._server, self.name))
+
+    def redeliver_webhook(self) -> GroupWebhook:
+        """Sends its webhook again, at once, under the same `webhook-id`, and returns the webhook.
+
+        Raises WebhookNotFound before all jobs have ended, and WebhooksFull.
+
+        >>> from time import sleep
+        >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-again")
+        >>> group = client.group("docs-again").close(webhook="https://hook.invalid/")
+        >>> while not group.refresh().ended_at:
+        ...     sleep(0.1)
+        >>> [delivery.event for delivery in group.redeliver_webhook().deliveries]
+        ['ended']
+        """
+        return self._driver.run(operations.redeliver_group_webhook(self._server, self.name))
+
     def events(self) -> Iterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left.
 
@@ -161,6 +189,15 @@ class AsyncGroup(GroupState):
         """Lets no more jobs join it, and returns it as it is then."""
         await self._driver.run(operations.close_group(self._server, self.name, webhook))
         return await self.refresh()
+
+    async def webhook(self) -> GroupWebhook:
+        """Reads its webhook: where it goes, and what became of its delivery."""
+        return await self._driver.run(operations.group_webhook(self._server, self.name))
+
+    async def redeliver_webhook(self) -> GroupWebhook:
+        """Sends its webhook again, at once, and returns the webhook."""
+        flow = operations.redeliver_group_webhook(self._server, self.name)
+        return await self._driver.run(flow)
 
     def events(self) -> AsyncIterator[Event]:
         """Yields each change of its jobs as it happens; goes on until the loop is left."""

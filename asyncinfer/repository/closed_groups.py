@@ -13,7 +13,7 @@ from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
 from asyncinfer.repository.deliveries import Member, Target, delivered_round, read_target
-from asyncinfer.repository.outbox import Outbox
+from asyncinfer.repository.outbox import Outbox, RedeliverVerdict, StoredDelivery
 from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.scripts import Script, script
 from asyncinfer.repository.store import Store, encode_args
@@ -30,6 +30,9 @@ _JOBS_PER_CALL: Final = 1000
 """Bounds of one script call, so that it occupies the server for a millisecond at most."""
 _KEPT_SECONDS: Final = 7 * 24 * 3600
 """How long a delivery is kept once it is done: as the group itself."""
+
+_ID_PREFIX: Final = "group"
+"""Of what stands for a group's digest where deliveries have the id of a job."""
 
 CloseVerdict = Literal["closed", "absent", "other", "full", "webhooks_full"]
 
@@ -52,7 +55,15 @@ class CountedGroup(Struct, frozen=True, kw_only=True):
         """The name of its delivery in the outbox. The round tells this close from a later one of
         the same name."""
         round_number = delivered_round(decoding.whole_number(self.closed_ms.encode()) or 0)
-        return Member(f"group{self.digest}", round_number, "ended")
+        return Member(_ID_PREFIX + self.digest, round_number, "ended")
+
+
+class GroupWebhook(Struct, frozen=True):
+    """What Redis has of a group's webhook."""
+
+    target: Target | None
+    """None: the group has none."""
+    deliveries: tuple[StoredDelivery, ...]
 
 
 class ClosedGroups:
@@ -81,6 +92,25 @@ class ClosedGroups:
         }
         reply = await self._call(script("close_group"), arguments)
         return cast(CloseVerdict, reply.decode())
+
+    async def webhook(self, tenant: str, name: str) -> GroupWebhook | None:
+        """What became of the webhook of a group so far; None if there is no such group. Raises
+        RedisUnavailable."""
+        queue = self._store.queue_name
+        closed = keys.closed_group(queue, tenant, name)
+        target = read_target(await self._store.read("HGET", closed, "webhook", otherwise=None))
+        if target is None and not await self._store.command(
+            "EXISTS", closed, keys.group(queue, tenant, name)
+        ):
+            return None
+        kept = await self._outbox.state_in(queue, _delivered_id(tenant, name))
+        return GroupWebhook(target, kept.deliveries)
+
+    async def redeliver(self, tenant: str, name: str, *, now_ms: int) -> RedeliverVerdict:
+        """Starts the tries of the delivery of a group's webhook anew, as `Outbox.redeliver` does
+        those of a job."""
+        delivered_id = _delivered_id(tenant, name)
+        return await self._outbox.redeliver_in(self._store.queue_name, delivered_id, now_ms=now_ms)
 
     async def count_ended(self) -> tuple[list[CountedGroup], bool]:
         """Counts on in the groups that are due, at most 1,000 jobs. Returns the groups whose jobs
@@ -135,6 +165,11 @@ async def follow_closed_groups(store: Store) -> None:
         except Exception as error:
             # Redis holds data that anyone may write; no content may end the task that all rely on.
             _limited_log.unexpected("Following closed groups failed.", error)
+
+
+def _delivered_id(tenant: str, name: str) -> str:
+    """What stands for a group where deliveries have the id of a job."""
+    return _ID_PREFIX + keys.group_digest(tenant, name)
 
 
 def _parse_counted(

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
-from asyncinfer.jobs import id_bytes
+from asyncinfer.jobs import TERMINAL, id_bytes
 from asyncinfer.repository import keys
 from asyncinfer.repository.deliveries import (
     MAX_BODY_BYTES,
@@ -325,11 +325,12 @@ def _parse_delivery(
     state: bytes | None,
     body: bytes | None,
 ) -> Delivery | None:
-    """None for a delivery that another program has damaged."""
+    """None for a delivery that another program has damaged: also one that has no body, and is of no
+    job from which one is made."""
     parsed, where = parse_member(member), read_target(target)
-    if parsed is None or where is None:
-        return None
     kept = body if body is not None and len(body) <= MAX_BODY_BYTES else None
+    if parsed is None or where is None or (kept is None and parsed.event not in TERMINAL):
+        return None
     packed = state or b""
     return Delivery(queue.decode(), parsed, where, read_state(packed), kept, None, until_ms, packed)
 

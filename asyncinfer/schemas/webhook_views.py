@@ -7,11 +7,12 @@ from msgspec import Meta, Struct
 
 DeliveryStatus = Literal["pending", "delivered", "gone", "given_up"]
 
+_ROUND = "The round of the job that ended; of a group when it was closed, in ms since 1970."
 _WEBHOOK_ID = "The `webhook-id` that the receiver sees, the same in each try."
 
 
 class WebhookAttempt(Struct, frozen=True, kw_only=True):
-    """One try to tell the end of a job."""
+    """One try to tell the end of a job or a group."""
 
     at: datetime | None
     status: Annotated[int | None, Meta(description="Of the answer; null without one.")]
@@ -20,11 +21,13 @@ class WebhookAttempt(Struct, frozen=True, kw_only=True):
 
 
 class WebhookDelivery(Struct, frozen=True, kw_only=True):
-    """The telling of one end of a job."""
+    """The telling of one end of a job or a group."""
 
     webhook_id: Annotated[str, Meta(description=_WEBHOOK_ID)]
-    round: Annotated[int, Meta(description="The round of the job that ended.")]
-    event: Annotated[str, Meta(description="How it ended: completed, failed or cancelled.")]
+    round: Annotated[int, Meta(description=_ROUND)]
+    event: Annotated[
+        str, Meta(description="How it ended: completed, failed or cancelled; of a group `ended`.")
+    ]
     status: Annotated[
         DeliveryStatus,
         Meta(description="`pending`: to come; `gone`: the receiver answered 410."),
@@ -44,6 +47,16 @@ class JobWebhook(Struct, frozen=True, kw_only=True):
     events: Annotated[list[str], Meta(description="The ends that are told.")]
     deliveries: Annotated[
         list[WebhookDelivery], Meta(description="One for each round that ended so, in order.")
+    ]
+
+
+class GroupWebhook(Struct, frozen=True, kw_only=True):
+    """The webhook of a closed group, and what became of its delivery."""
+
+    group: str
+    url: str
+    deliveries: Annotated[
+        list[WebhookDelivery], Meta(description="One, once all jobs of the group have ended.")
     ]
 
 

@@ -164,6 +164,7 @@ async def test_an_act_that_fails_or_is_refused_leaves_an_entry_with_its_code(
     assert_problem(await bob.post("/jobs/retry"), 400, "invalid_query")
     assert_problem(await bob.get("/jobs?tenant=*"), 403, "forbidden")
     assert_problem(await ops.delete("/job/x"), 403, "forbidden")
+    assert_problem(await ops.post("/group/g/webhook/redeliver"), 403, "forbidden")
     await acts.assert_none()
 
 

@@ -1,6 +1,7 @@
 """Webhooks of groups over HTTP: what is refused, and what their receivers are told."""
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.webhooks.config import WebhookConfig
 from tests.faults.harness import eventually
-from tests.webhooks.receiver import Received, receiver
+from tests.webhooks.receiver import Received, Receiver, Reply, receiver
 from tests.webhooks.sending import SECRETS, secrets_file
 
 from .harness import QUEUE, ROW, ManualWorker, announce, assert_problem, client_of, hosted, running
@@ -141,3 +142,114 @@ async def test_the_end_of_a_group_is_told_once_by_two_apis(
 
 def _groups(requests: Sequence[Received]) -> list[str]:
     return [request.event["data"]["group"] for request in requests]
+
+
+# --- a receiver that fails -------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def failing(
+    config: ApiConfig, store: Store, worker: ManualWorker
+) -> AsyncIterator[tuple[httpx2.AsyncClient, Receiver]]:
+    """An API, and a receiver that has refused the webhook of the group `g` once."""
+    await announce(store, "iris", default="iris")
+    with receiver() as hook:
+        hook.behave = lambda _: Reply(503)
+        changed = replace(config, webhooks=WebhookConfig(allow=(hook.address,)))
+        async with hosted(running(changed)) as port, client_of(port) as api:
+            await submit_to(api)
+            await worker.complete()
+            assert (await close(api, hook.url())).status_code == 200
+
+            async def is_noted() -> bool:
+                hosts = (await api.get("/webhooks")).json()["hosts"]
+                return any(one["failing"] for one in hosts)
+
+            await eventually(is_noted, "the failure is shown")
+            yield api, hook
+
+
+async def test_a_receiver_that_fails_is_listed_and_sent_the_end_of_a_group_again(
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
+) -> None:
+    async with failing(config, store, manual_worker) as (api, hook):
+        (host,) = (await api.get("/webhooks")).json()["hosts"]
+        assert (host["host"], host["pending"], host["last_status"]) == (hook.address, 1, 503)
+        hook.behave = lambda _: Reply()
+        again = await api.post("/webhooks/redeliver", params={"host": hook.address})
+        assert again.json() == {"redelivered": 1, "refused": 0, "more": False}
+        await eventually(lambda: len(hook.requests) == 2, "it is sent again")
+        first, second = hook.requests
+        assert (first.webhook_id, first.body) == (second.webhook_id, second.body)
+
+        async def is_told() -> bool:
+            return not (await api.get("/webhooks")).json()["hosts"]
+
+        await eventually(is_told, "the receiver is told")
+        none = await api.post("/webhooks/redeliver", params={"host": hook.address})
+        assert none.json()["redelivered"] == 0
+
+
+async def test_a_group_shows_the_attempts_of_its_webhook_and_sends_it_again(
+    config: ApiConfig, store: Store, manual_worker: ManualWorker
+) -> None:
+    async with failing(config, store, manual_worker) as (api, hook):
+        shown = (await api.get("/group/g/webhook")).json()
+        (delivery,) = shown["deliveries"]
+        assert (shown["group"], shown["url"]) == ("g", hook.url())
+        assert delivery["webhook_id"] == hook.requests[0].webhook_id
+        assert (delivery["event"], delivery["status"], delivery["tries"]) == ("ended", "pending", 1)
+        assert [one["status"] for one in delivery["attempts"]] == [503]
+        assert delivery["next_at"] > delivery["attempts"][0]["at"]
+        hook.behave = lambda _: Reply()
+        again = await api.post("/group/g/webhook/redeliver")
+        assert (again.status_code, again.json()["deliveries"][0]["tries"]) == (202, 0)
+        await is_over(api, "delivered")
+        assert len({(one.webhook_id, one.body) for one in hook.requests}) == 1
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(204, "delivered"), (410, "gone")])
+async def test_the_end_of_a_group_that_is_over_is_sent_again_with_the_same_body(
+    config: ApiConfig, store: Store, manual_worker: ManualWorker, status: int, outcome: str
+) -> None:
+    async with failing(config, store, manual_worker) as (api, hook):
+        hook.behave = lambda _: Reply(status)
+        for _ in range(2):
+            assert (await api.post("/group/g/webhook/redeliver")).status_code == 202
+            await is_over(api, outcome)
+        assert len(hook.requests) == 3
+        assert len({(one.webhook_id, one.body) for one in hook.requests}) == 1
+
+
+async def is_over(api: httpx2.AsyncClient, outcome: str) -> None:
+    """Waits until the delivery of the group `g` is done."""
+
+    async def is_done() -> bool:
+        (one,) = (await api.get("/group/g/webhook")).json()["deliveries"]
+        return (one["status"], one["next_at"]) == (outcome, None)
+
+    await eventually(is_done, "the delivery is done")
+
+
+async def test_a_group_that_was_told_of_nothing_has_nothing_to_send_again(
+    quiet_api: httpx2.AsyncClient, store: Store
+) -> None:
+    async def refusals(code: str) -> list[str]:
+        replies = (
+            await quiet_api.get("/group/g/webhook"),
+            await quiet_api.post("/group/g/webhook/redeliver"),
+        )
+        return [assert_problem(reply, 404, code)["detail"] for reply in replies]
+
+    await refusals("group_not_found")
+    await submit_to(quiet_api)
+    assert "not closed with a webhook" in (await refusals("webhook_not_found"))[0]
+    await quiet_api.post("/group/g/close")
+    await refusals("webhook_not_found")
+    await close(quiet_api)
+    shown = (await quiet_api.get("/group/g/webhook")).json()
+    assert shown == {"group": "g", "url": PUBLIC, "deliveries": []}
+    early = await quiet_api.post("/group/g/webhook/redeliver")
+    assert "have not ended" in assert_problem(early, 404, "webhook_not_found")["detail"]
+    await store.command("SET", keys.closed_group(QUEUE, "default", "g"), "x", "EX", 60)
+    await refusals("webhook_not_found")

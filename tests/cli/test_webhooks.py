@@ -25,6 +25,24 @@ def test_a_host_that_fails_is_listed_and_sent_to_again(url: str) -> None:
         assert run_command("webhooks", "--host", HOST, "--json").json == []
 
 
+def test_the_end_of_a_group_that_a_host_does_not_take_is_listed_and_sent_again(url: str) -> None:
+    host = "group.invalid:8443"
+    with Client(url) as client:
+        client.submit(ROW, group="hooked").wait()
+        group = client.group("hooked").close(webhook=f"https://{host}/in")
+
+        def tries() -> int:
+            deliveries = group.webhook().deliveries
+            return len(deliveries[0].attempts) if deliveries else 0
+
+        eventually_sync(lambda: tries() == 1, "a try has failed")
+        (listed,) = run_command("webhooks", "--host", host, "--json").json
+        assert (listed["pending"], listed["failing"]) == (1, 1)
+        assert run_command("webhooks", "--redeliver", "--host", host).out == "1 sent again.\n"
+        eventually_sync(lambda: tries() == 2, "it was tried")
+        assert group.redeliver_webhook().deliveries[0].tries == 0
+
+
 def test_what_is_sent_again_must_be_said(url: str) -> None:
     for arguments in (("--redeliver",), ("--given-up",), ("--model", "iris")):
         message = error_line(run_command("webhooks", *arguments), 2)

@@ -369,7 +369,10 @@ async def test_damaged_deliveries_end_and_harm_no_other(hands: QueueDriver, hook
     damaged: dict[bytes, Any] = {b"\xff_1_completed": 1, b"no member": 1, b"absent_1_failed": 1}
     hands.redis.zadd(keys.outbox(Q), damaged)
     hands.redis.hset(keys.webhook(Q, "x"), mapping={"target": b"\xff", "1_failed": b""})
-    hands.redis.zadd(keys.outbox(Q), {b"x_1_failed": 1})
+    hands.redis.hset(
+        keys.webhook(Q, "group7"), mapping={"target": Target(hook.url(), "").text, "1_ended": b""}
+    )
+    hands.redis.zadd(keys.outbox(Q), {b"x_1_failed": 1, b"group7_1_ended": 1})
     job_id = await hands.submit_one(webhook=webhook(hook.url()))
     await hands.run_all()
     async with running_sender(hands.store, hook):

@@ -1,21 +1,20 @@
 """The routes about groups of jobs: progress and cancelling."""
 
-import re
 from codecs import BOM_UTF8
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from asyncinfer.api import group_closing
 from asyncinfer.api.audit import audited
-from asyncinfer.api.group_closing import group_not_found_error
+from asyncinfer.api.group_lookup import group_not_found_error, group_of
 from asyncinfer.api.http.body import read_body
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import check_metadata, reject_input, reject_repeated_members
 from asyncinfer.api.services import Services
 from asyncinfer.errors import BodyTooLarge, InvalidJSON
-from asyncinfer.jobs import GROUP_PATTERN, now_ms
+from asyncinfer.jobs import now_ms
 from asyncinfer.repository.deliveries import Target
 from asyncinfer.repository.inspect.groups import GroupTally
 from asyncinfer.schemas.requests import CloseGroupRequest, NoQuery
@@ -31,7 +30,6 @@ _NO_JOBS: Final = GroupTally(jobs=0, by_status={}, first_failed=[], created_ms=N
 _MAX_CLOSE_BYTES: Final = 64 << 10
 """More than any webhook needs, and read in a moment."""
 
-_name = re.compile(GROUP_PATTERN)
 _decode_close = msgspec.json.Decoder(CloseGroupRequest).decode
 
 
@@ -40,7 +38,7 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
 
     Raises GroupNotFound or RedisUnavailable.
     """
-    group = _group(request)
+    group = group_of(request)
     counted = await services.groups.count(request.tenant, group)
     if counted is None:
         raise group_not_found_error()
@@ -54,7 +52,7 @@ async def close_group(services: Services, request: Request[NoQuery]) -> Reply:
     GroupClosed for another webhook, TooManyGroups, WebhooksFull, WebhookRefused, InvalidInput,
     InvalidJSON, RedisUnavailable, and as `read_body` does.
     """
-    group = _group(request)
+    group = group_of(request)
     body = (await read_body(request, services.config)).content.strip()
     target = _target(body, request.tenant) if body else None
     if target:
@@ -93,7 +91,7 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
     """
     group = request.path("group")
     async with audited(services, request, "cancel", {"group": group}, of_many=True) as audit:
-        group = _group(request)
+        group = group_of(request)
         done = await services.groups.cancel(request.tenant, group)
         if done is None:
             raise group_not_found_error()
@@ -130,11 +128,3 @@ def eta_seconds(counted: GroupTally, now_ms: float) -> float | None:
     if not done or counted.created_ms is None:
         return None
     return round(max(0.0, now_ms - counted.created_ms) / 1000 / done * counted.unfinished, 3)
-
-
-def _group(request: Request[Any]) -> str:
-    """The group in the path; raises GroupNotFound if no group can have such a name."""
-    group = request.path("group") or ""
-    if not _name.fullmatch(group):
-        raise group_not_found_error()
-    return group

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from asyncinfer import jobs
 from asyncinfer.api.audit import audited
+from asyncinfer.api.group_lookup import group_not_found_error, group_of
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.inputs.new_job import webhooks_full_error
 from asyncinfer.api.job_lookup import find_job
@@ -23,11 +24,13 @@ from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.requests import (
     MAX_JOBS_PER_CALL,
     JobQuery,
+    NoQuery,
     RedeliverJobQuery,
     RedeliverQuery,
     WebhooksQuery,
 )
 from asyncinfer.schemas.webhook_views import (
+    GroupWebhook,
     JobWebhook,
     RedeliverResult,
     WebhookAttempt,
@@ -67,6 +70,31 @@ async def redeliver_webhook(services: Services, request: Request[RedeliverJobQue
         view = await _job_webhook(services, request, stored)
         audit.count = 1
     return json_reply(202, view)
+
+
+async def read_group_webhook(services: Services, request: Request[NoQuery]) -> Reply:
+    """What became of a group's webhook: its delivery, with its attempts and the next one.
+
+    Raises WebhookNotFound for a group without one, GroupNotFound or RedisUnavailable.
+    """
+    return json_reply(200, await _group_webhook(services, request))
+
+
+async def redeliver_group_webhook(services: Services, request: Request[NoQuery]) -> Reply:
+    """Starts the tries of a group's delivery anew: it is due at once.
+
+    Replies 202 with the webhook. Raises WebhookNotFound if there is none, WebhooksFull,
+    GroupNotFound or RedisUnavailable.
+    """
+    await _group_webhook(services, request)
+    verdict = await services.closed_groups.redeliver(
+        request.tenant, group_of(request), now_ms=jobs.now_ms()
+    )
+    if verdict == "webhooks_full":
+        raise webhooks_full_error(services.config.policy)
+    if verdict == "absent":
+        raise WebhookNotFound("The group has jobs that have not ended, so it was not told yet.")
+    return json_reply(202, await _group_webhook(services, request))
 
 
 async def list_webhooks(services: Services, request: Request[WebhooksQuery]) -> Reply:
@@ -132,6 +160,20 @@ async def _job_webhook(services: Services, request: Request[Any], stored: Stored
         events=list(webhook.events),
         deliveries=[_delivery(one) for one in kept.deliveries],
     )
+
+
+async def _group_webhook(services: Services, request: Request[NoQuery]) -> GroupWebhook:
+    """The webhook of a group. Raises GroupNotFound, or WebhookNotFound for a group without one."""
+    group = group_of(request)
+    kept = await services.closed_groups.webhook(request.tenant, group)
+    if kept is None:
+        raise group_not_found_error()
+    if kept.target is None:
+        raise WebhookNotFound(
+            "The group was not closed with a webhook; POST /group/{group}/close may give it one."
+        )
+    deliveries = [_delivery(one) for one in kept.deliveries]
+    return GroupWebhook(group=group, url=kept.target.url, deliveries=deliveries)
 
 
 def _raise_absent(stored: StoredJob) -> NoReturn:

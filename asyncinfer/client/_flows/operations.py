@@ -21,7 +21,7 @@ from asyncinfer.schemas.operations import (
     Worker,
     WorkerList,
 )
-from asyncinfer.schemas.webhook_views import RedeliverResult, WebhookHost, WebhookList
+from asyncinfer.schemas.webhook_views import GroupWebhook, RedeliverResult, WebhookHost, WebhookList
 
 _PAGE_SIZE: Final = 1000
 _MAX_REDELIVERIES: Final = 100
@@ -49,6 +49,18 @@ def close_group(
     given = {"url": webhook} if isinstance(webhook, str) else webhook
     body = None if given is None else {"webhook": dict(given)}
     yield from call(server, "POST", f"/group/{path_part(name)}/close", {}, body)
+
+
+def group_webhook(server: RemoteServer, name: str) -> Flow[GroupWebhook]:
+    """The webhook of a group with its delivery; raises WebhookNotFound and GroupNotFound."""
+    answer = yield from get(server, f"/group/{path_part(name)}/webhook")
+    return convert(server, answer, GroupWebhook)
+
+
+def redeliver_group_webhook(server: RemoteServer, name: str) -> Flow[GroupWebhook]:
+    """Starts the delivery of a webhook anew; raises as `group_webhook`, and WebhooksFull."""
+    answer = yield from call(server, "POST", f"/group/{path_part(name)}/webhook/redeliver", {})
+    return convert(server, answer, GroupWebhook)
 
 
 def health(server: RemoteServer) -> Flow[Health]:

@@ -11,10 +11,13 @@
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 
--- Takes a delivery that is done out of the outbox, with its body; one that was given up is listed.
+-- Takes a delivery that is done out of the outbox, with the body of a job, which can be made again;
+-- one that was given up is listed.
 local function close_delivery(member, delivery, outcome)
   redis.call('ZREM', q.outbox, member)
-  redis.call('HDEL', delivery.key, 'body:' .. delivery.field)
+  if redis.call('HEXISTS', delivery.key, 'ttl_seconds') == 0 then
+    redis.call('HDEL', delivery.key, 'body:' .. delivery.field)
+  end
   release_webhook(q, delivery.round)
   if outcome == 'given_up' then
     redis.pcall('ZADD', q.undelivered, 'NX', now, member)
