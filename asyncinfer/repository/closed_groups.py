@@ -34,6 +34,8 @@ _KEPT_SECONDS: Final = 7 * 24 * 3600
 _ID_PREFIX: Final = "group"
 """Of what stands for a group's digest where deliveries have the id of a job."""
 
+_DAMAGED_TIME: Final = datetime.fromtimestamp(0, UTC)
+
 CloseVerdict = Literal["closed", "absent", "other", "full", "webhooks_full"]
 
 _limited_log = LimitedLog(logging.getLogger(__name__))
@@ -48,6 +50,8 @@ class CountedGroup(Struct, frozen=True, kw_only=True):
     name: str
     target: Target | None
     """Where its webhook goes; None if another program has damaged it."""
+    ended_ms: int
+    """When it was first found that all have ended: the same in each call."""
     counts: EndedCounts
 
     @property
@@ -130,10 +134,14 @@ class ClosedGroups:
         this call noted it, and no other before. A delivery that is there already is not made
         again, so a process may die between the two."""
         if group.target is not None:
-            body = _body_of(group, group.target, await self._store.time_ms())
+            body = _body_of(group, group.target)
             queue = self._store.queue_name
             await self._outbox.add(queue, group.delivery, group.target, body, _KEPT_SECONDS)
-        arguments = {"digest": group.digest, "closed_ms": group.closed_ms}
+        arguments = {
+            "digest": group.digest,
+            "closed_ms": group.closed_ms,
+            "ended_ms": group.ended_ms,
+        }
         return bool(await self._call(script("end_group"), arguments))
 
     async def _call(self, verb: Script, arguments: dict[str, Any]) -> Any:
@@ -173,7 +181,13 @@ def _delivered_id(tenant: str, name: str) -> str:
 
 
 def _parse_counted(
-    digest: bytes, closed_ms: bytes, tenant: bytes, name: bytes, webhook: bytes, *counts: int
+    digest: bytes,
+    closed_ms: bytes,
+    tenant: bytes,
+    name: bytes,
+    webhook: bytes,
+    ended_ms: int,
+    *counts: int,
 ) -> CountedGroup:
     return CountedGroup(
         digest=decoding.text(digest),
@@ -181,13 +195,14 @@ def _parse_counted(
         tenant=decoding.text(tenant),
         name=decoding.text(name),
         target=read_target(webhook),
+        ended_ms=ended_ms,
         counts=EndedCounts(**dict(zip(EndedCounts.__struct_fields__, counts, strict=True))),
     )
 
 
-def _body_of(group: CountedGroup, target: Target, ended_ms: int) -> bytes:
+def _body_of(group: CountedGroup, target: Target) -> bytes:
     """The body of the group's webhook, as JSON."""
-    ended_at = datetime.fromtimestamp(ended_ms / 1000, UTC)
+    ended_at = decoding.time(group.ended_ms) or _DAMAGED_TIME
     closed_ms = decoding.whole_number(group.closed_ms.encode())
     counts = group.counts
     event = GroupEvent(

@@ -1,6 +1,7 @@
 """Closed groups: they refuse submits, and those with a webhook end once, when all jobs have."""
 
 import asyncio
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -12,6 +13,8 @@ from asyncinfer.repository.deliveries import Attempt, Target
 from asyncinfer.repository.outbox import Delivery, Outbox
 from asyncinfer.repository.store import Store
 from asyncinfer.schemas.webhooks import EndedCounts
+from asyncinfer.untrusted import decoding
+from tests.faults.harness import eventually
 from tests.queue_driver import Q, QueueDriver, new_job
 
 TENANT = "default"
@@ -216,9 +219,28 @@ async def test_a_group_whose_follower_died_is_ended_by_another(
     await groups.close(TENANT, "g", WEBHOOK)
     await hands.run_all()
     (lost,) = await ended_groups(groups)
+    await eventually(lambda: hands.now_ms() > lost.ended_ms, "a later time")
     make_due(hands)
     assert await ClosedGroups(hands.store).follow() == 1
     assert not await groups.end(lost)
+    assert state_of(hands)[b"ended_ms"] == str(lost.ended_ms).encode()
+
+
+async def test_one_time_is_told_whichever_process_makes_the_delivery_or_notes_the_end(
+    hands: QueueDriver, groups: ClosedGroups
+) -> None:
+    await hands.submit_one(group="g")
+    await groups.close(TENANT, "g", WEBHOOK)
+    await hands.run_all()
+    (first,) = await ended_groups(groups)
+    await eventually(lambda: hands.now_ms() > first.ended_ms, "a later time")
+    make_due(hands)
+    (second,) = await ended_groups(groups)
+    assert await groups.end(second)
+    (delivery,) = await deliveries(hands)
+    told = msgspec.json.decode(delivery.body or b"")["data"]["ended_at"]
+    noted = decoding.time(int(state_of(hands)[b"ended_ms"]))
+    assert datetime.fromisoformat(told) == noted == decoding.time(first.ended_ms)
 
 
 async def test_a_group_that_was_closed_anew_is_not_ended_by_a_late_call(

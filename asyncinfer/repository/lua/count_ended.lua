@@ -4,7 +4,8 @@
 -- ARGV    1 {max_groups, max_jobs, look_ms}: the bounds of this call, and how long a group is left
 --         alone after it was looked at
 -- Returns {1 if more can be counted at once, else 0; then of each group whose jobs have all ended
---         {digest, closed_ms, tenant, name, webhook, completed, failed, cancelled, expired}}
+--         {digest, closed_ms, tenant, name, webhook, ended_ms, completed, failed, cancelled,
+--         expired}; ended_ms is when that was first found}
 -- Order   the list of a closed group does not change, so what is counted is not read again
 -- Retry   the second call goes on from what the first one counted
 -- include: keys job_keys time groups
@@ -40,7 +41,7 @@ end
 local function count_group(digest)
   local list, closed = q['group:' .. digest], q['closed:' .. digest]
   local fields = redis.call('HMGET', closed, 'closed_ms', 'tenant', 'name', 'webhook', 'completed',
-    'failed', 'cancelled', 'expired', 'cursor')
+    'failed', 'cancelled', 'expired', 'cursor', 'counted_ms')
   local cursor, length = tonumber(fields[9]), redis.call('LLEN', list)
   local is_whole = fields[1] and fields[2] and fields[3] and fields[4] and cursor
   -- One that is no longer kept, as after a loss of data, is not followed.
@@ -59,8 +60,9 @@ local function count_group(digest)
   keep_group(list, closed)
   if may_go_on then reply[1] = 1 end
   if cursor >= length then
-    reply[#reply + 1] = { digest, fields[1], fields[2], fields[3], fields[4], completed, failed,
-      cancelled, expired }
+    redis.call('HSETNX', closed, 'counted_ms', now)
+    reply[#reply + 1] = { digest, fields[1], fields[2], fields[3], fields[4],
+      tonumber(fields[10]) or now, completed, failed, cancelled, expired }
   end
 end
 
