@@ -33,6 +33,8 @@ from asyncinfer.webhooks.door import WebhookDoor
 
 _STORAGE_FULL_RETRY_SECONDS: Final = 5
 _WEBHOOKS_FULL_RETRY_SECONDS: Final = 5
+"""The same for all: room comes when a receiver answers 2xx, and no one knows which will. When the
+next try is due says nothing, since most tries fail where so many are to be told."""
 _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
 
