@@ -35,6 +35,7 @@ from asyncinfer.api.http.messages import (
     Request,
     Stream,
     StreamBroken,
+    asked_to_wait,
     end_reply,
     read_query,
     send_large_reply,
@@ -319,12 +320,12 @@ class Resource:
             answer = await self._api.answer(route, scope, receive)
         except BaseException as error:
             known = method if route else None
-            key = (known, self._path, _status_of(error), asks_to_wait(scope))
+            key = (known, self._path, _status_of(error), asked_to_wait(scope))
             self._figures.answered(key, self._api.clock() - started_at)
             raise
         # Not the time to send it, which is as long as the client needs to read it, or as there are
         # events.
-        key = (method, self._path, answer.status, has_waited(answer, scope))
+        key = (method, self._path, answer.status, asked_to_wait(scope))
         self._figures.answered(key, self._api.clock() - started_at)
         if isinstance(answer, Stream):
             await send_stream(answer, scope, send)
@@ -369,20 +370,6 @@ def check_scope(route: Route, request: Request[Any]) -> None:
     that of another tenant."""
     tenant = getattr(request.query, "tenant", None)
     request.reach = reach_of(request.admission, route.scope, tenant)
-
-
-def asks_to_wait(scope: Scope) -> bool:
-    """Whether a request asks to be answered only when a job has ended."""
-    preferences = (value.lower() for name, value in scope["headers"] if name == b"prefer")
-    return b"wait=" in scope["query_string"] or any(b"wait" in value for value in preferences)
-
-
-def has_waited(answer: Reply | Stream, scope: Scope) -> bool:
-    """As `asks_to_wait`, read from the answer, since a request has ten times as many headers to go
-    through."""
-    if answer.status == 202 and len(answer.headers) < 3:
-        return False  # they are Location and Retry-After
-    return b"wait=" in scope["query_string"] or b"preference-applied" in dict(answer.headers)
 
 
 def _status_of(error: BaseException) -> int | None:

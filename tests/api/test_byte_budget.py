@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.api.figures import RequestFigures
 from asyncinfer.api.http.byte_budget import SMALL_BODY_BYTES, ByteBudget
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import NewJob
@@ -34,6 +35,7 @@ class Uploads(NamedTuple):
     port: int
     budget: ByteBudget
     downloads: ByteBudget
+    figures: RequestFigures
 
     async def all_given_back(self) -> None:
         await eventually(
@@ -79,7 +81,7 @@ async def uploads(limits: ApiConfig, store: Store) -> AsyncIterator[Uploads]:
 async def serving(config: ApiConfig, store: Store) -> AsyncIterator[Uploads]:
     await announce(store, "iris", default="iris")
     async with running_server(config) as (server, port):
-        yield Uploads(port, server._app.uploads, server._app.downloads)
+        yield Uploads(port, server._app.uploads, server._app.downloads, server._app.request_figures)
 
 
 def chunk_of(part: bytes) -> bytes:
@@ -449,6 +451,7 @@ async def test_a_waited_submit_whose_result_has_no_room_is_answered_with_its_202
         async with client_of(uploads.port) as client:
             job = (await client.get(accepted["url"])).json()
     assert accepted["status"] == job["status"] == "completed"
+    assert ("POST", "/predict", "202", "yes") in uploads.figures.request_seconds()
     assert len(job["result"]) == len(RESULT)
 
 

@@ -47,6 +47,8 @@ async def read_job(services: Services, request: Request[WaitQuery]) -> Reply:
     operator who acts across tenants gets no result. Raises JobNotFound, JobExpired,
     RedisUnavailable, and Unauthorized or Forbidden if the key is revoked during the wait.
     """
+    if request.query.wait:
+        request.note_wait()
     async with audited(services, request, "read", {"job_id": request.path("id")}) as audit:
         stored = await find_job(services, request)
         if request.query.wait and not stored.has_ended:

@@ -27,6 +27,9 @@ Header = tuple[bytes, bytes]
 REQUEST_ID: Final = "asyncinfer.request_id"
 """Scope key: the id of the request, a string."""
 
+_WAITS: Final = "asyncinfer.waits"
+"""Scope key: there if the request asks to wait for a job."""
+
 KEEP_BODY_OPEN: Final = "asyncinfer.keep_body_open"
 """Scope-state key: callable(scope) that lifts the deadline of the request's body."""
 
@@ -105,6 +108,10 @@ class Request(Generic[Query]):
         text: str = self._scope.get(REQUEST_ID, "")
         return text
 
+    def note_wait(self) -> None:
+        """Notes, for who counts it, that the request asks to be answered when a job has ended."""
+        self._scope[_WAITS] = True
+
     def path(self, name: str) -> str | None:
         """The path parameter `name`, decoded, or None if the route has none of that name."""
         part: str | None = self._scope["path_params"].get(name)
@@ -128,6 +135,11 @@ class Request(Generic[Query]):
         if name not in self.headers:
             return []
         return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
+
+
+def asked_to_wait(scope: Scope) -> bool:
+    """Whether `Request.note_wait` was called for the request of this scope."""
+    return _WAITS in scope
 
 
 class Reply(Struct, frozen=True):

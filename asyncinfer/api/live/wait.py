@@ -19,6 +19,7 @@ def preferred_wait(request: Request[Any]) -> int | None:
         for preference in line.split(","):
             name, _, value = preference.partition(";")[0].partition("=")
             if name.strip(OWS).lower() == "wait":
+                request.note_wait()
                 return _wait_seconds(value.strip(OWS).strip('"'))
     return None
 
