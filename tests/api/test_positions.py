@@ -293,6 +293,24 @@ async def test_a_job_whose_worker_is_lost_says_when_it_runs_again(
     assert hands.error_code(job_id) == "worker_lost"
 
 
+async def test_the_jobs_of_a_lost_worker_delay_only_those_that_end_after_they_are_put_back(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, seconds_per_job=2.0, slots=1)
+    hands.store.policy = Policy()
+    ids = await hands.submit_many(12)
+    lost = await hands.claim_jobs(4)
+    await hands.claim_jobs(1)
+    # Its jobs are put back in at most 10 s: a sweep comes within 3 s after the end of the lease.
+    hands.redis.zadd(keys.leases("predict_queue"), {lost.token: hands.now_ms() + 7000})
+    async with running_client(replace(config, policy=Policy())) as api:
+        soon, late = [(await read(api, job_id))["eta_seconds"] for job_id in (ids[5], ids[-1])]
+    # Behind one that runs, and behind six that wait, one that runs and four that are put back.
+    assert 2.0 <= soon <= 3.0
+    assert 22.0 <= late <= 23.0
+
+
 async def reason_now(config: ApiConfig, job_id: str) -> Any:
     """Why the job waits, as an API sees it that has just started."""
     async with running_client(config) as api:

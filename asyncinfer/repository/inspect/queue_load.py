@@ -79,6 +79,10 @@ class QueueLoad(Struct, frozen=True, kw_only=True):
     """A live worker is loading the model."""
     seconds_per_job: float | None
     """The measured slot time of a job; None before the model's first run."""
+    lost: int = 0
+    """Jobs in `depth.running` that nobody runs: their worker is lost."""
+    lost_seconds: float = 0.0
+    """In how many seconds the first of those is put back, ahead of all that wait."""
 
     @property
     def waiting_jobs(self) -> int:
@@ -116,12 +120,16 @@ class QueueLoad(Struct, frozen=True, kw_only=True):
         a rate, which is that of `jobs_per_second`.
 
         It has ended when those ahead of it, those that run and it itself have, of which half a job
-        is done on average; and it takes its own slot time at least.
+        is done on average; and it takes its own slot time at least. Those of a lost worker count
+        only if they are put back before that.
         """
         rate = self.jobs_per_second(measured)
         if not rate:
             return None
-        return max((jobs_ahead + self.depth.running + 0.5) / rate, self.seconds_per_job or 0.0)
+        jobs = jobs_ahead + self.depth.running + 0.5
+        if (jobs - self.lost) / rate < self.lost_seconds:
+            jobs -= self.lost
+        return max(jobs / rate, self.seconds_per_job or 0.0)
 
 
 async def read_load(store: Store, model: str, queue: str) -> QueueLoad:

@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from asyncinfer.jobs import Priority, Record, id_text, read_record, record_seq
@@ -102,7 +103,11 @@ class QueueLook(Struct, frozen=True, kw_only=True):
 
     def load(self, model: str, workers: Sequence[WorkerAnnouncement]) -> QueueLoad:
         """The load of the queue, which is that of `model`, with these workers."""
-        return combine_load(model, self.depth, workers, self.pace)
+        return msgspec.structs.replace(
+            combine_load(model, self.depth, workers, self.pace),
+            lost=len(self.losses),
+            lost_seconds=min((loss.seconds for loss in self.losses.values()), default=0.0),
+        )
 
     def position(self, stored: StoredJob) -> Position | None:
         """How many jobs are ahead of a waiting one; None if it is in no list, as a delayed one."""
