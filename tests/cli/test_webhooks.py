@@ -1,6 +1,13 @@
 """The command `webhooks` lists the hosts that fail, and sends to them again."""
 
-from asyncinfer.client import Client
+import re
+
+import pytest
+from msgspec.structs import replace
+
+from asyncinfer.cli.top import tables
+from asyncinfer.cli.top.snapshot import Snapshot
+from asyncinfer.client import Client, QueueWebhooks
 from tests.cli.command_line import error_line, run_command
 from tests.faults.harness import eventually_sync
 
@@ -15,6 +22,7 @@ def test_a_host_that_fails_is_listed_and_sent_to_again(url: str) -> None:
         (listed,) = run_command("webhooks", "--host", HOST, "--json").json
         assert (listed["host"], listed["pending"], listed["failing"]) == (HOST, 1, 1)
         assert listed["last_error"]
+        assert " to come" in line_of_top()
         lines = run_command("webhooks").out.splitlines()
         assert lines[0].split()[:3] == ["HOST", "PENDING", "FAILING"]
         assert any(line.startswith(HOST) for line in lines[1:])
@@ -41,6 +49,40 @@ def test_the_end_of_a_group_that_a_host_does_not_take_is_listed_and_sent_again(u
         assert run_command("webhooks", "--redeliver", "--host", host).out == "1 sent again.\n"
         eventually_sync(lambda: tries() == 2, "it was tried")
         assert group.redeliver_webhook().deliveries[0].tries == 0
+
+
+def line_of_top() -> str:
+    """What `top` says of webhooks."""
+    (line,) = re.findall("^WEBHOOKS .*$", run_command("top").out, re.MULTILINE)
+    return str(line)
+
+
+def test_top_counts_the_webhooks_of_all_queues_in_a_line(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Client(url) as client:
+        queue = client.queues()[0]
+    names = ("one", "two")
+
+    def shown(*webhooks: QueueWebhooks) -> str:
+        """`top` for queues that have no worker and these webhooks."""
+        idle = [
+            replace(queue, model=name, workers=0, slots=0, dead=0, webhooks=counts)
+            for name, counts in zip(names, webhooks, strict=True)
+        ]
+        tables.say(Snapshot(0.0, url, idle, None))
+        return capsys.readouterr().out
+
+    both = shown(
+        QueueWebhooks(pending=1200, due=3, oldest_due_seconds=90.0),
+        QueueWebhooks(pending=4, due=1, oldest_due_seconds=2.0, given_up=5),
+    )
+    line = "WEBHOOKS  1,204 to come, 4 due, oldest 90 s, 5 given up  -> asyncinfer webhooks\n"
+    assert line in both
+    assert all(f"\n{name} " in both for name in names)
+    nothing = shown(QueueWebhooks(), QueueWebhooks(reserved=7))
+    assert "WEBHOOKS" not in nothing
+    assert not any(f"\n{name} " in nothing for name in names)
 
 
 def test_what_is_sent_again_must_be_said(url: str) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _WIDE: Final = 120
 """The width in characters from which all columns are shown."""
 
+_LATE_SECONDS: Final = 60.0
+"""A webhook that is due for so long is one that no process takes."""
+
 
 class _Column(NamedTuple):
     """A column of a table; `cell` makes the cell from a Queue or a Worker."""
@@ -83,9 +86,10 @@ def say(snapshot: "Snapshot") -> None:
     if snapshot.workers:
         console().print()
         print_table(_table(_workers(), snapshot.workers, wide))
-    if problems := _problems_of(snapshot.queues):
-        console().print()
-        console().print(problems, soft_wrap=True)
+    for note in (_webhooks_of(snapshot.queues), _problems_of(snapshot.queues)):
+        if note:
+            console().print()
+            console().print(note, soft_wrap=True)
 
 
 def screen(snapshot: "Snapshot", target: "Console", error_text: str) -> "RenderableType":
@@ -98,8 +102,9 @@ def screen(snapshot: "Snapshot", target: "Console", error_text: str) -> "Rendera
     wide = target.width >= _WIDE
     queues = _table(_queues(), _relevant(snapshot.queues), wide)
     workers = "" if snapshot.workers is None else _table(_workers(), snapshot.workers, wide)
-    problems = _problems_of(snapshot.queues) or ""
-    return Group(_title(snapshot, error_text), "", queues, "", workers, "", problems)
+    webhooks, problems = _webhooks_of(snapshot.queues), _problems_of(snapshot.queues) or ""
+    notes = (webhooks, "", problems) if webhooks else (problems,)
+    return Group(_title(snapshot, error_text), "", queues, "", workers, "", *notes)
 
 
 def _title(snapshot: "Snapshot", error_text: str) -> Any:
@@ -156,7 +161,7 @@ def _backlog(queue: "Queue") -> object:
 
 
 def _relevant(queues: Sequence["Queue"]) -> list["Queue"]:
-    """The queues without those that have no worker and no job and are not paused.
+    """The queues without those that have no worker, no job and no webhook and are not paused.
 
     Those are of models that are no longer served.
     """
@@ -166,7 +171,27 @@ def _relevant(queues: Sequence["Queue"]) -> list["Queue"]:
         if queue.workers
         or queue.paused
         or waiting_jobs(queue) + queue.delayed + queue.running + queue.dead
+        or queue.webhooks.pending + queue.webhooks.given_up
     ]
+
+
+def _webhooks_of(queues: Sequence["Queue"]) -> "SafeText | None":
+    """A line on the webhooks of all queues; None if none is to be told and none was given up."""
+    counts = [queue.webhooks for queue in queues]
+    pending, due = (sum(one.pending for one in counts), sum(one.due for one in counts))
+    given_up = sum(one.given_up for one in counts)
+    if not pending and not given_up:
+        return None
+    text = styled("WEBHOOKS", "bold")
+    text.append(f"  {pending:,} to come", "")
+    if due:
+        oldest = max(one.oldest_due_seconds or 0.0 for one in counts)
+        style = "bold red" if oldest > _LATE_SECONDS else ""
+        text.append(f", {due:,} due, oldest {seconds(oldest)}", style)
+    if given_up:
+        text.append(f", {given_up:,} given up", "red")
+    text.append("  -> asyncinfer webhooks", "cyan")
+    return text
 
 
 def _problems_of(queues: Sequence["Queue"]) -> "SafeText | None":
