@@ -136,7 +136,7 @@ class Outbox:
             if delivery:
                 taken.append(delivery)
             else:
-                await self._drop(queue.decode(), member, state or b"")
+                await self._drop(queue.decode(), member, state)
         return taken
 
     async def _drop(self, queue: str, member: bytes, state: bytes) -> None:
@@ -322,7 +322,7 @@ def _parse_delivery(
     queue: bytes,
     member: bytes,
     target: bytes,
-    state: bytes | None,
+    packed: bytes,
     body: bytes | None,
 ) -> Delivery | None:
     """None for a delivery that another program has damaged: also one that has no body, and is of no
@@ -331,7 +331,6 @@ def _parse_delivery(
     kept = body if body is not None and len(body) <= MAX_BODY_BYTES else None
     if parsed is None or where is None or (kept is None and parsed.event not in TERMINAL):
         return None
-    packed = state or b""
     return Delivery(queue.decode(), parsed, where, read_state(packed), kept, None, until_ms, packed)
 
 

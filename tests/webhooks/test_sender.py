@@ -375,6 +375,7 @@ async def test_damaged_deliveries_end_and_harm_no_other(hands: QueueDriver, hook
     hands.redis.zadd(keys.outbox(Q), {b"x_1_failed": 1, b"group7_1_ended": 1})
     job_id = await hands.submit_one(webhook=webhook(hook.url()))
     await hands.run_all()
+    hands.redis.zadd(keys.outbox(Q), {f"{job_id}_7_failed": 1})
     async with running_sender(hands.store, hook):
         await is_done(hands, job_id)
         await eventually(lambda: not hands.redis.zcard(keys.outbox(Q)), "the outbox is empty")

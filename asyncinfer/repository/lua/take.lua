@@ -4,8 +4,8 @@
 -- ARGV    1 {lease_ms, max_deliveries, failed_ttl_seconds}
 -- Returns {until, ...}: when the lease ends, in ms; then per delivery: queue, member of the outbox,
 --         target, state, body or nil
--- Order   the deliveries that have been due for longest come first; one that has no target is
---         dropped, and what it reserved is given back
+-- Order   the deliveries that have been due for longest come first; one that has no target or no
+--         state is dropped, and what it reserved is given back
 -- Retry   a second call takes others; those of the first are due again after their lease
 -- include: keys time webhook_parse webhook_release webhook_settle
 
@@ -13,7 +13,7 @@ local args, now = cmsgpack.unpack(ARGV[1]), now_ms()
 local until_ms, taken = now + args.lease_ms, 0
 local reply = { until_ms }
 
--- Removes a delivery that cannot be sent, since its target is gone or its name is damaged.
+-- Removes a delivery that cannot be sent or noted: its target or state is gone, or its name damaged.
 local function drop(q, member, id, field, round)
   redis.call('ZREM', q.outbox, member)
   if not id then return end
@@ -30,7 +30,7 @@ for _, list in ipairs(KEYS) do
     local member = due[i]
     local id, field, round = parse_delivery(member)
     local found = id and redis.pcall('HMGET', q['webhook:' .. id], 'target', field, 'body:' .. field)
-    if found and found[1] then
+    if found and found[1] and found[2] then
       taken = taken + 1
       redis.call('ZADD', q.outbox, until_ms, member)
       local n = #reply
