@@ -14,9 +14,10 @@ from asyncinfer.client import (
     GroupClosed,
     GroupNotFound,
     InvalidInput,
+    WebhookNotFound,
     WebhookRefused,
 )
-from tests.faults.harness import eventually_sync
+from tests.faults.harness import eventually, eventually_sync
 
 SETOSA: Final = [5.1, 3.5, 1.4, 0.2]
 URL: Final = "https://receiver.invalid/done"
@@ -52,7 +53,16 @@ def test_a_closed_group_raises_group_closed_and_says_when_it_ended(
 async def test_an_asynchronous_group_is_closed(aclient: AsyncClient, group: str) -> None:
     await (await aclient.submit([SETOSA], "iris", group=group)).wait()
     found = await aclient.group(group)
+    with pytest.raises(WebhookNotFound):
+        await found.webhook()
     assert (await found.close(webhook=URL)).closed
+    assert (await found.webhook()).url == URL
+
+    async def has_ended() -> bool:
+        return (await found.refresh()).ended_at is not None
+
+    await eventually(has_ended, "it has ended")
+    assert [one.event for one in (await found.redeliver_webhook()).deliveries] == ["ended"]
     with pytest.raises(GroupClosed):
         await aclient.submit([SETOSA], "iris", group=group)
 
