@@ -26,6 +26,10 @@ _LOOK_SECONDS: Final = 1.0
 _MAX_AGE_SECONDS: Final = 5.0
 """A submit is answered from a look of at most this age, and does not wait for a newer one."""
 
+_STALL_SECONDS: Final = 2.0
+"""An idle worker takes a job in a moment, and at most within BRPOP_TIMEOUT, 1 s. So a queue whose
+jobs have waited for longer, and of which none runs, waits for its workers' slots."""
+
 _MAX_QUEUES: Final = 100
 """The bound of looks that are kept: one has up to 3,000 ids."""
 
@@ -55,8 +59,20 @@ class Whereabouts(Struct, frozen=True):
     """An estimate of the seconds until a waiting job has ended."""
     deliveries: int = 0
     """How many workers were lost with a waiting job that is next in turn."""
+    stall: "Stall | None" = None
+    """Of a waiting job whose queue is served by workers that have no free slot."""
     loss: Loss | None = None
     """Of a running job whose worker is lost."""
+
+
+class Stall(Struct, frozen=True):
+    """Workers have the model of a queue, and take no job of it."""
+
+    seconds: float
+    """For how long jobs have waited and none has run."""
+    workers: int
+    isolating: int
+    """Those of them that run one job alone."""
 
 
 class _Seen(Struct):
@@ -114,14 +130,28 @@ class QueueLooks:
         if stored.status != "pending":
             return Whereabouts(loss=look.losses.get(stored.job_id))
         position, eta_seconds = look.position(stored), None
-        if position and (reason is None or reason.code in _RUNS_ON):
+        runs_on = reason is None or reason.code in _RUNS_ON
+        stall = self._stall(look, load, model) if position and runs_on else None
+        if position and runs_on and not stall:
             since_ms = waits_since_ms(stored.record) if stored.record else look.now_ms
             rate = look.jobs_per_second(since_ms)
             eta_seconds = load.seconds_to_end(position.ahead, rate)
             if eta_seconds is not None:
                 # It counts from the look.
                 eta_seconds = max(0.0, eta_seconds - (time.monotonic() - seen.taken_at))
-        return Whereabouts(position, eta_seconds, look.deliveries(stored.job_id))
+        return Whereabouts(position, eta_seconds, look.deliveries(stored.job_id), stall)
+
+    def _stall(self, look: QueueLook, load: QueueLoad, model: str) -> Stall | None:
+        """Why no job of a queue runs though workers have its model; None if one does."""
+        seconds = look.stalled_seconds
+        if seconds < _STALL_SECONDS or not load.workers:
+            return None
+        isolating = [
+            worker
+            for worker in self._snapshot.workers.values()
+            if worker.isolating and worker.state == "ready" and model in worker.models
+        ]
+        return Stall(seconds, load.workers, min(len(isolating), load.workers))
 
     def submit_seconds(self, record: Record) -> int:
         """The Retry-After of a job that was just submitted, in whole seconds: how long until it has

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from msgspec import UNSET, UnsetType
 
 from asyncinfer import jobs
-from asyncinfer.api.queue_looks import Whereabouts
+from asyncinfer.api.queue_looks import Stall, Whereabouts
 from asyncinfer.api.worker_snapshot import Absence, WorkerSnapshot
 from asyncinfer.errors import DiskFull, ReadOnlyReplica, StorageFull, WritesRefused
 from asyncinfer.jobs import Record, Status, max_backoff_seconds
@@ -45,7 +45,8 @@ _STARTING: Final = WaitingFor(
 class WaitReasons:
     """Decides why a job waits. Of several reasons the one to resolve first counts: a server that
     takes no writes, a start time in the future, a pause, no worker, a starting worker, a failed
-    attempt; and for who reads a single job, a lost worker, and last the jobs ahead of it.
+    attempt; and for who reads a single job, a lost worker, workers without a free slot, and last
+    the jobs ahead of it.
 
     A start time in the future comes before a pause and a missing worker, since without these the
     job would not run either; its message names them too.
@@ -75,13 +76,16 @@ class WaitReasons:
         self, reason: WaitingFor | UnsetType | None, seen: Whereabouts
     ) -> WaitingFor | UnsetType | None:
         """Why a job waits whose whereabouts are known: `reason`, which is what the other methods
-        return, if there is one; else a lost worker, and last the jobs ahead of it."""
+        return, if there is one; else a lost worker, workers without a free slot, and last the jobs
+        ahead of it."""
         if reason is not None:
             return reason
         if seen.loss:
             return _lost_worker(seen.loss, self._max_deliveries)
         if seen.deliveries:
             return _redelivered(seen, self._max_deliveries)
+        if seen.stall:
+            return _no_free_slot(seen.stall, seen)
         return _behind(seen) if seen.position and seen.position.ahead else None
 
     def of_queue(self, record: Record) -> WaitingFor | None:
@@ -226,6 +230,23 @@ def _redelivered(seen: Whereabouts, max_deliveries: int) -> WaitingFor:
         f"Its worker was lost, {seen.deliveries} of {max_deliveries} that it may lose. It is among "
         "the next in turn, and runs alone as soon as a slot is free.",
     )
+
+
+def _no_free_slot(stall: Stall, seen: Whereabouts) -> WaitingFor:
+    """The reason of a job whose workers run other jobs for long."""
+    ahead = seen.position.ahead if seen.position else 0
+    since = f"No job of its queue has run for {_duration(stall.seconds)}"
+    ones = (
+        f"{stall.isolating} of its {stall.workers} workers" if stall.workers > 1 else "its worker"
+    )
+    alone = (
+        f"{ones} may run only one job at a time, one with which a worker was lost before or which "
+        "was too slow in a batch"
+    )
+    busy = "the slots of its workers run jobs of other models, or a worker does not answer"
+    why = [alone] * bool(stall.isolating) + [busy] * (stall.isolating < stall.workers)
+    then = f"It waits behind {ahead:,} more." if ahead else "It is the next of its queue."
+    return WaitingFor("no_free_slot", f"{since}: {'; '.join(why)}. {then}")
 
 
 def _behind(seen: Whereabouts) -> WaitingFor:

@@ -13,8 +13,9 @@ class WaitingFor(Struct, frozen=True):
     """Why a job is not run now: a stable `code`, and a `message` for people with what to do.
 
     Codes of a server: no_worker, paused, starting, delayed, retry, storage_full, disk_full,
-    redis_read_only, too_few_replicas; and of a job that is read alone, without a wait, worker_lost
-    and queue. While a request cannot be sent, the code is that of its error, such as queue_full.
+    redis_read_only, too_few_replicas; and of a job that is read alone, without a wait, worker_lost,
+    no_free_slot and queue. While a request cannot be sent, the code is that of its error, such as
+    queue_full.
     """
 
     code: str

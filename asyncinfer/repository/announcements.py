@@ -62,6 +62,8 @@ class WorkerAnnouncement(Struct, frozen=True):
     pid: _Count | None = None
     busy: _Count | None = None
     """The number of slots that have a batch."""
+    isolating: bool = False
+    """It claims nothing until a job has ended that runs alone in it, or is about to."""
     started_ms: int | None = None
     jobs_done: JobsDone | None = None
     default_model: str | UnsetType | None = UNSET

@@ -143,6 +143,13 @@ class Worker(Struct, frozen=True, kw_only=True):
     pid: int | None
     slots: Annotated[int, Meta(description="Batches it runs in parallel.")]
     busy: Annotated[int | None, Meta(description="Slots that run a batch.")]
+    isolating: Annotated[
+        bool,
+        Meta(
+            description="It runs one job alone, or is about to, and takes no other until that has "
+            "ended: a worker was lost with the job before, or it was too slow in a batch."
+        ),
+    ]
     started_at: datetime | None
     uptime_seconds: float | None
     heard_seconds: Annotated[float, Meta(description="Seconds since its last report.")]

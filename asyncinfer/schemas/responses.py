@@ -22,6 +22,7 @@ class WaitingFor(Struct, frozen=True):
             "delayed",
             "retry",
             "worker_lost",
+            "no_free_slot",
             "queue",
             "storage_full",
             "disk_full",
@@ -35,7 +36,7 @@ class WaitingFor(Struct, frozen=True):
 
 _WAITING_FOR: Final = Meta(
     description="Why the job does not run now; null if it only waits for its turn, or runs. Only "
-    "GET /job/{id} without `wait` has the codes `worker_lost` and `queue`."
+    "GET /job/{id} without `wait` has the codes `worker_lost`, `no_free_slot` and `queue`."
 )
 
 

@@ -134,6 +134,11 @@ class HeldClaims:
             self.exclusive_pending or any(held.claim.exclusive for held in others)
         )
 
+    @property
+    def is_isolating(self) -> bool:
+        """Whether it may make no other claim at all until one has ended."""
+        return not self.allow_another()
+
     def add(self, held: HeldClaim) -> None:
         """Holds a claim, and has its lease renewed."""
         self.by_token[held.claim.token] = held

@@ -303,6 +303,7 @@ class Worker:
             "started_ms": self._started_ms,
             "concurrency": self._config.concurrency,
             "busy": self.busy_slots,
+            "isolating": self._held.is_isolating,
             "state": self._state(),
             "jobs_done": self.finisher.jobs_done(),
             "seconds_per_job": self._job_times.seconds_per_job(),

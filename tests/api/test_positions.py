@@ -21,14 +21,21 @@ from .harness import ROW, announce, assert_problem, running_client, submit
 from .sse import open_event_stream
 
 
-async def worker(store: Store, seconds_per_job: float | None = None, slots: int = 2) -> None:
+async def worker(
+    store: Store,
+    seconds_per_job: float | None = None,
+    slots: int = 2,
+    *,
+    number: int = 0,
+    isolating: bool = False,
+) -> None:
     """Announces a worker as a real one does."""
     paces = {} if seconds_per_job is None else {"iris": seconds_per_job}
     about = {
         **{"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"},
-        **{"concurrency": slots, "seconds_per_job": paces},
+        **{"concurrency": slots, "seconds_per_job": paces, "isolating": isolating},
     }
-    await Announcements(store).announce_worker("host-1-aaaaaa", about, ttl_seconds=10)
+    await Announcements(store).announce_worker(f"host-1-aaaaa{number}", about, ttl_seconds=10)
 
 
 async def read(api: httpx2.AsyncClient, job_id: str, query: str = "") -> dict[str, Any]:
@@ -135,13 +142,16 @@ async def test_only_the_job_itself_shows_its_position_and_only_while_it_waits(
     api: httpx2.AsyncClient, hands: QueueDriver, store: Store
 ) -> None:
     await worker(store, 1.0)
+    early = await hands.submit_one()
+    await eventually(lambda: has_reason(api, early, None), "the worker is known", 5)
+    await hands.finish(await hands.claim_jobs(1))
     first, job_id = await hands.submit_many(2)
-    await eventually(lambda: has_reason(api, job_id, "queue"), "the worker is known", 5)
-    assert (await read(api, job_id))["position"] == {"ahead": 1, "about": False}
+    await eventually(lambda: is_at(api, job_id, 1), "both are seen", 5)
+    assert await has_reason(api, job_id, "queue")
     async with open_event_stream(api, f"/job/{job_id}/events") as stream:
         streamed = (await stream.wait_for_event("snapshot")).data
     submitted = (await api.post("/predict", json={"data": ROW})).json()
-    listed = (await api.get("/jobs")).json()["jobs"]
+    listed = (await api.get("/jobs?status=pending")).json()["jobs"]
     waited = await read(api, job_id, "?wait=0.01")
     for job in (streamed, submitted, *listed, waited):
         assert job["waiting_for"] is None
@@ -151,6 +161,10 @@ async def test_only_the_job_itself_shows_its_position_and_only_while_it_waits(
     assert "position" not in await read(api, first)
     await hands.finish(claim)
     assert not {"position", "eta_seconds", "waiting_for"} & (await read(api, first)).keys()
+
+
+async def is_at(api: httpx2.AsyncClient, job_id: str, ahead: int) -> bool:
+    return await position(api, job_id) == (ahead, False)
 
 
 async def has_reason(api: httpx2.AsyncClient, job_id: str, code: str | None) -> bool:
@@ -187,7 +201,9 @@ async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
     config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:
     await announce(store, "iris", default="iris")
-    _, job_id = await hands.submit_many(2)
+    hands.store.policy = Policy()
+    *_, job_id = await hands.submit_many(3)
+    await hands.claim_jobs(1)
     async with running_client(config) as api:
         job = await read(api, job_id)
         assert (job["eta_seconds"], job["waiting_for"]["code"]) == (None, "no_worker")
@@ -199,7 +215,7 @@ async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
         assert job["waiting_for"] == {"code": "queue", "message": "It waits behind 1 job."}
     await worker(store, 1.0)
     async with running_client(config) as api:
-        assert (await read(api, job_id))["eta_seconds"] == 1.0
+        assert (await read(api, job_id))["eta_seconds"] == 1.25
     await hands.operations.pause("predict_queue", paused=True)
     async with running_client(config) as api:
         job = await read(api, job_id)
@@ -211,11 +227,7 @@ async def test_a_rate_that_was_measured_lately_beats_the_time_that_workers_annou
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, seconds_per_job=1000.0)
-    old = [new_job() for _ in range(40)]
-    old = [
-        replace(job, record=replace(job.record, created_ms=hands.now_ms() - 60_000)) for job in old
-    ]
-    await hands.submit(*old)
+    old = await submit_earlier(hands, 60_000, count=40)
     for _ in range(20):
         await hands.finish(await hands.claim_jobs(1))
     # In their 20 s each run ended a second after the one before.
@@ -225,13 +237,14 @@ async def test_a_rate_that_was_measured_lately_beats_the_time_that_workers_annou
     for number, fields in enumerate(ended):
         at_ms = hands.now_ms() - 1000 * (len(ended) - number)
         hands.redis.xadd(keys.log("predict_queue"), fields, id=f"{at_ms}-1")
+    await hands.claim_jobs(1)
     async with running_client(config) as api:
-        found = (await read(api, old[-1].job_id))["eta_seconds"]
+        found = (await read(api, old[-1]))["eta_seconds"]
     # A lower bound is the announced time of a slot, which a single job cannot undercut.
     assert found == 1000.0
     await worker(store, seconds_per_job=2.0)
     async with running_client(config) as api:
-        found = (await read(api, old[-1].job_id))["eta_seconds"]
+        found = (await read(api, old[-1]))["eta_seconds"]
     assert found == pytest.approx(20.0, rel=0.15)
 
 
@@ -243,13 +256,15 @@ async def test_a_submit_and_a_full_queue_say_when_to_come_back(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, seconds_per_job=20.0, slots=2)
-    ids = await hands.submit_many(3)
+    hands.store.policy = Policy()
+    ids = await hands.submit_many(4)
+    await hands.claim_jobs(1)
     full = replace(config, policy=Policy(max_queue=4))
     async with running_client(full) as api:
         reply = await api.post("/predict", json={"data": ROW})
         assert (reply.status_code, reply.headers["retry-after"]) == (202, "1")
         assert_problem(await api.post("/predict", json={"data": ROW}), 429, "queue_full")
-        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "25"
+        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] == "35"
 
         async def is_estimated() -> bool:
             reply = await api.post("/predict", json={"data": ROW})
@@ -261,8 +276,8 @@ async def test_a_submit_and_a_full_queue_say_when_to_come_back(
         await hands.cancel(ids[-1])
         again = await api.post("/predict", json={"data": ROW})
         assert again.status_code == 202
-        # Behind three jobs, or four as last seen.
-        assert again.headers["retry-after"] in ("35", "45")
+        # Behind three jobs, or four as last seen, and one that runs.
+        assert again.headers["retry-after"] in ("45", "55")
 
 
 # --- a lost worker ---------------------------------------------------------------------------
@@ -309,6 +324,63 @@ async def test_the_jobs_of_a_lost_worker_delay_only_those_that_end_after_they_ar
     # Behind one that runs, and behind six that wait, one that runs and four that are put back.
     assert 2.0 <= soon <= 3.0
     assert 22.0 <= late <= 23.0
+
+
+# --- no free slot ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("isolating", "words"),
+    [
+        (
+            (True,),
+            "its worker may run only one job at a time, one with which a worker was lost before",
+        ),
+        ((False,), "the slots of its workers run jobs of other models"),
+        ((True, False), "1 of its 2 workers may run only one job at a time"),
+    ],
+)
+async def test_a_job_whose_workers_run_other_jobs_for_long_says_so(
+    config: ApiConfig,
+    store: Store,
+    hands: QueueDriver,
+    isolating: tuple[bool, ...],
+    words: str,
+) -> None:
+    await announce(store, "iris", default="iris")
+    for number, is_isolating in enumerate(isolating):
+        await worker(store, 1.0, number=number, isolating=is_isolating)
+    old = await submit_earlier(hands, 60_000, count=2)
+    async with running_client(config) as api:
+        first, second = [await read(api, job_id) for job_id in old]
+    assert first["waiting_for"]["code"] == second["waiting_for"]["code"] == "no_free_slot"
+    assert "No job of its queue has run for 60 s" in first["waiting_for"]["message"]
+    assert words in first["waiting_for"]["message"]
+    assert (first["position"]["ahead"], first["eta_seconds"]) == (0, None)
+    assert "It waits behind 1 more." in second["waiting_for"]["message"]
+
+
+async def test_a_job_of_a_queue_that_moves_on_only_waits_for_its_turn(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    await announce(store, "iris", default="iris")
+    await worker(store, 1.0)
+    first, second = await submit_earlier(hands, 60_000, count=2)
+    claim = await hands.claim_jobs(1)
+    assert (await reason_now(config, second)) is None
+    await hands.finish(claim)
+    assert (await reason_now(config, second)) is None
+    assert (await hands.read(first)).status == "completed"
+
+
+async def submit_earlier(hands: QueueDriver, age_ms: int, *, count: int) -> list[str]:
+    """Submits jobs that have waited for so long already; returns their ids."""
+    created_ms = hands.now_ms() - age_ms
+    old = [new_job() for _ in range(count)]
+    await hands.submit(
+        *(replace(job, record=replace(job.record, created_ms=created_ms)) for job in old)
+    )
+    return [job.job_id for job in old]
 
 
 async def reason_now(config: ApiConfig, job_id: str) -> Any:

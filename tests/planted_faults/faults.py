@@ -774,7 +774,7 @@ FAULTS: Final = (
         "a_webhook_goes_to_what_its_name_means_now",
         f"{_WEBHOOKS}/posting.py",
         "str(address), port, _CONNECT_SECONDS",
-        "'localhost', port, _CONNECT_SECONDS",
+        "host, port, _CONNECT_SECONDS",
         (
             "tests/webhooks/test_posting.py::test_the_connection_goes_to_the_address_that_was_checked",
         ),

@@ -123,6 +123,15 @@ class QueueLook(Struct, frozen=True, kw_only=True):
         place = self._estimate(listed, self.depth.waiting[index], stored.record, stored.meta)
         return None if place is None else Position(ahead + place, is_about=True)
 
+    @property
+    def stalled_seconds(self) -> float:
+        """For how long jobs have waited without any that runs or ends; 0 if one runs, or none
+        waits. The jobs of lost workers do not run."""
+        if self.depth.running > len(self.losses) or self.depth.oldest_age_seconds is None:
+            return 0.0
+        last_end_ms = self.ended[0][0] if self.ended else 0
+        return max(0.0, min(self.depth.oldest_age_seconds, (self.now_ms - last_end_ms) / 1000))
+
     def deliveries(self, job_id: str) -> int:
         """How many workers were lost with a waiting job that is among the next in turn."""
         return max((listed.deliveries.get(job_id, 0) for listed in self.lists), default=0)

@@ -176,6 +176,7 @@ def _worker(name: str, says: WorkerAnnouncement, now_ms: int, seen_at: float) ->
         pid=says.pid,
         slots=says.concurrency,
         busy=says.busy,
+        isolating=says.isolating,
         started_at=started_at,
         uptime_seconds=(
             None if started_at is None else max(0.0, now_ms / 1000 - started_at.timestamp())
