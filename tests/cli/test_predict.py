@@ -228,6 +228,53 @@ def test_a_file_that_is_no_csv_is_refused(url: str, tmp_path: Path) -> None:
     assert "--from parquet" in error_line(run_command("predict", f"{tmp_path}/b.csv"), 2)
 
 
+@pytest.mark.parametrize("name", ["flowers.csv", "./flowers.csv", "soft.csv", "hard.csv"])
+def test_an_output_that_is_the_input_is_refused_and_nothing_is_lost(
+    flowers: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No server runs: the refusal comes before anything is opened."""
+    monkeypatch.chdir(flowers.parent)
+    Path("soft.csv").symlink_to(flowers)
+    Path("hard.csv").hardlink_to(flowers)
+    rows = flowers.read_text()
+    for source, output in (("flowers.csv", name), (name, "flowers.csv")):
+        message = error_line(run_command("predict", source, "--output", output), 2)
+        assert "is the file of the rows" in message
+    assert flowers.read_text() == rows
+    assert not list(flowers.parent.glob("*.part"))
+
+
+def test_an_output_that_would_pass_through_the_input_is_refused(tmp_path: Path) -> None:
+    part = tmp_path / "rows.csv.part"
+    part.write_text("1,2,3,4\n")
+
+    output = ("--from", "csv", "--output", f"{tmp_path}/rows.csv")
+    assert "is the file of the rows" in error_line(run_command("predict", str(part), *output), 2)
+    assert part.read_text() == "1,2,3,4\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict - --from csv -o flowers.csv < flowers.csv",
+        "predict flowers.csv --to csv >> flowers.csv",
+        "predict - --from csv --to csv < flowers.csv >> flowers.csv",
+    ],
+)
+def test_an_output_that_the_shell_opened_as_the_input_is_refused(
+    flowers: Path, command: str
+) -> None:
+    rows = flowers.read_text()
+    message = error_line(run_in_shell(f"asyncinfer {command}", flowers.parent), 2)
+    assert "is the file of the rows" in message
+    assert flowers.read_text() == rows
+
+
+def test_an_output_that_is_a_folder_is_refused(flowers: Path) -> None:
+    argv = ("predict", str(flowers), "--to", "csv", "--output", str(flowers.parent))
+    assert "is a folder" in error_line(run_command(*argv), 2)
+
+
 def test_a_file_name_that_shows_no_format_is_refused(url: str, tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("1,2,3,4")
 

@@ -23,6 +23,7 @@ from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.progress import progress
 from asyncinfer.cli.predict.readers import Row
+from asyncinfer.cli.predict.same_file import check_output
 from asyncinfer.cli.predict.writers import Record
 from asyncinfer.client import (
     Cadence,
@@ -89,6 +90,8 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
     ConnectionFailed, KeyboardInterrupt and others. Results that came before are in the output.
     """
     file_format = writers.format_of(options.output, options.write_as)
+    if _is_file(options.rows):
+        check_output(options.rows[0], options.output)
     deadline = time.monotonic() + options.timeout_seconds
     with Client(
         server.url,
@@ -253,7 +256,7 @@ def _open_source(options: PredictOptions, client: Client, deadline: float) -> _S
     Raises FileRefused if there are none or they cannot be read.
     """
     first = options.rows[0]
-    if len(options.rows) == 1 and not _is_inline(first):
+    if _is_file(options.rows):
         path = None if first == "-" else Path(first)
         if path and not path.is_file():
             raise FileRefused(
@@ -265,9 +268,11 @@ def _open_source(options: PredictOptions, client: Client, deadline: float) -> _S
     return _Source(rows, None, f"typed-{uuid.uuid4().hex[:12]}", False)
 
 
-def _is_inline(text: str) -> bool:
-    """Whether an argument is a number or looks like JSON, and so is no file's name."""
-    return text.lstrip().startswith(("[", "{")) or readers.parse_number(text) is not None
+def _is_file(rows: Sequence[str]) -> bool:
+    """Whether the arguments are a file's name or -, as they are neither numbers nor JSON."""
+    first = rows[0]
+    is_inline = first.lstrip().startswith(("[", "{")) or readers.parse_number(first) is not None
+    return len(rows) == 1 and not is_inline
 
 
 def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
