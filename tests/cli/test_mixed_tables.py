@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from asyncinfer.cli.predict import readers
+from asyncinfer.cli.predict.tables import ReadOptions, Row
 from asyncinfer.testing import service
 from tests import zoo
 from tests.cli.command_line import run_command
@@ -18,8 +19,8 @@ CUSTOMERS = [(7, 30.0, 2.5, "pro"), (8, 61.0, None, "2"), (9, 18.0, 4.0, "free")
 RECORDS = [dict(zip(("id", "age", "calls", "plan"), row, strict=True)) for row in CUSTOMERS]
 
 
-def read(path: Path, *columns: str) -> list[readers.Row]:
-    options = readers.ReadOptions(
+def read(path: Path, *columns: str) -> list[Row]:
+    options = ReadOptions(
         source=str(path),
         columns=columns,
         inputs={"age": 2, "calls": 2, "plan": 2},
@@ -92,3 +93,14 @@ def test_a_table_of_numbers_and_strings_is_scored_from_any_file_and_from_the_pro
     assert [(row["total"][0], row["kept"][0]) for row in ran.rows] == expected[:1], ran.err
     (tmp_path / "short.csv").write_text("id,age\n1,30\n")
     assert "with a column" in run_command("predict", f"{tmp_path}/short.csv").err
+    (tmp_path / "bad.ndjson").write_text(
+        '{"age": "x", "calls": 1, "plan": "a"}\n{"calls": [1, 2], "age": 1, "plan": "a"}\n'
+        '{"age": 1, "calls": 1}\n[1, 2, 3]\n'
+    )
+    assert run_command("predict", f"{tmp_path}/bad.ndjson").err.splitlines() == [
+        "row 1: `age` has strings, model takes FP32",
+        "row 2: `calls` has 2 numbers, model takes 1",
+        "row 3: `plan` is missing: model takes it as BYTES of shape [n, 1]",
+        "row 4: model takes several inputs; give a table with a column, or JSON objects with a key, "
+        "for each of 'age', 'calls', 'plan'",
+    ]

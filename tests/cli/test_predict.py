@@ -88,7 +88,7 @@ def test_a_file_in_utf_16_is_refused_by_its_encoding(url: str, tmp_path: Path, n
     path = files(tmp_path)[name]
     path.write_bytes(path.read_text().encode("utf-16"))
 
-    assert "it is UTF-16; save it as UTF-8" in run_command("predict", str(path)).err
+    assert "is UTF-16: save it as UTF-8" in run_command("predict", str(path)).err
 
 
 def test_columns_are_chosen_by_name_or_number(url: str, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_bad_row_among_ten_thousand_is_reported_and_stops_no_other(
     assert [row["row"] for row in ran.rows if "error" in row] == [7000, 8000, 9000]
     rows = [line for line in ran.err.splitlines() if line.startswith("row ")]
     assert rows == [
-        "row 7000: line 7000: column '2': 'oops' is no number; leave the column out with --columns",
+        "row 7000: line 7000: column '2': 'oops' is no number",
         "row 8000: line 8000: 3 cells where 4 are expected",
         "row 9000: value at 3: beyond the range of FP32",
     ]

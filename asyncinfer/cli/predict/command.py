@@ -18,6 +18,14 @@ class _Predict(click.Command):
         return super().parse_args(context, args)
 
 
+def _separator(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """The character of --separator, which may be given as `tab` or `\\t`."""
+    separator = "\t" if text in ("tab", "\\t") else text
+    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+        raise click.BadParameter(f"{text!r} is neither a single character nor tab.")
+    return separator
+
+
 @options.command(
     "predict",
     "asyncinfer predict 5.1 3.5 1.4 0.2",
@@ -57,6 +65,13 @@ class _Predict(click.Command):
     "--header/--no-header",
     default=None,
     help="Whether a CSV file has a header. Default: detected from its first line.",
+)
+@click.option(
+    "--separator",
+    callback=_separator,
+    metavar="CHARACTER",
+    help="Separator of the cells of a CSV file, such as ';' or tab. Default: a tab or semicolon if "
+    "its first line has one outside of quotes, else a comma.",
 )
 @click.option(
     "--resume",

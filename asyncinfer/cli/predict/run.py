@@ -21,9 +21,11 @@ from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import say_on_stderr
 from asyncinfer.cli.predict import readers, writers
+from asyncinfer.cli.predict.cells import parse_cell, parse_number
 from asyncinfer.cli.predict.progress import progress
-from asyncinfer.cli.predict.readers import Row
+from asyncinfer.cli.predict.row_errors import error_text
 from asyncinfer.cli.predict.same_file import check_output
+from asyncinfer.cli.predict.tables import ReadOptions, Row
 from asyncinfer.cli.predict.writers import Record
 from asyncinfer.client import (
     Cadence,
@@ -33,14 +35,12 @@ from asyncinfer.client import (
     SlowMapWarning,
     WaitTimeout,
 )
-from asyncinfer.errors import AsyncinferError, FileRefused, InputError, RequestError
+from asyncinfer.errors import AsyncinferError, FileRefused, RequestError
 from asyncinfer.jobs import Priority
 
 _STATUSES_OF_ALL_ROWS: Final = frozenset({401, 403, 404, 503})
 """These concern the server, the key or the model."""
 
-_VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
-_ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
 _MAX_SHOWN_ERRORS: Final = 100
 """The number of failed rows that get a line on stderr; the output has the error of each."""
 
@@ -59,6 +59,8 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
     output: str | None
     columns: tuple[str, ...]
     header: bool | None
+    separator: str | None
+    """The separator of a CSV; None if it is detected."""
     group: str | None
     """The group of an earlier run to continue."""
     fresh: bool
@@ -183,7 +185,7 @@ def _records(client: Client, options: PredictOptions, source: _Source) -> Iterat
             if not row.problem:
                 yield row.value
 
-    names = [spec.name for spec in client.model(options.model).outputs]
+    model = client.model(options.model)
     with client.map(
         values(),
         options.model,
@@ -196,7 +198,7 @@ def _records(client: Client, options: PredictOptions, source: _Source) -> Iterat
     ) as results:
         for result in results:
             yield from _unreadable_records(pending)
-            yield _record(pending.popleft(), result, names)
+            yield _record(pending.popleft(), result, model)
         yield from _unreadable_records(pending)
 
 
@@ -210,36 +212,20 @@ def _unreadable_records(pending: deque[Row]) -> Iterator[Record]:
 # --- records -------------------------------------------------------------------------------
 
 
-def _record(row: Row, result: Any, names: Sequence[str]) -> Record:
+def _record(row: Row, result: Any, model: Model) -> Record:
     """The record of a row from its result or error; raises errors that concern no single row.
 
-    `names` are the model's outputs; a result that is no dict gets the first of them.
+    A result that is no dict gets the name of the model's first output.
     """
     if isinstance(result, RequestError) and result.status in _STATUSES_OF_ALL_ROWS:
         raise result
     if isinstance(result, AsyncinferError):
-        return {"row": row.number, "error": {"code": result.code, "detail": _error_text(result)}}
+        detail = error_text(result, row.value, model)
+        return {"row": row.number, "error": {"code": result.code, "detail": detail}}
     if isinstance(result, dict):
         return {"row": row.number, **{name: _to_json(value) for name, value in result.items()}}
-    name = next(iter(names), "result")
+    name = model.outputs[0].name if model.outputs else "result"
     return {"row": row.number, name: _to_json(result)}
-
-
-def _error_text(error: AsyncinferError) -> str:
-    """The error of a row, without the row's number in its job, which means nothing to the user.
-
-    Several faults are joined by semicolons.
-    """
-    faults = error.faults if isinstance(error, RequestError) else ()
-    return "; ".join(map(_fault_text, faults)) or error.detail
-
-
-def _fault_text(fault: InputError) -> str:
-    """The detail of a fault after its place in the row, as `value at 2: ...`."""
-    detail = _ROW_IN_JOB.sub("", fault.detail)
-    match = _VALUE_POINTER.fullmatch(fault.pointer)
-    place = match[1] if match else fault.pointer
-    return f"value at {place}: {detail}" if place else detail
 
 
 def _to_json(value: Any) -> Any:
@@ -271,7 +257,7 @@ def _open_source(options: PredictOptions, client: Client, deadline: float) -> _S
 def _is_file(rows: Sequence[str]) -> bool:
     """Whether the arguments are a file's name or -, as they are neither numbers nor JSON."""
     first = rows[0]
-    is_inline = first.lstrip().startswith(("[", "{")) or readers.parse_number(first) is not None
+    is_inline = first.lstrip().startswith(("[", "{")) or parse_number(first) is not None
     return len(rows) == 1 and not is_inline
 
 
@@ -280,11 +266,10 @@ def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
 
     Raises FileRefused if they are neither.
     """
+    _check_inline_options(options)
     words = options.rows
-    with contextlib.suppress(ValueError):
-        return iter([Row(1, [readers.parse_cell(word) for word in words])])
     try:
-        values = [msgspec.json.decode(word) for word in words]
+        values = _numbers(words) or [msgspec.json.decode(word) for word in words]
     except msgspec.DecodeError as error:
         raise FileRefused(
             f"{' '.join(words)[:60]!r} is no row ({error}). Give numbers, a row as JSON, or one "
@@ -295,10 +280,29 @@ def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
         if rows and isinstance(rows[0], list | dict):
             values = rows
     numbered = list(enumerate(values, start=1))
-    if not any(isinstance(value, dict) for value in values):
+    if not options.columns and not any(isinstance(value, dict) for value in values):
         return iter([Row(number, value) for number, value in numbered])
     read_options = _read_options(options, client.model(options.model), math.inf)
     return iter([readers.json_row(number, value, read_options) for number, value in numbered])
+
+
+def _numbers(words: Sequence[str]) -> list[Any]:
+    """A list of one row of numbers; an empty list if a word is no number."""
+    with contextlib.suppress(ValueError):
+        return [[parse_cell(word) for word in words]]
+    return []
+
+
+def _check_inline_options(options: PredictOptions) -> None:
+    """Raises FileRefused for an option that is only for files."""
+    given = {
+        "--from": options.read_as,
+        "--header": options.header,
+        "--separator": options.separator,
+    }
+    for flag, value in given.items():
+        if value is not None:
+            raise FileRefused(f"{flag} is for a file or stdin, not for a row as an argument.")
 
 
 def _open_file(
@@ -309,26 +313,28 @@ def _open_file(
     Without --fresh the group of a file is made from its name, its content, the model's file and the
     options, so that the same run continues; else it is random.
     """
-    rows = readers.with_first_read(readers.rows(_read_options(options, model, deadline)))
+    rows = readers.with_first_read(_read_options(options, model, deadline))
     if path is None or options.fresh or not path.is_file():
         name = path.stem if path else "stdin"
         return _Source(rows, None, f"{_group_name(name)}-{uuid.uuid4().hex[:12]}", True)
-    digest, lines = _digest(path, f"{model.sha256}{options.columns}{options.header}{options.batch}")
+    choices = f"{options.columns}{options.header}{options.separator or ''}{options.batch}"
+    digest, lines = _digest(path, f"{model.sha256}{choices}")
     is_lines = path.suffix.lower() in (".csv", ".tsv", ".ndjson", ".jsonl")
     return _Source(
         rows, lines if is_lines else None, f"{_group_name(path.stem)}-{digest[:12]}", True
     )
 
 
-def _read_options(options: PredictOptions, model: Model, deadline: float) -> readers.ReadOptions:
+def _read_options(options: PredictOptions, model: Model, deadline: float) -> ReadOptions:
     """How to read rows for this model; `deadline` is on the monotonic clock."""
     required = [spec for spec in model.inputs if not spec.optional]
     are_single = all(spec.shape and spec.shape[1:] in ((), (1,)) for spec in required)
-    return readers.ReadOptions(
+    return ReadOptions(
         source=options.rows[0],
         file_format=options.read_as,
         columns=options.columns,
         header=options.header,
+        separator=options.separator,
         inputs={spec.name: spec.rank or 0 for spec in model.inputs},
         text_inputs=frozenset(spec.name for spec in model.inputs if spec.datatype == "BYTES"),
         single_inputs=frozenset(spec.name for spec in required) if are_single else frozenset(),
