@@ -17,6 +17,7 @@ from asyncinfer.testing import service
 from tests.cli.command_line import CommandResult, error_line, run_command, run_in_shell
 from tests.faults.proxy import proxied
 
+from .pseudo_terminal import at_a_terminal
 from .submitted_jobs import submit, wait_until_ended
 
 NO_SERVER = "http://127.0.0.1:1"
@@ -136,6 +137,24 @@ def test_a_command_on_jobs_without_ids_and_filters_is_refused(url: str) -> None:
         assert f"Say which jobs to {verb}" in message
 
 
+@pytest.mark.parametrize("selection", [("--status", "ended"), ("--model", "digits"), ("--dead",)])
+def test_a_purge_by_filter_in_a_script_needs_a_yes(url: str, selection: tuple[str, ...]) -> None:
+    job_id = wait_until_ended(url, submit(url, "digits"))
+    message = error_line(run_command("purge", *selection), 2)
+    assert "add --yes. Nothing was deleted." in message
+    assert run_command("job", job_id).code == 0
+
+
+def test_a_purge_on_a_terminal_says_how_many_jobs_it_would_delete(url: str) -> None:
+    run_command("purge", "--model", "digits", "--yes")
+    jobs = [wait_until_ended(url, submit(url, "digits")) for _ in range(2)]
+    for typed, left in (("n\n", 2), ("y\n", 0)):
+        shown = at_a_terminal(["purge", "--model", "digits"], 100, typed=typed, until="[y/N]")
+        assert "Delete 2 jobs and their results? [y/N]" in shown.text
+        listed = run_command("jobs", "--model", "digits", "--json").json
+        assert len(listed) == left, jobs
+
+
 def test_dead_letters_are_listed(url: str) -> None:
     assert run_command("dead").out.split()[:2] == ["JOB", "STATUS"]
     assert run_command("dead", "--json").json == []
@@ -246,12 +265,12 @@ def test_the_doctor_finds_no_problem_in_a_running_service(data_dir: Path, url: s
 
 
 def test_what_commands_do_to_many_jobs_and_to_models_is_listed(url: str) -> None:
-    run_command("purge", "--status", "ended", "--model", "digits")
+    run_command("purge", "--status", "ended", "--model", "digits", "--yes")
     with paused("digits"):
         submit(url, "digits")
         run_command("cancel", "--model", "digits")
     run_command("retry", "no-such-job")
-    run_command("purge", "--status", "ended", "--model", "digits")
+    run_command("purge", "--status", "ended", "--model", "digits", "--yes")
 
     found = run_command("audit", "--limit", "5", "--json").json
     lines = run_command("audit", "--limit", "5").out.splitlines()

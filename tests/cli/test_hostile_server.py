@@ -33,7 +33,7 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     ),
     "DELETE /jobs": (
         ("cancel", "--model", "x"),
-        ("purge", "--status", "ended", "--json"),
+        ("purge", "--status", "ended", "--yes", "--json"),
     ),
     "DELETE /job": (("cancel", "a"), ("purge", "a")),
     "POST /jobs/retry": (("retry", "a"), ("retry", "--dead"), ("retry", "--dead", "--json")),

@@ -101,6 +101,6 @@ def test_a_table_of_numbers_and_strings_is_scored_from_any_file_and_from_the_pro
         "row 1: `age` has strings, model takes FP32",
         "row 2: `calls` has 2 numbers, model takes 1",
         "row 3: `plan` is missing: model takes it as BYTES of shape [n, 1]",
-        "row 4: model takes several inputs; give a table with a column, or JSON objects with a key, "
-        "for each of 'age', 'calls', 'plan'",
+        "row 4: model takes several inputs; give a table with a column, or JSON objects with a "
+        "key, for each of 'age', 'calls', 'plan'",
     ]

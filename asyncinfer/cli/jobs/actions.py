@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,11 +11,13 @@ from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import say, say_json
+from asyncinfer.cli.output import counted, say, say_json
+from asyncinfer.jobs import TERMINAL
 
 if TYPE_CHECKING:
-    from asyncinfer.client import ClearedJobs
+    from asyncinfer.client import ClearedJobs, Client
 
+_MAX_COUNTED: Final = 1000
 _OUTCOME_TEXTS: Final = {"stopping": "running and told to stop"}
 
 
@@ -96,7 +98,7 @@ def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
 @options.command(
     "purge",
     "asyncinfer purge 019ab5f2c1f77c36b1a2c6f0d3a54e11",
-    "asyncinfer purge --status completed --model iris",
+    "asyncinfer purge --status completed --model iris --yes",
     "asyncinfer purge --status ended --yes",
 )
 @_selection(
@@ -105,7 +107,11 @@ def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     "All jobs in this state; `ended` is any of them.",
 )
 @click.option("--dead", is_flag=True, help="All dead letters.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@click.option(
+    "--yes",
+    is_flag=True,
+    help="Do not ask. A filter needs it where no terminal is, as in a script.",
+)
 @options.tenant
 @options.server
 @options.as_json
@@ -114,16 +120,25 @@ def purge(yes: bool, server: ServerOptions, as_json: bool, **selection: Any) -> 
 
     Jobs that wait or run are not deleted: cancel them first.
     """
-    if not (selection["job_ids"] or yes or _is_confirmed()):
-        return 0
+    is_by_filter = not (selection["job_ids"] or yes)
+    if is_by_filter and not sys.stdin.isatty():
+        raise click.UsageError("This deletes all jobs that match: add --yes. Nothing was deleted.")
     with connect(server) as client:
+        if is_by_filter and not _is_confirmed(client, selection):
+            return 0
         done = client.purge(**selection)
     return _report(_cleared("purged", selection["job_ids"], done), as_json)
 
 
-def _is_confirmed() -> bool:
-    """Whether the user confirms, who is asked on a terminal; True in a script."""
-    return not sys.stdin.isatty() or click.confirm("Delete these jobs and their results?", err=True)
+def _is_confirmed(client: "Client", selection: dict[str, Any]) -> bool:
+    """Whether the user, who is told how many jobs match the filters of `selection`, confirms."""
+    filters = {name: value for name, value in selection.items() if name != "job_ids"}
+    is_any = filters.pop("status") in (None, "ended")
+    statuses: Iterable[Any] = TERMINAL if is_any else (selection["status"],)
+    listed = (client.jobs(status=status, limit=_MAX_COUNTED + 1, **filters) for status in statuses)
+    count = sum(map(len, listed))
+    shown = counted(count, "job") if count <= _MAX_COUNTED else f"more than {_MAX_COUNTED:,} jobs"
+    return click.confirm(f"Delete {shown} and their results?", err=True)
 
 
 # --- output --------------------------------------------------------------------------------
