@@ -1,6 +1,7 @@
 """Every example in a --help works on a real service, and every help text is complete."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from asyncinfer.cli.commands import SECTIONS, commands
 from asyncinfer.cli.exit_codes import EXIT_CODES
+from asyncinfer.client import Client
 from tests.cli.command_line import run_command, run_in_shell
 from tests.docs.markdown import has_started, running_command
 from tests.ports import free_port
@@ -70,6 +72,9 @@ def test_an_example_works_as_it_is_shown(
     name: str, example: str, folder: Path, job_id: str, redis_url: str
 ) -> None:
     line = _JOB_ID.sub(job_id, example)
+    if "--resume flowers-1" in line:
+        with Client(os.environ["ASYNCINFER_URL"]) as client:
+            client.submit([[5.1, 3.5, 1.4, 0.2]], group="flowers-1")
     line = line.replace("redis://127.0.0.1:6379", redis_url).replace("--seconds 2", "--seconds 0.5")
     if name in ("serve", "work"):
         start_and_stop(line.replace("8001", str(free_port())), folder, redis_url)

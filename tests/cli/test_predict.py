@@ -182,12 +182,33 @@ def test_a_pipe_that_reads_only_the_first_answers_causes_no_error_output(
 
 
 def test_a_map_goes_on_where_it_stopped_and_runs_nothing_twice(url: str, flowers: Path) -> None:
-    first = run_command("predict", str(flowers), "--resume", "again-1")
-    jobs = run_command("jobs", "--group", "again-1", "--json").json
-    second = run_command("predict", str(flowers), "--resume", "again-1")
+    first = run_command("predict", str(flowers), "--fresh")
+    group = run_command("jobs", "--limit", "1", "--json").json[0]["group"]
+    jobs = run_command("jobs", "--group", group, "--json").json
+    second = run_command("predict", str(flowers), "--resume", group)
 
     assert first.out == second.out
-    assert run_command("jobs", "--group", "again-1", "--json").json == jobs
+    assert run_command("jobs", "--group", group, "--json").json == jobs
+
+
+def test_a_group_that_is_not_there_is_not_continued(url: str, flowers: Path) -> None:
+    before = run_command("jobs", "--json").json
+    for rows in (str(flowers), "[5.1, 3.5, 1.4, 0.2]"):
+        message = error_line(run_command("predict", rows, "--resume", "flwoers"), 2)
+        assert "There is no group 'flwoers' to continue, so nothing was run." in message
+        assert "leave --resume out" in message
+    assert run_command("jobs", "--json").json == before
+
+
+def test_the_name_that_a_run_would_give_its_group_may_be_given_before_it_has_jobs(
+    url: str, flowers: Path
+) -> None:
+    """As a run may be interrupted before its first job."""
+    flowers.write_text(f"{flowers.read_text()}1,2,3,4\n")
+    run_command("predict", str(flowers))
+    (job, *_) = run_command("jobs", "--limit", "1", "--json").json
+    run_command("purge", job["job_id"])
+    assert run_command("predict", str(flowers), "--resume", job["group"]).code == 0
 
 
 @pytest.mark.soak
@@ -195,20 +216,21 @@ def test_ctrl_c_says_how_to_go_on_and_cancels_the_rest(url: str, tmp_path: Path)
     run_command("pause", "digits")
     try:
         (tmp_path / "many.csv").write_text(f"{','.join(['0'] * 64)}\n" * 5000)
-        argv = ("-m", "asyncinfer", "predict", "many.csv", "-m", "digits", "--resume", "stop-1")
+        argv = ("-m", "asyncinfer", "predict", "many.csv", "-m", "digits")
         with subprocess.Popen(
             [sys.executable, *argv], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             assert process.stderr is not None
-            while not run_command("jobs", "--group", "stop-1", "--json").json:
+            while not (jobs := run_command("jobs", "--status", "pending", "--json").json):
                 pass
+            group = jobs[0]["group"]
             os.kill(process.pid, signal.SIGINT)
             message = process.stderr.read().decode()
             assert process.wait(20) == 130
         assert "Interrupted after 0 rows" in message
-        assert "asyncinfer predict many.csv -m digits --resume stop-1" in message
+        assert f"asyncinfer predict many.csv -m digits --resume {group}" in message
         assert "Traceback" not in message
-        assert not run_command("jobs", "--group", "stop-1", "--status", "pending", "--json").json
+        assert not run_command("jobs", "--group", group, "--status", "pending", "--json").json
     finally:
         run_command("resume", "digits")
 

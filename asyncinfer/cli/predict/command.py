@@ -77,8 +77,8 @@ def _separator(_: click.Context, __: click.Parameter, text: str | None) -> str |
     "--resume",
     "group",
     metavar="GROUP",
-    help="Continue a group of jobs of an earlier run. Default: a name made from the file and the "
-    "model's version.",
+    help="Continue this group of jobs of an earlier run; there must be one. Default: a name made "
+    "from the file and the model's version, which continues the same run.",
 )
 @click.option(
     "--fresh", is_flag=True, help="Run all rows, even those that ran within the last day."

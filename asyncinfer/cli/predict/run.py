@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import click
 import msgspec
 from msgspec import Struct
 
@@ -35,7 +36,7 @@ from asyncinfer.client import (
     SlowMapWarning,
     WaitTimeout,
 )
-from asyncinfer.errors import AsyncinferError, FileRefused, RequestError
+from asyncinfer.errors import AsyncinferError, FileRefused, GroupNotFound, RequestError
 from asyncinfer.jobs import Priority
 
 _STATUSES_OF_ALL_ROWS: Final = frozenset({401, 403, 404, 503})
@@ -59,7 +60,7 @@ class PredictOptions(Struct, frozen=True, kw_only=True):
     output: str | None
     columns: tuple[str, ...]
     header: bool | None
-    separator: str | None
+    separator: str | None = None
     """The separator of a CSV; None if it is detected."""
     group: str | None
     """The group of an earlier run to continue."""
@@ -105,7 +106,8 @@ def run(server: ServerOptions, options: PredictOptions) -> int:
         cadence=options.cadence,
     ) as client:
         source = _open_source(options, client, deadline)
-        if options.group:
+        if options.group and options.group != source.group:
+            _check_group(client, options.group)
             source = msgspec.structs.replace(source, group=options.group)
         with (
             _hint_after_a_while(options, source),
@@ -361,6 +363,17 @@ def _group_name(name: str) -> str:
 
 
 # --- continuing ----------------------------------------------------------------------------
+
+
+def _check_group(client: Client, group: str) -> None:
+    """Raises UsageError if there is no such group, as its name may be mistyped."""
+    try:
+        client.group(group)
+    except GroupNotFound as error:
+        raise click.UsageError(
+            f"There is no group {group!r} to continue, so nothing was run. Correct its name, or "
+            "leave --resume out: a file that ran before continues without it."
+        ) from error
 
 
 @contextlib.contextmanager
