@@ -149,26 +149,30 @@ def server(function: Callable[..., Any]) -> Any:
     return run
 
 
-def tenant(function: Callable[..., Any]) -> Any:
+def tenant(what: str, more: str = "") -> Callable[[_Function], _Function]:
     """A decorator that adds --tenant and --all-tenants; the command receives `tenant`.
 
     That is the API's parameter: a name, `*` for all tenants, or None for the key's own. Giving both
-    flags raises click.UsageError.
+    flags raises click.UsageError. `what` is what the command does with which things of a tenant,
+    such as `List jobs`, and `more` what is to be said of it.
     """
 
-    @click.option(
-        "--tenant",
-        metavar="NAME",
-        help="Jobs of this tenant, without inputs and results. Needs the scope `operator`.",
-    )
-    @click.option("--all-tenants", is_flag=True, help="Jobs of all tenants, likewise.")
-    @functools.wraps(function)
-    def run(*args: Any, tenant: str | None, all_tenants: bool, **values: Any) -> Any:
-        if tenant is not None and all_tenants:
-            raise click.UsageError("Give --tenant or --all-tenants, not both.")
-        return function(*args, tenant="*" if all_tenants else tenant, **values)
+    def add(function: Callable[..., Any]) -> Any:
+        @click.option(
+            "--tenant",
+            metavar="NAME",
+            help=f"{what} of this tenant{more}. Needs the scope `operator`.",
+        )
+        @click.option("--all-tenants", is_flag=True, help=f"{what} of all tenants, likewise.")
+        @functools.wraps(function)
+        def run(*args: Any, tenant: str | None, all_tenants: bool, **values: Any) -> Any:
+            if tenant is not None and all_tenants:
+                raise click.UsageError("Give --tenant or --all-tenants, not both.")
+            return function(*args, tenant="*" if all_tenants else tenant, **values)
 
-    return run
+        return run
+
+    return add
 
 
 class _Seconds(click.FloatRange):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--host", metavar="HOST", help="Only those to this host, as listed.")
 @click.option("--model", metavar="NAME", help="With --redeliver: only those of this model.")
 @click.option("--given-up", is_flag=True, help="With --redeliver: only those that were given up.")
-@options.tenant
+@options.tenant("Webhooks")
 @options.server
 @options.as_json
 def webhooks(

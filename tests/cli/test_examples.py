@@ -142,6 +142,18 @@ def test_every_option_says_what_it_is_for() -> None:
     ] == []
 
 
+def test_the_option_for_a_tenant_says_what_the_command_does_with_it() -> None:
+    verbs = {"cancel": "Cancel", "retry": "Retry", "purge": "Delete", "webhooks": "Webhooks"}
+    for name, verb in verbs.items():
+        texts = [
+            getattr(option, "help", "") or ""
+            for option in command(name).params
+            if option.name in ("tenant", "all_tenants")
+        ]
+        assert [text.startswith(f"{verb} ") for text in texts] == [True, True], texts
+        assert not any("without inputs" in text for text in texts)
+
+
 def is_explained(text: str) -> bool:
     """Whether a help text ends as a sentence, or in the values that are allowed."""
     return "[" in text or text.rstrip("])").endswith(tuple(".KLR0123456789"))

@@ -61,7 +61,7 @@ def _selection(
     "asyncinfer cancel --tenant acme --model digits",
 )
 @_selection("cancel", ("pending", "processing"), "Only those in this state.")
-@options.tenant
+@options.tenant("Cancel jobs")
 @options.server
 @options.as_json
 def cancel(server: ServerOptions, as_json: bool, **selection: Any) -> int:
@@ -82,7 +82,7 @@ def cancel(server: ServerOptions, as_json: bool, **selection: Any) -> int:
 )
 @_selection("retry", ("failed", "cancelled"), "All jobs in this state.")
 @click.option("--dead", is_flag=True, help="All dead letters; `asyncinfer dead` lists them.")
-@options.tenant
+@options.tenant("Retry jobs")
 @options.server
 @options.as_json
 def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
@@ -112,7 +112,7 @@ def retry(server: ServerOptions, as_json: bool, **selection: Any) -> int:
     is_flag=True,
     help="Do not ask. A filter needs it where no terminal is, as in a script.",
 )
-@options.tenant
+@options.tenant("Delete jobs")
 @options.server
 @options.as_json
 def purge(yes: bool, server: ServerOptions, as_json: bool, **selection: Any) -> int:

@@ -55,7 +55,7 @@ _limit = click.option(
 @_of_model
 @click.option("--group", metavar="NAME", help="Only jobs of this group.")
 @_limit
-@options.tenant
+@options.tenant("List jobs", ", without inputs and results")
 @options.server
 @options.as_json
 def jobs(server: ServerOptions, as_json: bool, **filters: Any) -> None:
@@ -66,7 +66,7 @@ def jobs(server: ServerOptions, as_json: bool, **filters: Any) -> None:
 @options.command("dead", "asyncinfer dead", "asyncinfer dead --model iris --json")
 @_of_model
 @_limit
-@options.tenant
+@options.tenant("List dead letters", ", without inputs and results")
 @options.server
 @options.as_json
 def dead(server: ServerOptions, as_json: bool, **filters: Any) -> None:
@@ -89,7 +89,7 @@ def dead(server: ServerOptions, as_json: bool, **filters: Any) -> None:
 )
 @options.timeout("How long to watch. Default: no limit.")
 @click.option("--timeline", is_flag=True, help="Show what happened to it, and when, instead.")
-@options.tenant
+@options.tenant("Show a job", ", without its input and result")
 @options.server
 @options.as_json
 def job(
