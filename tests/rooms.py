@@ -71,7 +71,7 @@ INSIDE = {
     "cli": (
         ("addresses", "options", "safe_text"),
         ("api_client", "output"),
-        ("bench", "exit_codes", "starved_queues"),
+        ("bench", "exit_codes", "model_reasons", "starved_queues"),
         ("audit", "commands", "jobs", "models", "predict", "serve", "top", "webhooks"),
         ("completion", "doctor"),
     ),

@@ -11,6 +11,7 @@ import msgspec
 from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect, seconds_by_rows
 from asyncinfer.cli.exit_codes import say_error
+from asyncinfer.cli.model_reasons import without_name
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import console, say, say_json, seconds, show, show_facts, styled
 from asyncinfer.untrusted.printable import printable_line
@@ -96,7 +97,8 @@ def _warn(problems: Sequence["ModelProblem"]) -> None:
     """Prints each problem of a model on stderr, in one line."""
     for problem in problems:
         where = f"{problem.model} {problem.version or 'all versions'}, worker {problem.worker}"
-        line = styled(printable_line(f"{where}: {problem.reason}"), "yellow")
+        reason = without_name(problem.model, problem.version, problem.reason)
+        line = styled(printable_line(f"{where}: {reason}"), "yellow")
         console(stderr=True).print(line, soft_wrap=True)
 
 

@@ -219,7 +219,7 @@ def _model_name(name: str) -> str:
 
 def _name_problem(name: str, shown: str) -> str:
     """Why a name cannot be that of a model, after `shown`; "" if it can."""
-    return "" if is_valid_name(name) else f"{shown}: rename it: {NAME_RULE}"
+    return "" if is_valid_name(name) else f"{shown}: cannot have this name; rename it: {NAME_RULE}"
 
 
 def _problem(path: Path, shown: str) -> str:

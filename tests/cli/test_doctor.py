@@ -21,6 +21,7 @@ from tests import zoo
 from tests.cli.command_line import run_command
 from tests.faults.harness import eventually_sync
 from tests.restricted_user import restricted_user
+from tests.serving import running_serve
 
 from .submitted_jobs import submit
 
@@ -317,6 +318,44 @@ def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> 
 
     (finding,) = (entry for entry in findings if entry["about"].startswith("model odd"))
     assert finding["mend"] == f"correct, replace or remove it: {toml}/model.toml"
+
+
+def test_a_problem_in_the_model_folder_has_its_own_remedy(
+    tmp_path: Path,
+) -> None:
+    content = zoo.mlp([3, 2]).SerializeToString()
+    for name in ("my model.onnx", "iris/1/model.onnx", "iris/latest/model.onnx", "two/1/a.onnx"):
+        (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "m" / name).write_bytes(content)
+    (tmp_path / "m/two/1/b.onnx").write_bytes(content)
+    (tmp_path / "m/cut.onnx").write_bytes(content[:-9])
+    remedies = {
+        "my model/1": "rename it: a model's name is",
+        "iris/latest": "rename latest to a whole number",
+        "two/1": "give that name to the one to serve",
+        "cut/1": "copy or download it again",
+    }
+
+    with running_serve(MODEL_DIR=f"{tmp_path}/m", DATA_DIR=f"{tmp_path}/data") as serve:
+        url = serve.banner["URL"]
+        eventually_sync(
+            lambda: run_command("models", "--url", url).err.count("worker") == len(remedies),
+            "all problems are announced",
+        )
+        listed = run_command("models", "--url", url).err
+        served_found = run_command("doctor", "--json", "--url", url).json["findings"]
+    found = run_command("doctor", "--json", "--model-dir", f"{tmp_path}/m").json["findings"]
+
+    for name, remedy in remedies.items():
+        (local,) = (entry for entry in found if entry["about"] == f"model {name}")
+        (served,) = (entry for entry in served_found if entry["found"].startswith(f"{name}: "))
+        assert local["mend"].startswith(remedy)
+        assert served["mend"].startswith(remedy)
+        assert served["mend"].endswith("workers notice that by themselves")
+        assert not any("rename" in entry["found"] for entry in (local, served))
+    texts = [f"{entry['about']}: {entry['found']}" for entry in (*found, *served_found)]
+    assert not any("iris/latest: iris/latest" in text for text in texts)
+    assert "iris/latest: " not in listed
 
 
 def test_a_right_that_the_redis_user_lacks_is_a_problem(

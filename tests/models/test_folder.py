@@ -107,11 +107,19 @@ def problems_in(folder: Path) -> dict[tuple[str, str], str]:
         (fifo("m/1/model.onnx"), ("m", "1"), "m/1/model.onnx: is a FIFO, not a file"),
         (listening, ("s", "1"), "s.onnx: is a socket, not a file"),
         (link("m.onnx", "/dev/zero"), ("m", "1"), "m.onnx: is a device, not a file"),
-        (touch("my model.onnx"), ("my model", "1"), "my model.onnx: rename it: a model's name is"),
-        (touch("a\nb.onnx"), (r"a\nb", "1"), r"a\nb.onnx: rename it: "),
-        (touch("\xff.onnx"), (r"\xff", "1"), r"\xff.onnx: rename it: "),
+        (
+            touch("my model.onnx"),
+            ("my model", "1"),
+            "my model.onnx: cannot have this name; rename it: a model's name is",
+        ),
+        (touch("a\nb.onnx"), (r"a\nb", "1"), r"a\nb.onnx: cannot have this name; rename it: "),
+        (touch("\xff.onnx"), (r"\xff", "1"), r"\xff.onnx: cannot have this name; rename it: "),
         (touch("m/1/\xff.onnx"), ("m", "1"), r"m/1/\xff.onnx: rename it to model.onnx"),
-        (touch(f"{'x' * 200}.onnx"), (f"{'x' * 80}…", "1"), f"{'x' * 80}…: rename it: "),
+        (
+            touch(f"{'x' * 200}.onnx"),
+            (f"{'x' * 80}…", "1"),
+            f"{'x' * 80}…: cannot have this name; rename it: ",
+        ),
         (
             touch("m/2/model.onnx", "m.onnx"),
             ("m", ""),

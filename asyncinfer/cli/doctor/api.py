@@ -9,6 +9,7 @@ from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.doctor.machine import port_is_taken
 from asyncinfer.cli.exit_codes import in_terminal_words
+from asyncinfer.cli.model_reasons import split_reason
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import counted
 from asyncinfer.cli.serve import configuration
@@ -141,10 +142,11 @@ def _examine_served_models(client: Client, held_up: Sequence[Queue]) -> Iterator
         return
     for entry in listed.all_problems:
         name = "/".join(filter(None, (entry.model, entry.version)))
-        mend = "replace the file; workers notice the new one by themselves"
+        reason, remedy = split_reason(entry.model, entry.version, entry.reason)
+        mend = f"{remedy or 'correct or replace the file'}; workers notice that by themselves"
         if "MODEL_DIR" in entry.reason:
-            mend = "start that worker with another MODEL_DIR or MODELS"
-        yield warning(f"worker {entry.worker}", f"{name}: {entry.reason}", mend)
+            mend = remedy or "start that worker with another MODEL_DIR or MODELS"
+        yield warning(f"worker {entry.worker}", f"{name}: {reason}", mend)
     paused = [model.model for model in listed.models if model.paused]
     if paused:
         mend = f"asyncinfer resume {paused[0]}"

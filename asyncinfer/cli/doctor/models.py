@@ -6,6 +6,7 @@ from pathlib import Path
 import anyio
 
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
+from asyncinfer.cli.model_reasons import split_reason
 from asyncinfer.cli.output import counted, size
 from asyncinfer.errors import ModelDirUnreadable
 from asyncinfer.models.folder import ModelFile, read_stamp, served_versions, total_bytes
@@ -61,7 +62,8 @@ async def _examine(
     reason = file.problem or await try_in_child(file, size_bytes, allow_custom_ops=allow_custom_ops)
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
-    mend = f"correct, replace or remove it: {_faulty_path(file)}"
+    reason, remedy = split_reason(file.model, file.version, reason)
+    mend = remedy or f"correct, replace or remove it: {_faulty_path(file)}"
     served = served_versions([other for other in files if other.model == file.model])[file.model]
     if served is not file:
         return warning(about, f"{reason}; another version is served", mend)
