@@ -13,7 +13,7 @@ from asyncinfer.cli.api_client import connect, seconds_by_rows
 from asyncinfer.cli.exit_codes import say_error
 from asyncinfer.cli.model_reasons import without_name
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import console, say, say_json, seconds, show, show_facts, styled
+from asyncinfer.cli.output import console, counted, say, say_json, seconds, show, show_facts, styled
 from asyncinfer.untrusted.printable import printable_line
 
 _LOADING: Final = ("loading", "yellow")
@@ -159,13 +159,15 @@ def _facts(model: "Model") -> Iterator[Sequence[object]]:
     yield "returns", ", ".join(map(_tensor, model.outputs))
     if model.labels:
         yield "labels", ", ".join(model.labels)
-    yield "batched", f"{'yes' if model.batched else 'no'}: {model.batching}"
+    why = model.batching.removeprefix("on: ").removeprefix("off: ")
+    yield "batched", f"{'yes' if model.batched else 'no'}: {why}"
     yield "rows per job", f"at most {model.max_rows:,}"
     state, _ = _state(model)
     yield "state", _STATE_TEXTS.get(state, state)
     yield "workers", model.workers
     for worker, times in model.run_times.items():
-        shown = [f"{rows} rows {seconds(spent)}" for rows, spent in seconds_by_rows(times)]
+        runs = seconds_by_rows(times)
+        shown = [f"{counted(rows, 'row')} {seconds(spent)}" for rows, spent in runs]
         yield f"run on {worker}", ", ".join(shown)
     example = _example_argument(model.shown_example)
     yield "example", f"asyncinfer predict --model {model.model} {example}"

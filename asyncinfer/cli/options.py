@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -97,7 +98,8 @@ class SettingsCommand(click.Command):
 def _help(knob: Knob) -> str:
     """The text of a setting in --help, with its default and its variable."""
     default = setting_text(knob.default)
-    default = f"{default} {knob.unit}".strip() if default else knob.unset
+    unit = re.sub("(?<=ss)es$|s$", "", knob.unit) if default == "1" else knob.unit
+    default = f"{default} {unit}".strip() if default else knob.unset
     return f"{knob.help} Default: {default}. [{knob.variable}]"
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,11 +16,13 @@ from asyncinfer import api_keys
 from asyncinfer.processes import valkey
 from asyncinfer.testing import service
 from tests.cli.command_line import CommandResult, error_line, run_command, run_in_shell
+from tests.faults.harness import eventually_sync
 from tests.faults.proxy import proxied
 
 from .pseudo_terminal import at_a_terminal
 from .submitted_jobs import submit, wait_until_ended
 
+ONE_OF_MANY = re.compile(r"\b1 (rows|slots|connections|jobs|workers)\b")
 NO_SERVER = "http://127.0.0.1:1"
 
 
@@ -176,6 +179,16 @@ def test_models_are_listed_and_shown(url: str) -> None:
     assert run_command("models", "iris", "--json").json["default"] is True
 
 
+def test_a_model_is_described_in_words_that_fit(url: str) -> None:
+    wait_until_ended(url, submit(url))
+    eventually_sync(lambda: "run on" in run_command("models", "iris").out, "a run is announced")
+
+    shown = run_command("models", "iris").out
+    assert re.search(r"^batched +yes: probe rows ", shown, re.MULTILINE)
+    assert re.search(r"^run on .* 1 row ", shown, re.MULTILINE)
+    assert not ONE_OF_MANY.search(shown)
+
+
 def test_the_example_that_a_model_shows_works(url: str) -> None:
     line = next(
         line for line in run_command("models", "iris").out.splitlines() if "example" in line
@@ -207,6 +220,7 @@ def test_top_shows_queues_and_workers(url: str) -> None:
     iris = next(entry for entry in found["queues"] if entry["model"] == "iris")
     assert iris["run_seconds"]["p50"] >= 0
     assert found["workers"][0]["state"] == "ready"
+    assert datetime.fromisoformat(found["at"]).utcoffset() == timedelta()
 
 
 def test_top_looks_at_redis_itself_where_no_api_answers(
@@ -246,7 +260,8 @@ async def test_a_bench_whose_connections_are_cut_says_so_in_one_line(
 
 @pytest.mark.soak
 def test_bench_is_shown_to_people(url: str) -> None:
-    shown = run_command("bench", "--seconds", "0.5").out
+    shown = run_command("bench", "--seconds", "0.5", "--connections", "1").out
+    assert not ONE_OF_MANY.search(shown)
 
     assert all(word in shown for word in ("PER SECOND", "waits", "submits", "limited by"))
 

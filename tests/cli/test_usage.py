@@ -1,6 +1,7 @@
 """Wrong usage is one line on stderr, and --help is fast."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -85,6 +86,12 @@ def test_help_lists_advanced_settings_under_a_heading_of_their_own(
         assert f"  {knob.flag} " in shown_in
         assert f"  {knob.flag} " not in other
     assert 10 < sum(not knob.advanced for knob in knobs()) <= 15
+
+
+def test_help_has_a_unit_in_the_singular_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert re.findall(r"Default:\s+1\s+\w+s\b", help_of(capsys, name)) == []
+    assert re.search(r"\b1\s+process\.", help_of(capsys, "serve"))
 
 
 def test_help_loads_nothing_heavy() -> None:

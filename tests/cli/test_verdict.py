@@ -48,6 +48,13 @@ def test_the_bottleneck_is_named(measured: dict[str, float | None], side: str) -
     assert result.change
 
 
+def test_one_slot_and_one_connection_are_no_slots_and_connections() -> None:
+    alone = msgspec.structs.replace(IDLE, slots=1)
+    busy = msgspec.structs.replace(alone, slots_busy=0.95)
+    assert "1 connection waited" in verdict(WAITS, alone, 1).because
+    assert "1 slot 95% busy" in verdict(WAITS, busy, 1).because
+
+
 def test_a_saturated_client_is_named_before_any_other_side() -> None:
     sides = msgspec.structs.replace(IDLE, client_cpu=0.95, machine_cpu=0.97, slots_busy=0.95)
     assert verdict(WAITS, sides, 8).side == "client"

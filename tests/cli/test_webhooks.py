@@ -1,6 +1,7 @@
 """The command `webhooks` lists the hosts that fail, and sends to them again."""
 
 import re
+from datetime import UTC, datetime
 
 import pytest
 from msgspec.structs import replace
@@ -70,7 +71,7 @@ def test_top_counts_the_webhooks_of_all_queues_in_a_line(
             replace(queue, model=name, workers=0, slots=0, dead=0, webhooks=counts)
             for name, counts in zip(names, webhooks, strict=True)
         ]
-        tables.say(Snapshot(0.0, url, idle, None))
+        tables.say(Snapshot(datetime.now(UTC), url, idle, None))
         return capsys.readouterr().out
 
     both = shown(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from asyncinfer.cli.bench.verdict import Bench, LoadResult, Sides
-from asyncinfer.cli.output import console, show, show_facts, styled
+from asyncinfer.cli.output import console, counted, show, show_facts, styled
 
 _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FULL", "ERRORS")
 
@@ -11,7 +11,7 @@ _COLUMNS = ("LOAD", "REQUESTS", "PER SECOND", "p50 ms", "p95 ms", "p99 ms", "FUL
 def show_bench(bench: Bench) -> None:
     """Prints the measurements and the bottleneck on stdout."""
     target = console()
-    target.print(f"{bench.model}, {bench.connections} connections\n", soft_wrap=True)
+    target.print(f"{bench.model}, {counted(bench.connections, 'connection')}\n", soft_wrap=True)
     show(
         _COLUMNS, [_row("waits", bench.waits), _row("submits", bench.submits)], numeric=_COLUMNS[1:]
     )
@@ -49,10 +49,10 @@ def _facts(sides: Sides) -> Iterator[Sequence[object]]:
     yield "queue", _ms(sides.queue_ms, "from submit to start, the median")
     yield "run", _ms(sides.run_ms, "from start to end, the median")
     busy = "" if sides.slots_busy is None else f", {sides.slots_busy:.0%} busy"
-    yield "workers", f"{sides.workers}, {sides.slots} slots{busy}"
+    yield "workers", f"{sides.workers}, {counted(sides.slots, 'slot')}{busy}"
     if sides.run_times:
-        times = ", ".join(f"{rows} rows {ms:.1f} ms" for rows, ms in sides.run_times.items())
-        yield "a run", times
+        times = [f"{counted(int(rows), 'row')} {ms:.1f} ms" for rows, ms in sides.run_times.items()]
+        yield "a run", ", ".join(times)
 
 
 def _ms(value: float | None, meaning: str) -> str | None:

@@ -5,6 +5,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from asyncinfer.cli.output import counted
 from asyncinfer.schemas.operations import Percentiles, percentiles
 
 _SATURATED_SHARE: Final = 0.85
@@ -124,9 +125,10 @@ def verdict(waits: LoadResult, sides: Sides, connections: int) -> Verdict:
             "run Redis nearer or on a faster core (asyncinfer doctor measures the round trip); "
             "send many rows in one job, which costs Redis little more than one row",
         )
+    waiting = counted(connections, "connection")
     return Verdict(
         "none",
-        f"no side is saturated: {connections} connections waited for {total_ms:.1f} ms at a time",
+        f"no side is saturated: {waiting} waited for {total_ms:.1f} ms at a time",
         f"asyncinfer bench --connections {4 * connections}, for a higher load",
     )
 
@@ -135,7 +137,7 @@ def _worker(sides: Sides, total_ms: float, busy: float, queue: float, run: float
     """The verdict on the workers; `queue` and `run` are milliseconds of a job, `busy` a share."""
     because = f"jobs waited {queue:.1f} and ran {run:.1f} of {total_ms:.1f} ms"
     if sides.slots_busy is not None:
-        because += f", {busy:.0%} of {sides.slots} slots were busy"
+        because += f", with {counted(sides.slots, 'slot')} {busy:.0%} busy"
     change = "start workers on other cores or machines: asyncinfer work"
     if not sides.batched:
         change += "; its jobs do not share runs (asyncinfer models NAME says why): fixing that "

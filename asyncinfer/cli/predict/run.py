@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import say_on_stderr
+from asyncinfer.cli.output import counted, say_on_stderr
 from asyncinfer.cli.predict import readers, writers
 from asyncinfer.cli.predict.cells import parse_cell, parse_number
 from asyncinfer.cli.predict.progress import progress
@@ -158,17 +158,17 @@ def _write_all(
             if bar:
                 bar.advance(1, errors=bool(error))
     except KeyboardInterrupt:
-        say_error(f"Interrupted after {done:,} rows. {_continue_advice(options, source)}")
+        say_error(f"Interrupted after {counted(done, 'row')}. {_continue_advice(options, source)}")
         raise
     except WaitTimeout as error:
         raise WaitTimeout(
-            f"{error.detail} {done:,} rows are done. Jobs that were submitted go on. "
+            f"{error.detail} Done: {counted(done, 'row')}. Jobs that were submitted go on. "
             f"Continue with: {_resume_command(options.arguments, source.group)}",
             waiting_for=error.waiting_for,
         ) from error
     except AsyncinferError as error:
         if done:
-            say_error(f"Stopped after {done:,} rows. {_continue_advice(options, source)}")
+            say_error(f"Stopped after {counted(done, 'row')}. {_continue_advice(options, source)}")
         raise error
     return failed
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from asyncinfer.cli.addresses import shown_url
@@ -33,7 +34,7 @@ def api_reader(server: ServerOptions) -> Iterator[ReadSnapshot]:
     """
     with connect(server, retries=0) as client:
         yield lambda: Snapshot(
-            time.time(), shown_url(client.url), client.queues(), _workers(client)
+            datetime.now(UTC), shown_url(client.url), client.queues(), _workers(client)
         )
 
 
@@ -67,7 +68,8 @@ def redis_reader(url: str, queue_name: str) -> Iterator[ReadSnapshot]:
 
 async def _read_snapshot(statistics: "Statistics", source: str) -> Snapshot:
     """Reads the queues, then the workers; `source` is the server's name in the view."""
-    return Snapshot(time.time(), source, await statistics.queues(), await statistics.workers())
+    at = datetime.now(UTC)
+    return Snapshot(at, source, await statistics.queues(), await statistics.workers())
 
 
 def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:

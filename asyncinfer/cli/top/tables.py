@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asyncinfer.cli.output import console, print_table, rate, seconds, status, styled, table
@@ -109,7 +108,7 @@ def screen(snapshot: "Snapshot", target: "Console", error_text: str) -> "Rendera
 
 def _title(snapshot: "Snapshot", error_text: str) -> Any:
     """A line with source, time and totals; `error_text`, unless it is empty, is a second one."""
-    at = datetime.fromtimestamp(snapshot.at).astimezone().strftime("%H:%M:%S")
+    at = snapshot.at.astimezone().strftime("%H:%M:%S")
     waiting = sum(waiting_jobs(queue) for queue in snapshot.queues)
     line = styled("asyncinfer", "bold")
     line.append(f"  {snapshot.source}  {at}  {waiting:,} waiting  ", "")
