@@ -8,7 +8,7 @@ import click
 from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import say_json, say_on_stderr, show
+from asyncinfer.cli.output import say_json, say_on_stderr, show, utc
 from asyncinfer.schemas.requests import AUDIT_ACTIONS
 
 if TYPE_CHECKING:
@@ -60,5 +60,5 @@ def audit(server: ServerOptions, as_json: bool, **filters: Any) -> None:
 def _row(entry: "AuditEntry") -> Sequence[object]:
     """The cells of an entry; its time is UTC."""
     selected = " ".join(f"{name}={value}" for name, value in entry.filter.items())
-    time = entry.at.isoformat(timespec="seconds").replace("+00:00", "Z")
+    time = utc(entry.at)
     return time, entry.action, entry.tenant, entry.key, selected, entry.jobs, entry.outcome

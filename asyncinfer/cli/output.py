@@ -172,6 +172,11 @@ def ago(moment: datetime | None, now: Callable[[], datetime] = lambda: datetime.
     return f"{seconds(max(0.0, (now() - moment).total_seconds()))} ago"
 
 
+def utc(moment: datetime | None) -> str:
+    """A moment in UTC to the second, as RFC 3339 writes it; "" for None."""
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z") if moment else ""
+
+
 def say(text: str) -> None:
     """Writes text to stdout and flushes, without a line end of its own.
 

@@ -1,7 +1,6 @@
 """The command `webhooks`."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import say, say_json, say_on_stderr, show
+from asyncinfer.cli.output import say, say_json, say_on_stderr, show, utc
 
 if TYPE_CHECKING:
     from asyncinfer.client import Client, WebhookHost
@@ -85,9 +84,5 @@ def _list(hosts: "Sequence[WebhookHost]", host: str | None, as_json: bool) -> No
 def _row(one: "WebhookHost") -> Sequence[object]:
     """The cells of a host; times are UTC."""
     last = one.last_status or one.last_error or ""
-    times = _time(one.last_at), _time(one.next_at)
+    times = utc(one.last_at), utc(one.next_at)
     return one.host, one.pending, one.failing, one.given_up, last, *times
-
-
-def _time(time: datetime | None) -> str:
-    return time.isoformat(timespec="seconds").replace("+00:00", "Z") if time else ""

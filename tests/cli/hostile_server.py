@@ -1,6 +1,7 @@
 """A server that answers as a test tells it: with wrong types, statuses or control characters."""
 
 import json
+import re
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ class HostileServer(ThreadingHTTPServer):
 
     def answer(self, method: str, path: str) -> Any:
         request = f"{method} {path.partition('?')[0]}"
+        # That of any job: a wrong id in the answer on a job is asked for in the next request.
+        request = re.sub("/job/[^/]+/webhook$", "/webhook", request)
         matches = (key for key in self.answers if request == key or request.startswith(f"{key}/"))
         return self.answers.get(max(matches, key=len, default=""), {})
 
@@ -62,6 +65,23 @@ def hostile_server(answers: dict[str, Any]) -> Iterator[HostileServer]:
         thread.join()
 
 
+def webhook_of(status: str, http_status: int = 503) -> dict[str, Any]:
+    """The answer on the webhook of a job whose delivery was tried twice and has a status."""
+    at = "2026-11-28T19:51:27.000000Z"
+    tries = [
+        {"at": at, "status": None, "error": "no answer", "seconds": 10.0},
+        {"at": at, "status": http_status, "error": None, "seconds": 0.1},
+    ]
+    delivery = {
+        **{"webhook_id": "x", "round": 1, "event": "completed", "status": status, "tries": 2},
+        **{"next_at": at if status == "pending" else None, "attempts": tries},
+    }
+    return {
+        **{"job_id": "a", "url": "https://hook.example/in", "events": ["completed", "failed"]},
+        "deliveries": [delivery],
+    }
+
+
 def answers_of(url: str) -> dict[str, Any]:
     """The answers of a real service at `url`, by method and path."""
 
@@ -87,6 +107,7 @@ def answers_of(url: str) -> dict[str, Any]:
     return {
         "GET /jobs": jobs,
         "GET /job": job,
+        "GET /webhook": webhook_of("pending"),
         "GET /models": models,
         "GET /models/iris": {**send("GET", "/models/iris"), "problems": [problem]},
         "GET /queues": send("GET", "/queues"),

@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
         ("job", "a", "--watch", "--timeout", "0"),
         ("job", "a", "--json"),
     ),
+    "GET /webhook": (("job", "a"),),
     "GET /models": (("models",), ("models", "--json"), ("predict", "1", "2", "3", "4")),
     "GET /models/iris": (("models", "iris"), ("predict", "-m", "iris", "1", "2", "3", "4")),
     "GET /queues": (("top", "--once"), ("top", "--once", "--json")),

@@ -12,6 +12,8 @@ from asyncinfer.client import Client, QueueWebhooks
 from tests.cli.command_line import error_line, run_command
 from tests.faults.harness import eventually_sync
 
+from .hostile_server import HostileServer, webhook_of
+
 HOST = "hook.invalid:8443"
 ROW = [[5.1, 3.5, 1.4, 0.2]]
 
@@ -50,6 +52,39 @@ def test_the_end_of_a_group_that_a_host_does_not_take_is_listed_and_sent_again(u
         assert run_command("webhooks", "--redeliver", "--host", host).out == "1 sent again.\n"
         eventually_sync(lambda: tries() == 2, "it was tried")
         assert group.redeliver_webhook().deliveries[0].tries == 0
+
+
+def webhook_lines(job_id: str) -> list[str]:
+    """What `job` says of a webhook."""
+    lines = run_command("job", job_id).out.splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines if line.startswith("webhook ")]
+
+
+def test_a_job_is_shown_with_its_webhook(url: str) -> None:
+    with Client(url) as client:
+        assert webhook_lines(client.submit(ROW).wait().id) == []
+        job = client.submit(ROW, webhook=f"https://{HOST}/job").wait()
+        eventually_sync(lambda: bool(job.webhook().deliveries[0].attempts), "a try has failed")
+        where, what = webhook_lines(job.id)
+        job.purge()
+    assert where == f"https://{HOST}/job is told of: completed, failed, cancelled"
+    assert re.match("completed, round 1: 1 try failed: .+; next try 20.+Z$", what), what
+
+
+@pytest.mark.parametrize(
+    ("status", "http_status", "text"),
+    [
+        ("delivered", 204, "delivered after 2 tries, 2026-11-28T19:51:27Z"),
+        ("pending", 503, "2 tries failed: HTTP 503; next try 2026-11-28T19:51:27Z"),
+        ("given_up", 503, "given up after 2 tries: HTTP 503"),
+        ("gone", 410, "given up: the receiver answered that it is gone (HTTP 410)"),
+    ],
+)
+def test_each_end_of_a_delivery_is_said(
+    hostile: HostileServer, status: str, http_status: int, text: str
+) -> None:
+    hostile.answers["GET /webhook"] = webhook_of(status, http_status)
+    assert webhook_lines("a")[1] == f"completed, round 1: {text}"
 
 
 def line_of_top() -> str:

@@ -10,6 +10,7 @@ import msgspec
 from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, EXIT_TIMED_OUT
+from asyncinfer.cli.jobs.job_webhook import webhook_lines
 from asyncinfer.cli.jobs.timeline import show_timeline
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import (
@@ -111,12 +112,13 @@ def job(
         if watch:
             _watch(found, timeout)
         course = found.timeline() if timeline else None
+        hook = [] if timeline or as_json else list(webhook_lines(found))
     if course:
         show_timeline(course, as_json)
     elif as_json:
         say_json(found.as_dict())
     else:
-        _show_job(found.as_dict())
+        _show_job(found.as_dict(), hook)
     if watch and found.status not in TERMINAL:
         return EXIT_TIMED_OUT
     return EXIT_FAILED if found.status in ("failed", "cancelled") else 0
@@ -150,13 +152,14 @@ def _watch(job: "Job", timeout: float | None) -> None:
         wait_seconds = _WAIT_SECONDS
 
 
-def _show_job(view: dict[str, Any]) -> None:
-    """Prints the fields of a job on stdout, a line each."""
-    show_facts(
+def _show_job(view: dict[str, Any], webhook: Sequence[str]) -> None:
+    """Prints the fields of a job on stdout, a line each, and those on its webhook."""
+    facts: list[Sequence[object]] = [
         (name, status(value) if name == "status" else _value(name, value))
         for name, value in view.items()
         if value is not None or name not in ("waiting_for", "position", "eta_seconds")
-    )
+    ]
+    show_facts([*facts, *(("webhook", line) for line in webhook)])
 
 
 def _value(name: str, value: Any) -> object:
