@@ -156,6 +156,7 @@ def test_a_purge_on_a_terminal_says_how_many_jobs_it_would_delete(url: str) -> N
         assert "Delete 2 jobs and their results? [y/N]" in shown.text
         listed = run_command("jobs", "--model", "digits", "--json").json
         assert len(listed) == left, jobs
+    assert "No such jobs." in at_a_terminal(["purge", "--model", "digits"], 100).text
 
 
 def test_dead_letters_are_listed(url: str) -> None:

@@ -105,6 +105,15 @@ def test_the_first_line_is_no_header_if_its_cells_are_like_numbers(url: str, pat
     ]
 
 
+def test_names_with_numbers_in_them_are_a_header(url: str, path: Path) -> None:
+    assert problems(path, f"2020 01,2020 02,a 3,b;4\n{ROW}", "--separator", ",") == []
+
+
+def test_numbers_as_arguments_are_told_what_is_wrong_with_them(url: str) -> None:
+    for word, reason in (("5,1", "has a decimal comma"), ("1e400", "beyond the largest number")):
+        assert reason in error_line(run_command("predict", "1", "2", word, "4"), 2)
+
+
 def test_a_column_is_to_be_left_out_only_if_it_had_no_number(url: str, path: Path) -> None:
     assert problems(path, f"a,b,c,d\nx,1,2,3\n{ROW}x,1,2,3\n1,2,3,-1e999\n") == [
         "row 1: line 2: column 'a': 'x' is no number; leave the column out with --columns",
@@ -145,6 +154,13 @@ def test_columns_that_rows_do_not_have_are_refused(url: str, path: Path, tmp_pat
         assert "--from" not in line
     ran = run_command("predict", "5.1", "3.5", "--columns", "1,3")
     assert ran.err == "row 1: has no column '3', but 1, 2\n"
+
+
+def test_options_that_exclude_each_other_are_refused(url: str) -> None:
+    row = list(map(str, NUMBERS[0]))
+    for more in (("--json", "--to", "csv"), ("--resume", "x", "--fresh")):
+        assert "not both" in error_line(run_command("predict", *row, *more), 2)
+    assert "--watch" in error_line(run_command("job", "x", "--timeout", "1"), 2)
 
 
 def test_an_option_that_does_not_apply_is_refused(url: str, tmp_path: Path) -> None:

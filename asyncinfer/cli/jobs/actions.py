@@ -11,7 +11,7 @@ from asyncinfer.cli import options
 from asyncinfer.cli.api_client import connect
 from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
-from asyncinfer.cli.output import counted, say, say_json
+from asyncinfer.cli.output import counted, say, say_json, say_on_stderr
 from asyncinfer.jobs import TERMINAL
 
 if TYPE_CHECKING:
@@ -137,6 +137,9 @@ def _is_confirmed(client: "Client", selection: dict[str, Any]) -> bool:
     statuses: Iterable[Any] = TERMINAL if is_any else (selection["status"],)
     listed = (client.jobs(status=status, limit=_MAX_COUNTED + 1, **filters) for status in statuses)
     count = sum(map(len, listed))
+    if not count:
+        say_on_stderr("No such jobs.")
+        return False
     shown = counted(count, "job") if count <= _MAX_COUNTED else f"more than {_MAX_COUNTED:,} jobs"
     return click.confirm(f"Delete {shown} and their results?", err=True)
 

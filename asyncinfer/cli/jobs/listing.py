@@ -107,6 +107,8 @@ def job(
     Exits with 1 if the job failed or was cancelled, with 4 if it has not ended within
     --timeout.
     """
+    if timeout is not None and not watch:
+        raise click.UsageError("--timeout goes with --watch.")
     with connect(server) as client:
         found = client.job(job_id, tenant=tenant)
         if watch:

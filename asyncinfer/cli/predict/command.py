@@ -125,6 +125,10 @@ def predict(
     from asyncinfer.cli.predict import run
 
     _reject_options(rows)
+    if as_json and write_as not in (None, "json"):
+        raise click.UsageError("Give --json or --to, not both.")
+    if more["group"] and more["fresh"]:
+        raise click.UsageError("Give --resume or --fresh, not both.")
     predict_options = run.PredictOptions(
         rows=rows,
         write_as="json" if as_json else write_as,

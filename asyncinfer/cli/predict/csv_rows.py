@@ -78,8 +78,9 @@ def _separator_of(line: str, options: ReadOptions) -> str:
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-    """Whether no cell of a CSV's first line is a number, or several behind a wrong separator."""
-    return not any(is_like_number(cell) or separator_in(cell) for cell in cells)
+    """Whether no cell of a CSV's first line is a number, nor an only cell several numbers."""
+    has_numbers = any(map(is_like_number, cells))
+    return not has_numbers and not (len(cells) == 1 and separator_in(cells[0]))
 
 
 def _header_alone(cells: Sequence[str], separator: str) -> str:

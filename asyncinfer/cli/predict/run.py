@@ -22,7 +22,7 @@ from asyncinfer.cli.exit_codes import EXIT_FAILED, say_error
 from asyncinfer.cli.options import ServerOptions
 from asyncinfer.cli.output import counted, say_on_stderr
 from asyncinfer.cli.predict import readers, writers
-from asyncinfer.cli.predict.cells import parse_cell, parse_number
+from asyncinfer.cli.predict.cells import WordCell, parse_cell, parse_number
 from asyncinfer.cli.predict.progress import progress
 from asyncinfer.cli.predict.row_errors import error_text
 from asyncinfer.cli.predict.same_file import check_output
@@ -289,10 +289,16 @@ def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
 
 
 def _numbers(words: Sequence[str]) -> list[Any]:
-    """A list of one row of numbers; an empty list if a word is no number."""
-    with contextlib.suppress(ValueError):
+    """A list of one row of numbers; an empty list if a word is no number.
+
+    Raises FileRefused for a word that is like a number.
+    """
+    try:
         return [[parse_cell(word) for word in words]]
-    return []
+    except WordCell:
+        return []
+    except ValueError as error:
+        raise FileRefused(f"{error}.") from error
 
 
 def _check_inline_options(options: PredictOptions) -> None:
