@@ -157,7 +157,7 @@ def test_the_doctor_says_what_is_wrong_with_each_entry_of_the_folder(tmp_path: P
         (tmp_path / name).chmod(0o700)
     found = {(finding.verdict, finding.about): finding.found for finding in findings}
     assert "lost+found is ignored" in "".join(finding.found for finding in findings)
-    assert "closed: cannot be read: Permission denied" in found["problem", "model closed"]
+    assert found["problem", "model closed"] == "cannot be read: Permission denied"
     assert "is a FIFO" in found["problem", "model pipe/1"]
 
 
