@@ -141,10 +141,13 @@ def test_a_command_on_jobs_without_ids_and_filters_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("selection", [("--status", "ended"), ("--model", "digits"), ("--dead",)])
-def test_a_purge_by_filter_in_a_script_needs_a_yes(url: str, selection: tuple[str, ...]) -> None:
+def test_a_purge_by_filter_in_a_script_needs_a_yes(
+    url: str, tmp_path: Path, selection: tuple[str, ...]
+) -> None:
     job_id = wait_until_ended(url, submit(url, "digits"))
-    message = error_line(run_command("purge", *selection), 2)
-    assert "add --yes. Nothing was deleted." in message
+    closed = run_in_shell(f"asyncinfer purge {' '.join(selection)} <&-", tmp_path)
+    for ran in (run_command("purge", *selection), closed):
+        assert "add --yes. Nothing was deleted." in error_line(ran, 2)
     assert run_command("job", job_id).code == 0
 
 

@@ -292,6 +292,10 @@ def test_an_output_that_the_shell_opened_as_the_input_is_refused(
     assert flowers.read_text() == rows
 
 
+def test_a_stdin_that_is_closed_is_refused(tmp_path: Path) -> None:
+    assert "stdin is closed" in error_line(run_in_shell("asyncinfer predict - <&-", tmp_path), 2)
+
+
 def test_an_output_that_is_a_folder_is_refused(flowers: Path) -> None:
     argv = ("predict", str(flowers), "--to", "csv", "--output", str(flowers.parent))
     assert "is a folder" in error_line(run_command(*argv), 2)

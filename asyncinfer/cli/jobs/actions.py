@@ -1,7 +1,7 @@
 """The commands `cancel`, `retry` and `purge`."""
 
 import functools
-import sys
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,7 +121,7 @@ def purge(yes: bool, server: ServerOptions, as_json: bool, **selection: Any) -> 
     Jobs that wait or run are not deleted: cancel them first.
     """
     is_by_filter = not (selection["job_ids"] or yes)
-    if is_by_filter and not sys.stdin.isatty():
+    if is_by_filter and not os.isatty(0):
         raise click.UsageError("This deletes all jobs that match: add --yes. Nothing was deleted.")
     with connect(server) as client:
         if is_by_filter and not _is_confirmed(client, selection):

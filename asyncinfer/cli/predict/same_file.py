@@ -11,13 +11,15 @@ from asyncinfer.errors import FileRefused
 
 
 def check_output(source: str, output: str | None) -> None:
-    """Raises FileRefused if results would be written over the rows, or to a folder.
+    """Raises FileRefused if stdin is closed, or results would go over the rows or to a folder.
 
     `source` is a path, or - for stdin; `output` is a path, or None for stdout. A file is the same
     by any of its paths, and if a shell opened it. While results come they are in `output`.part.
     """
     if output is not None and os.path.isdir(output):
         raise FileRefused(f"{output} is a folder. Give --output the path of a file.")
+    if source == "-" and sys.stdin is None:
+        raise FileRefused("stdin is closed. Give the path of a file, or one row as an argument.")
     rows = _status_of_stream(sys.stdin) if source == "-" else _status_of_path(source)
     if rows is None or not stat.S_ISREG(rows.st_mode):
         return
