@@ -180,6 +180,7 @@ def _finished_record(job: ClaimedJob, claim: Claim) -> bytes:
         job.record,
         started_ms=1,
         finished_ms=2,
+        worker=claim.token.rpartition(":")[0],
         claim=claim.token,
         ran_version="1",
         ran_sha256="a" * 64,
