@@ -36,6 +36,12 @@ PATTERN_END: Final = "$(?!\\n)"
 GROUP_PATTERN: Final = f"^[A-Za-z0-9][A-Za-z0-9_.:-]{{0,127}}{PATTERN_END}"
 NAME_PATTERN: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 
+GROUP_EXPECTED: Final = {
+    "expected": "a name of 1 to 128 letters, digits, `_`, `.`, `:` and `-` that begins with a "
+    "letter or digit"
+}
+"""The pattern in words, for errors."""
+
 MAX_OPTION_SECONDS: Final = 30 * 24 * 3600
 """The largest time that an option may have, whatever the settings allow."""
 
@@ -115,6 +121,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
             Meta(
                 pattern=f"^(0|[1-9][0-9]{{0,17}}){PATTERN_END}",
                 description="The model's version; without it, the served one.",
+                extra={"expected": "a whole number of at most 18 digits, as a string"},
             ),
         ]
         | None
@@ -125,6 +132,7 @@ class Options(Struct, frozen=True, kw_only=True, omit_defaults=True):
             Meta(
                 pattern=GROUP_PATTERN,
                 description="A name that jobs share, to be counted and followed together.",
+                extra=GROUP_EXPECTED,
             ),
         ]
         | None

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.jobs import (
+    GROUP_EXPECTED,
     GROUP_PATTERN,
     MAX_WEBHOOK_URL,
     NAME_PATTERN,
@@ -70,6 +71,7 @@ LineKey = (
         Meta(
             pattern=f"^[!-~]{{1,255}}{PATTERN_END}",
             description="A request that is sent again with the same key gives the same job.",
+            extra={"expected": "1 to 255 visible ASCII characters"},
         ),
     ]
     | UnsetType
@@ -174,6 +176,11 @@ class ReadyQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ] = msgspec.field(name="for", default=None)
 
 
+_TENANT_EXPECTED: Final = {
+    "expected": "`*`, or a name of 1 to 64 letters, digits, `_`, `.` and `-` that begins with a "
+    "letter or digit"
+}
+
 TenantQuery: TypeAlias = (
     Annotated[
         str,
@@ -181,6 +188,7 @@ TenantQuery: TypeAlias = (
             pattern=rf"^(\*|{NAME_PATTERN}){PATTERN_END}",
             description="Jobs of this tenant, or `*`: of all tenants. Needs the scope `operator`; "
             "inputs, results and error messages are not shown.",
+            extra=_TENANT_EXPECTED,
         ),
     ]
     | None
@@ -232,6 +240,7 @@ class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
             Meta(
                 pattern=rf"^(\*|{NAME_PATTERN}){PATTERN_END}",
                 description="Only what keys of this tenant did, or was done to its jobs alone.",
+                extra=_TENANT_EXPECTED,
             ),
         ]
         | None
@@ -357,7 +366,15 @@ class JobEventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 class EventsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     group: (
-        Annotated[str, Meta(pattern=GROUP_PATTERN, description="Only jobs of this group.")] | None
+        Annotated[
+            str,
+            Meta(
+                pattern=GROUP_PATTERN,
+                description="Only jobs of this group.",
+                extra=GROUP_EXPECTED,
+            ),
+        ]
+        | None
     ) = None
     model: _ModelFilter = None
     last_event_id: _LastEventId = None

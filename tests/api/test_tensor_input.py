@@ -368,7 +368,7 @@ def _fp32(name: str = "x", shape: Any = (1, 2), **more: Any) -> dict[str, Any]:
 
 UNFIT: dict[str, tuple[Any, str, str]] = {
     "no inputs": ({"inputs": []}, "/inputs", "`x` is missing"),
-    "inputs no list": ({"inputs": {}}, "/inputs", "array"),
+    "inputs no list": ({"inputs": {}}, "/inputs", "a list"),
     "unknown name": ({"inputs": [_fp32("X", data=[1, 2])]}, "/inputs/0/name", "Known: `x`"),
     "given twice": ({"inputs": [_fp32(data=[1, 2])] * 2}, "/inputs/1/name", "2 times"),
     "other datatype": (
@@ -383,10 +383,10 @@ UNFIT: dict[str, tuple[Any, str, str]] = {
     ),
     "other rank": ({"inputs": [_fp32(shape=[2], data=[1, 2])]}, "/inputs/0/shape", "has 2"),
     "other size": ({"inputs": [_fp32(shape=[1, 3], data=[1] * 3)]}, "/inputs/0/shape/1", "takes 2"),
-    "below zero": ({"inputs": [_fp32(shape=[-1, 2], data=[])]}, "/inputs/0/shape/0", ">= 0"),
+    "below zero": ({"inputs": [_fp32(shape=[-1, 2], data=[])]}, "/inputs/0/shape/0", "from 0"),
     "too large": ({"inputs": [_fp32(shape=[2**31 - 1] * 9, data=[])]}, "/inputs/0/shape", "large"),
     "a dim too large": ({"inputs": [_fp32(shape=[2**70], data=[])]}, "/inputs/0/shape/0", ""),
-    "rank 33": ({"inputs": [_fp32(shape=[1] * 33, data=[1])]}, "/inputs/0/shape", "<= 32"),
+    "rank 33": ({"inputs": [_fp32(shape=[1] * 33, data=[1])]}, "/inputs/0/shape", "at most 32 items"),
     "too few": ({"inputs": [_fp32(data=[1])]}, "/inputs/0/data", "1 number, its `shape` takes 2"),
     "too many": ({"inputs": [_fp32(data=[1, 2, 3])]}, "/inputs/0/data", "3 numbers"),
     "nested otherwise": ({"inputs": [_fp32(data=[[1], [2]])]}, "/inputs/0/data", "2 rows"),

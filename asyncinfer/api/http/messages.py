@@ -323,7 +323,7 @@ def read_query(scope: Scope, struct: type[Query]) -> Query:
     try:
         return msgspec.convert(parameters, struct, strict=False)
     except msgspec.ValidationError as error:
-        fault = fault_of(error, struct)
+        fault = fault_of(error, struct, is_text=True)
         name = fault.pointer.removeprefix("/").partition("/")[0]
         raise InvalidQuery(f"Query parameter `{name}`: {fault.detail}") from error
 

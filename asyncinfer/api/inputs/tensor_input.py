@@ -114,7 +114,7 @@ def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
     try:
         names = tuple(output.name for output in _decode_outputs(parsed.outputs))
     except msgspec.ValidationError as error:
-        reject_input(fault_of(error, RequestedOutput, under="/outputs"), error)
+        reject_input(fault_of(error, list[RequestedOutput], under="/outputs"), error)
     if problems := list(_output_faults(names, signature)):
         raise json_errors.invalid_input_error(problems)
     return names
@@ -146,7 +146,7 @@ def _entry_texts(field: str, text: bytes, max_entries: int, model: str) -> list[
             detail = f"more than {max_entries + 1} {field}, {model} has {max_entries} {noun}"
             fault = InputError(f"/{field}", detail)
         else:
-            fault = fault_of(error, _Entry, under=f"/{field}")
+            fault = fault_of(error, list[_Entry], under=f"/{field}")
         reject_input(fault, error)
     return [bytes(entry) for entry in msgspec.structs.astuple(entries) if len(entry)]
 
