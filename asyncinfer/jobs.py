@@ -239,6 +239,20 @@ class Record(Struct, frozen=True, array_like=True):
     """How many deliveries of this round handed the job back."""
 
 
+def started_ms(record: Record) -> int | None:
+    """When the delivery that ended the job was claimed, by the server's clock; by the worker's
+    where only that is known. None if no worker has ended it."""
+    return record.delivery.claimed_ms if record.delivery else record.started_ms
+
+
+def finished_ms(record: Record) -> int | None:
+    """When a worker ended the job, by the clock of `started_ms`; None if none has."""
+    begun_ms = record.started_ms
+    if record.finished_ms is None or record.delivery is None or begun_ms is None:
+        return record.finished_ms
+    return record.delivery.claimed_ms + max(0, record.finished_ms - begun_ms)
+
+
 class _Head(Struct, frozen=True, array_like=True):
     """The fields with which the records of all releases begin."""
 

@@ -70,7 +70,8 @@ def _meta_of_ended_job(job: ClaimedJob, token: str) -> bytes:
     """The record as a worker writes it: with the claim that ended the job."""
     if job.record is None:
         return b""
-    record = msgspec.structs.replace(job.record, claim=token)
+    now_ms = time.time_ns() // 1_000_000
+    record = msgspec.structs.replace(job.record, claim=token, started_ms=now_ms, finished_ms=now_ms)
     return encode_record(record, record_seq(job.meta))
 
 

@@ -6,7 +6,14 @@ from typing import Any, Final
 from msgspec import Struct, UnsetType
 
 from asyncinfer.api.views import error_of
-from asyncinfer.jobs import PastDelivery, Record, created_ms, with_lost_deliveries
+from asyncinfer.jobs import (
+    PastDelivery,
+    Record,
+    created_ms,
+    finished_ms,
+    started_ms,
+    with_lost_deliveries,
+)
 from asyncinfer.repository.deliveries import DeliveryState
 from asyncinfer.repository.inspect.history import JobHistory
 from asyncinfer.schemas.operations import public_worker_name
@@ -97,10 +104,9 @@ def _last_moments(history: JobHistory, number: int) -> Iterator[_Moment]:
 
 def _delivery_moments(history: JobHistory, record: Record, number: int) -> Iterator[_Moment]:
     """The delivery in which a worker ended the job: its claim, its run, and the end."""
-    started_ms, finished_ms = record.started_ms or 0, record.finished_ms or 0
     delivery = record.delivery
-    clock, claimed_ms = ("redis", delivery.claimed_ms) if delivery else ("worker", started_ms)
-    ended_ms = claimed_ms + max(0, finished_ms - started_ms)
+    clock = "redis" if delivery else "worker"
+    claimed_ms, ended_ms = started_ms(record) or 0, finished_ms(record) or 0
     worker = public_worker_name(record.worker) if record.worker else None
     of_delivery = {"delivery": number, "worker": worker}
     jobs = {"jobs": delivery.claimed_jobs} if delivery else {}

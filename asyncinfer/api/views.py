@@ -6,7 +6,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms
+from asyncinfer.jobs import TERMINAL, JobError, Priority, Record, Status, created_ms, started_ms
 from asyncinfer.models.results import render_packed
 from asyncinfer.repository.inspect.log import StatusChange
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -60,8 +60,8 @@ def summary_view(
         round=record.round if record else UNSET,
         request_id=(record and record.request_id) or UNSET,
         created_at=to_datetime(record.created_ms if record else created_ms(stored.job_id)),
-        started_at=to_datetime(record.started_ms if record else None),
-        finished_at=to_datetime(record.finished_ms if record else None),
+        started_at=to_datetime(started_ms(record) if record else None),
+        finished_at=to_datetime(stored.ended_ms),
         waiting_for=waiting_for,
     )
 

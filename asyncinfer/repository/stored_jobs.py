@@ -1,10 +1,10 @@
 """Stored jobs: reading status, record, result and error of jobs from Redis."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Final, cast
+from typing import Annotated, Final, cast
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from asyncinfer.jobs import (
     DEFAULT_TENANT,
@@ -12,6 +12,7 @@ from asyncinfer.jobs import (
     Record,
     Status,
     Webhook,
+    finished_ms,
     id_text,
     read_record,
 )
@@ -21,6 +22,18 @@ from asyncinfer.untrusted import decoding
 
 _MAX_ROUND: Final = (1 << 63) - 2
 """The bound of a stored round number, so that the next one still fits in a record."""
+
+
+class EndByScript(Struct, frozen=True):
+    """What the error of a job that a script ended holds besides code and message: when that was, in
+    ms since 1970 by the server's clock, and its lost deliveries as in its facts."""
+
+    at_ms: Annotated[int, Meta(ge=0, le=decoding.MAX_TIME_MS)] = 0
+    lost: tuple[str, ...] = ()
+
+
+_NO_END: Final = EndByScript()
+_read_end = decoding.lenient_decoder(msgspec.json.Decoder(EndByScript).decode)
 
 
 class StoredJob(Struct, frozen=True):
@@ -66,6 +79,18 @@ class StoredJob(Struct, frozen=True):
     def has_ended(self) -> bool:
         """Whether the job is completed, failed or cancelled."""
         return self.status in TERMINAL
+
+    @property
+    def end_by_script(self) -> EndByScript:
+        """How a script ended it; empty where none did, or that is not known."""
+        return (self.has_ended and self.error and _read_end(self.error)) or _NO_END
+
+    @property
+    def ended_ms(self) -> int | None:
+        """When it ended, in ms since 1970: by the server's clock, in records of earlier releases by
+        the worker's. None if it has not, or that is not known, as of most external jobs."""
+        by_worker = self.record and finished_ms(self.record)
+        return by_worker or self.end_by_script.at_ms or None
 
 
 def parse_inbox_entry(fields: dict[bytes, bytes]) -> Iterator[tuple[str, StoredJob | None]]:

@@ -386,7 +386,11 @@ UNFIT: dict[str, tuple[Any, str, str]] = {
     "below zero": ({"inputs": [_fp32(shape=[-1, 2], data=[])]}, "/inputs/0/shape/0", "from 0"),
     "too large": ({"inputs": [_fp32(shape=[2**31 - 1] * 9, data=[])]}, "/inputs/0/shape", "large"),
     "a dim too large": ({"inputs": [_fp32(shape=[2**70], data=[])]}, "/inputs/0/shape/0", ""),
-    "rank 33": ({"inputs": [_fp32(shape=[1] * 33, data=[1])]}, "/inputs/0/shape", "at most 32 items"),
+    "rank 33": (
+        {"inputs": [_fp32(shape=[1] * 33, data=[1])]},
+        "/inputs/0/shape",
+        "at most 32 items",
+    ),
     "too few": ({"inputs": [_fp32(data=[1])]}, "/inputs/0/data", "1 number, its `shape` takes 2"),
     "too many": ({"inputs": [_fp32(data=[1, 2, 3])]}, "/inputs/0/data", "3 numbers"),
     "nested otherwise": ({"inputs": [_fp32(data=[[1], [2]])]}, "/inputs/0/data", "2 rows"),

@@ -154,6 +154,55 @@ async def test_a_job_that_was_cancelled_while_it_waited_shows_when(
     assert before_ms <= end["at_ms"] <= hands.now_ms()
 
 
+async def test_a_job_a_list_and_an_event_tell_the_end_at_the_time_of_the_timeline(
+    api: httpx2.AsyncClient, hands: QueueDriver, store: Store
+) -> None:
+    """However it ended: by a worker whose clock is an hour late, by a script, by a lost worker."""
+    ends: dict[str, str] = {}
+    ends["cancelled"] = await submit(api)
+    await api.delete(f"/job/{ends['cancelled']}")
+    ends["purged"] = await submit(api)
+    await api.post("/models/iris/purge")
+    ends["expired"] = await submit(api, params={"start_within_seconds": 60})
+    hands.make_due(keys.deadlines(Q))
+    await hands.sweep()
+    ends["stopped"] = await submit(api)
+    claim = await hands.claim_jobs()
+    await hands.cancel(ends["stopped"])
+    released = builder(store).released(held(claim), claim.jobs, "stopping")
+    await hands.consumer.finish(claim, released, last=True)
+    ends["lost"] = await submit(api)
+    await hands.claim_jobs(token=f"host-77-0b0b0b:{'1' * 60}")
+    await hands.cancel(ends["lost"])
+    hands.make_due(keys.leases(Q))
+    await hands.sweep()
+    ends["completed"] = await submit(api)
+    claim = await hands.claim_jobs()
+    (job,) = claim.jobs
+    assert job.record
+    record = msgspec.structs.replace(
+        job.record,
+        **{"started_ms": claim.claimed_ms - HOUR_MS, "finished_ms": claim.claimed_ms - HOUR_MS + 7},
+        delivery=Delivery(claim.claimed_ms, 1, 2, 1, 1, "CPU"),
+    )
+    meta = encode_record(record, record_seq(job.meta))
+    outcome = JobOutcome(ends["completed"], "completed", RESULT, meta)
+    await hands.consumer.finish(claim, [outcome], last=True)
+
+    listed = {job["job_id"]: job for job in (await api.get("/jobs")).json()["jobs"]}
+    for how, job_id in ends.items():
+        job = (await api.get(f"/job/{job_id}")).json()
+        end = event(await read(api, job_id), "finished")
+        assert job["finished_at"] == end["at"], how
+        assert listed[job_id]["finished_at"] == end["at"], how
+        events = (await api.get(f"/job/{job_id}/events")).text
+        assert f'"finished_at":"{end["at"]}"' in events, how
+    claimed = event(await read(api, ends["completed"]), "claimed")
+    assert listed[ends["completed"]]["started_at"] == claimed["at"]
+    # A cancel forgets no lost worker.
+    assert event(await read(api, ends["lost"]), "worker_lost")["worker"] == "w-0b0b0b"
+
+
 async def test_a_job_that_expired_after_it_lost_a_worker_shows_both(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:

@@ -478,7 +478,7 @@ async def test_an_external_job_run_by_an_external_consumer_can_be_cancelled(
     hands.add_external_job("theirs", status=b"processing")
     hands.redis.lpop(Q)
     assert await hands.cancel("theirs") == "cancelled"
-    assert hands.ttls("theirs") == {"data": 600, "status": 600}
+    assert hands.ttls("theirs") == {"data": 600, "status": 600, "error": 600}
 
 
 async def test_a_bulk_cancel_leaves_counted_stale_entries_and_the_cap_stays_exact(

@@ -1,9 +1,6 @@
 """What Redis holds of the course of one job."""
 
-from typing import Annotated, Final
-
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import decode_facts, id_bytes
@@ -13,17 +10,6 @@ from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_summary, queue_of, summary_keys
 from asyncinfer.untrusted import decoding
-
-
-class _EndByScript(Struct, frozen=True):
-    """What the error of a job that a script ended holds besides code and message."""
-
-    at_ms: Annotated[int, Meta(ge=0, le=decoding.MAX_TIME_MS)] = 0
-    lost: tuple[str, ...] = ()
-
-
-_NOTHING: Final = _EndByScript()
-_read_end = decoding.lenient_decoder(msgspec.json.Decoder(_EndByScript).decode)
 
 
 class JobHistory(Struct, frozen=True):
@@ -37,8 +23,7 @@ class JobHistory(Struct, frozen=True):
     worker: str | None
     """The id of the worker that has it now."""
     ended_ms: int | None
-    """When a script ended it: a deadline, a lost worker, or a cancel while it waited. None if it
-    has not ended or that is not known; of no use where the record has `finished_ms`."""
+    """When it ended; None if it has not or that is not known."""
     now_ms: int
     webhook: tuple[DeliveryState, ...] = ()
     """The deliveries of its webhook in this round; empty for a job without one."""
@@ -60,12 +45,11 @@ async def read_history(store: Store, stored: StoredJob) -> JobHistory | None:
     if latest is None:
         return None
     lost = () if latest.has_ended else decode_facts(packed).lost_deliveries
-    end = _read_end(latest.error) or _NOTHING
     return JobHistory(
         stored=latest,
-        lost_deliveries=lost or end.lost,
+        lost_deliveries=lost or latest.end_by_script.lost,
         worker=decoding.text(token).rpartition(":")[0] if token else None,
-        ended_ms=end.at_ms or _ended_ms(store, latest, expires_ms),
+        ended_ms=latest.ended_ms or _ended_ms(store, latest, expires_ms),
         now_ms=int(seconds) * 1000 + int(micros) // 1000,
         webhook=await _read_webhook(store, latest),
     )
@@ -84,11 +68,10 @@ async def _read_webhook(store: Store, stored: StoredJob) -> tuple[DeliveryState,
 
 
 def _ended_ms(store: Store, stored: StoredJob, expires_ms: int) -> int | None:
-    """When a job ended, from the time when its status expires: no script writes the end of a
-    cancelled job anywhere else. Wrong if the TTL of ended jobs was changed since."""
-    if not stored.has_ended or expires_ms <= 0:
+    """When an external job ended, from the time when its status expires: that a worker ended it is
+    written nowhere else. Wrong if the TTL of ended jobs was changed since."""
+    if not stored.has_ended or stored.record or expires_ms <= 0:
         return None
     policy = store.policy
     ttl = policy.failed_ttl_seconds if stored.status == "failed" else policy.job_ttl_seconds
-    asked = stored.record.options.ttl_seconds if stored.record else None
-    return expires_ms - (asked or ttl) * 1000
+    return expires_ms - ttl * 1000

@@ -65,8 +65,8 @@ end
 -- from the tables, and notifies log, inboxes and webhooks. The caller takes them off the lists and adjusts
 -- the waiting bytes.
 -- `ends` is a list of {id, status, body, meta, facts, digest}: a terminal status; body, the result or
--- the error JSON, or nil; meta, the new record, or nil to keep the one there is; unpacked facts or
--- nil; the digest of its idempotency key, nil if it has none or only its facts may have it.
+-- the JSON for the key `error`, or nil; meta, the new record, or nil to keep the one there is; unpacked
+-- facts or nil; the digest of its idempotency key, nil if it has none or only its facts may have it.
 -- `args` holds ttl_seconds, failed_ttl_seconds, keep_input and max_kept_bytes. `spent` (may be nil)
 -- lists keys to delete in the same command as the inputs; those are added to it. With no `ends`,
 -- nothing is done: `spent` is not deleted either.
@@ -127,18 +127,30 @@ local function end_jobs(q, ends, args, spent)
   notify_inboxes(notices)
 end
 
--- An entry of `ends` for a job that fails at `now`, in ms, for a reason only the queue knows; ends
--- nothing. `code` and `message` are put into JSON as they are, so they must need no escapes; `facts`
--- may be nil. No script rewrites a record, so the error also has what a worker would have put there:
--- when the job ended, and its lost deliveries.
-local function failed_job(id, code, message, facts, now)
-  local body = '{"code":"' .. code .. '","message":"' .. message .. '","at_ms":' .. now
+-- The error of a job that a script ends at `now`, in ms: JSON of the members in `text`, '' for none.
+-- No script rewrites a record, so it has what a worker would have put there: when the job ended, and
+-- its lost deliveries. `facts` may be nil.
+local function error_with_end(text, facts, now)
   local lost = {}
   for i, entry in ipairs(facts and facts[LOST_DELIVERIES] or {}) do
     lost[i] = '"' .. entry:gsub('[^%w .:_-]', '?') .. '"'
   end
-  if #lost > 0 then body = body .. ',"lost":[' .. table.concat(lost, ',') .. ']' end
-  return { id = id, status = 'failed', code = code, body = body .. '}', facts = facts }
+  local listed = #lost > 0 and ',"lost":[' .. table.concat(lost, ',') .. ']' or ''
+  return '{' .. text .. '"at_ms":' .. now .. listed .. '}'
+end
+
+-- An entry of `ends` for a job that fails at `now`, in ms, for a reason only the queue knows; ends
+-- nothing. `code` and `message` are put into JSON as they are, so they must need no escapes; `facts`
+-- may be nil.
+local function failed_job(id, code, message, facts, now)
+  local text = '"code":"' .. code .. '","message":"' .. message .. '",'
+  local body = error_with_end(text, facts, now)
+  return { id = id, status = 'failed', code = code, body = body, facts = facts }
+end
+
+-- An entry of `ends` for a job that is cancelled at `now`, in ms; ends nothing. `facts` may be nil.
+local function cancelled_job(id, facts, now)
+  return { id = id, status = 'cancelled', body = error_with_end('', facts, now), facts = facts }
 end
 
 -- Stale entries are ids of ended jobs that are still in a list. A claim drops them when it meets

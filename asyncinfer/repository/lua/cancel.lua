@@ -5,12 +5,13 @@
 --         of its idempotency key ("" for none)
 -- Returns per job "cancelled" | "stopping" | "absent" | the terminal status it already has
 -- Retry   a second call finds the job cancelled and returns that
--- include: keys job_keys value fact_names facts priority control waiting_bytes counted_bytes ending
+-- include: keys job_keys time value fact_names facts priority control
+-- include: waiting_bytes counted_bytes ending
 
 local MAX_REMOVALS = 10
 local MAX_LIST_TO_SEARCH = 10000
 
-local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
+local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local verdicts, stale, freed_bytes, removals = {}, {}, 0, 0
 
 -- Takes a pending job out of the delayed jobs, or else off its list; adds its bytes to
@@ -46,7 +47,9 @@ local function cancel(id, digest)
     return 'stopping'
   end
   if status == 'pending' then remove_waiting(id, facts) end
-  end_jobs(q, { { id = id, status = 'cancelled', facts = facts, digest = digest } }, args)
+  local ended = cancelled_job(id, facts, now)
+  ended.digest = digest
+  end_jobs(q, { ended }, args)
   return 'cancelled'
 end
 

@@ -62,9 +62,9 @@ for i, id in ipairs(ids) do
     ended_elsewhere[#ended_elsewhere + 1] = id
   elseif facts and facts[CANCEL_REQUESTED] then
     outcome = 'cancelled'
-    ends[#ends + 1] = {
-      id = id, status = outcome, meta = meta ~= '' and meta or nil, facts = facts, digest = digests[i],
-    }
+    local cancelled = cancelled_job(id, facts, now)
+    cancelled.meta, cancelled.digest = meta ~= '' and meta or nil, digests[i]
+    ends[#ends + 1] = cancelled
   elseif outcome == 'completed' or outcome == 'failed' or outcome == 'cancelled' or outcome == 'dead' then
     ends[#ends + 1] = {
       id = id, status = outcome == 'dead' and 'failed' or outcome, body = body ~= '' and body or nil,

@@ -4,11 +4,11 @@
 -- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}
 -- Returns {ended, left}: numbers of jobs; left counts waiting and delayed ones
 -- Retry   goes on with the jobs that are left
--- include: keys job_keys facts waiting stored_bytes waiting_bytes counted_bytes ending
+-- include: keys job_keys time facts waiting stored_bytes waiting_bytes counted_bytes ending
 
 local MAX_JOBS = 250
 
-local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
+local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
 local ends, freed_bytes, read, seen = {}, 0, 0, {}
 
 -- Adds a job that waits to `ends`, as cancelled, and its bytes to `freed_bytes`; does nothing if it
@@ -17,7 +17,7 @@ local function collect_waiting(id, facts)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if status == 'pending' or (not status and stored_bytes(id, 'data') > 0) then
     freed_bytes = freed_bytes + counted_bytes(id)
-    ends[#ends + 1] = { id = id, status = 'cancelled', facts = facts }
+    ends[#ends + 1] = cancelled_job(id, facts, now)
   end
 end
 

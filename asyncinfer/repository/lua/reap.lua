@@ -104,7 +104,7 @@ local function put_back_or_end(q, id, token, facts, ends, counts)
   facts[DELIVERIES] = (facts[DELIVERIES] or 0) + 1
   note_lost_delivery(facts, token)
   if facts[CANCEL_REQUESTED] then
-    ends[#ends + 1] = { id = id, status = 'cancelled', facts = facts }
+    ends[#ends + 1] = cancelled_job(id, facts, now)
   elseif facts[DELIVERIES] >= args.max_deliveries then
     local dead = failed_job(id, 'worker_lost',
       'The worker died or froze each of ' .. facts[DELIVERIES] .. ' times it ran this job.', facts, now)
