@@ -43,8 +43,8 @@ def result(job_id: str) -> str:
 
 
 def error(job_id: str) -> str:
-    """String, TTL once ended: why a job failed, as JSON with `code` and `message`; and when a script
-    ended it."""
+    """String, TTL once ended: why a job failed, as JSON with `code` and `message`; also when a
+    script ended it."""
     return f"job:{job_id}:error"
 
 

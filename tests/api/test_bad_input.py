@@ -221,6 +221,29 @@ async def test_a_line_that_asks_for_more_than_max_ttl_is_refused_by_itself(
     assert {answer["errors"][0]["pointer"] for answer in answers} == {"/options/ttl_seconds"}
 
 
+# --- a deadline that a delay cannot meet -----------------------------------------------------
+
+
+@pytest.mark.parametrize("deadline", ["start_within_seconds", "finish_within_seconds"])
+async def test_a_deadline_that_passes_before_the_job_may_start_is_refused(
+    api: httpx2.AsyncClient, deadline: str
+) -> None:
+    options = {"delay_seconds": 30, deadline: 30}
+    body = {"data": DATA, "options": options}
+    for path in ("/predict", "/models/iris/validate"):
+        problem = assert_problem(await api.post(path, json=body), 422, "invalid_input")
+        (fault,) = problem["errors"]
+        assert fault["pointer"] == f"/options/{deadline}"
+        assert "starts after `delay_seconds`, 30 s" in fault["detail"]
+    query = await api.post("/predict", params=options, json={"data": DATA})
+    assert f"`{deadline}`" in assert_problem(query, 400, "invalid_query")["detail"]
+    line = await api.post("/predict", content=msgspec.json.encode(body), headers=NDJSON)
+    assert msgspec.json.decode(line.content)["errors"][0]["pointer"] == f"/options/{deadline}"
+    for in_time in ({"delay_seconds": 29.9, deadline: 30}, {"delay_seconds": 0, deadline: 0.5}):
+        reply = await api.post("/models/iris/validate", json={**body, "options": in_time})
+        assert reply.status_code == 200, reply.text
+
+
 async def test_parameters_of_the_open_inference_protocol_set_no_ttl(
     short_lived: httpx2.AsyncClient,
 ) -> None:

@@ -20,7 +20,7 @@ from asyncinfer.api.http.messages import ClientGone, ClientTooSlow, Request, Str
 from asyncinfer.api.http.ndjson import Line, LineSplitter
 from asyncinfer.api.inputs.new_job import check_webhook, new_job
 from asyncinfer.api.inputs.request_input import (
-    check_query_ttl,
+    check_query_options,
     is_slow_to_parse,
     options_of,
     read_line,
@@ -66,7 +66,7 @@ async def predict_lines(services: Services, request: Request[SubmitQuery]) -> St
             "`idempotency_key` of its own."
         )
     options = options_of(request.query)
-    check_query_ttl(options, services.config.max_ttl_seconds)
+    check_query_options(options, services.config.max_ttl_seconds)
     if request.query.close:
         group_to_close(options)
     wait_seconds = preferred_wait(request)

@@ -10,7 +10,7 @@ from asyncinfer import jobs
 from asyncinfer.api.catalog import Served
 from asyncinfer.api.http.body import Body
 from asyncinfer.api.http.messages import Request
-from asyncinfer.api.inputs.request_input import Input, check_query_ttl, input_of
+from asyncinfer.api.inputs.request_input import Input, check_query_options, input_of
 from asyncinfer.api.queue_looks import QueueLooks
 from asyncinfer.api.views import url_of
 from asyncinfer.api.wait_reasons import WaitReasons
@@ -63,8 +63,8 @@ def job_head(
     max_ttl_seconds: int,
     door: WebhookDoor,
 ) -> JobHead:
-    """Checks the options of the query; raises InvalidQuery for a `ttl_seconds` above the limit."""
-    check_query_ttl(options, max_ttl_seconds)
+    """Checks the options of the query; raises InvalidQuery as `check_query_options`."""
+    check_query_options(options, max_ttl_seconds)
     return JobHead(
         request.tenant,
         served,

@@ -73,7 +73,7 @@ async def read_input(
 ) -> Input:
     """The input in the request's body. Raises a RequestError if the body cannot be read or does not
     fit the model."""
-    check_query_ttl(request.query, config.max_ttl_seconds)
+    check_query_options(request.query, config.max_ttl_seconds)
 
     def parse(body: Body) -> Input:
         return input_of(body, request.query, served, config.max_ttl_seconds)
@@ -99,20 +99,22 @@ async def read_and_parse(
 
 
 def input_of(body: Body, query: RequestOptions, served: Served, max_ttl_seconds: int) -> Input:
-    """The input in a body, with the options of the body or the query, of which `check_query_ttl`
-    has checked the `ttl_seconds`. Raises a RequestError if it does not fit the model."""
+    """The input in a body, with the options of the body, or of the query, which
+    `check_query_options` has checked. Raises a RequestError if it does not fit the model."""
     if body.npy:
         return _from_npy(body.content, query, served)
     json_text = body.content if body.json_bytes is None else body.content[: body.json_bytes]
     parsed = read_envelope(json_text)
-    _check_body_ttl(parsed, max_ttl_seconds)
+    _check_body_options(parsed, max_ttl_seconds)
     return _check_parsed(parsed, body, _options(parsed, query), served)
 
 
-def check_query_ttl(query: RequestOptions, max_ttl_seconds: int) -> None:
-    """Raises InvalidQuery if the query asks for a `ttl_seconds` above the limit."""
-    if problem := _ttl_problem(query, max_ttl_seconds):
-        raise InvalidQuery(f"Query parameter `ttl_seconds`: {problem}")
+def check_query_options(query: RequestOptions, max_ttl_seconds: int) -> None:
+    """Raises InvalidQuery if the query asks for a `ttl_seconds` above the limit, or for a deadline
+    that its delay cannot meet."""
+    if problem := _problem_of(query, max_ttl_seconds):
+        name, detail = problem
+        raise InvalidQuery(f"Query parameter `{name}`: {detail}")
 
 
 def options_of(query: SubmitQuery) -> RequestOptions:
@@ -147,9 +149,9 @@ def read_line(
 ) -> tuple[Input, str | None]:
     """The input of a line of a bulk request, and its idempotency key (None without one); raises
     InvalidJSON, InvalidInput, VersionNotFound or ModelLoading. `defaults` are the options of a line
-    without its own, of which `check_query_ttl` has checked the `ttl_seconds`."""
+    without its own, which `check_query_options` has checked."""
     parsed = read_line_envelope(line)
-    _check_body_ttl(parsed, max_ttl_seconds)
+    _check_body_options(parsed, max_ttl_seconds)
     options = parsed.options if parsed.has_options else defaults
     return _check_parsed(parsed, Body(line, None), options, served), parsed.key
 
@@ -174,21 +176,33 @@ def _check_parsed(parsed: ParsedBody, body: Body, options: RequestOptions, serve
     return _from_data(parsed, body, options, signature)
 
 
-def _check_body_ttl(parsed: ParsedBody, max_ttl_seconds: int) -> None:
-    """Raises InvalidInput if the body's own options have a `ttl_seconds` above the limit."""
-    if problem := _ttl_problem(parsed.options, max_ttl_seconds):
-        reject_input(InputError("/options/ttl_seconds", problem))
+def _check_body_options(parsed: ParsedBody, max_ttl_seconds: int) -> None:
+    """Raises InvalidInput if the body's own options have a `ttl_seconds` above the limit, or a
+    deadline that their delay cannot meet."""
+    if problem := _problem_of(parsed.options, max_ttl_seconds):
+        name, detail = problem
+        reject_input(InputError(f"/options/{name}", detail))
 
 
-def _ttl_problem(options: RequestOptions, max_ttl_seconds: int) -> str:
-    """What is wrong with `ttl_seconds`, and what to do; empty if it is within the limit."""
+def _problem_of(options: RequestOptions, max_ttl_seconds: int) -> tuple[str, str] | None:
+    """The option that cannot be granted, and what to do; None if all can."""
     wanted = options.ttl_seconds
-    if wanted is None or wanted <= max_ttl_seconds:
-        return ""
-    return (
-        f"{wanted} s is longer than this server keeps a job, {max_ttl_seconds} s at most. Ask for "
-        "less, or raise MAX_TTL."
-    )
+    if wanted is not None and wanted > max_ttl_seconds:
+        return (
+            "ttl_seconds",
+            f"{wanted} s is longer than this server keeps a job, {max_ttl_seconds} s at most. Ask "
+            "for less, or raise MAX_TTL.",
+        )
+    for name in ("start_within_seconds", "finish_within_seconds"):
+        deadline = getattr(options, name)
+        if deadline is not None and 0 < options.delay_seconds >= deadline:
+            return (
+                name,
+                f"The job cannot meet this deadline of {deadline:g} s, since it starts after "
+                f"`delay_seconds`, {options.delay_seconds:g} s. Both count from the submit: give "
+                "it more time, or a shorter delay.",
+            )
+    return None
 
 
 def _options(parsed: ParsedBody, query: RequestOptions) -> RequestOptions:
