@@ -14,8 +14,8 @@ from asyncinfer.jobs import (
     started_ms,
     with_lost_deliveries,
 )
-from asyncinfer.repository.deliveries import DeliveryState
 from asyncinfer.repository.inspect.history import JobHistory
+from asyncinfer.repository.outbox import StoredDelivery
 from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.schemas.timeline import Timeline, TimelineEvent
 from asyncinfer.untrusted import decoding
@@ -124,10 +124,11 @@ def _delivery_moments(history: JobHistory, record: Record, number: int) -> Itera
     yield _Moment("finished", ended_ms, clock, _end_fields(history))
 
 
-def _webhook_moments(deliveries: Sequence[DeliveryState]) -> Iterator[_Moment]:
+def _webhook_moments(deliveries: Sequence[StoredDelivery]) -> Iterator[_Moment]:
     """The attempts to deliver the job's webhook. The last one of a delivery says what became of it,
-    or when the next one is due."""
-    for state in deliveries:
+    or when the next one is due, as `GET /job/{id}/webhook` does: also where that was put off."""
+    for delivery in deliveries:
+        state, due_ms = delivery.state, delivery.due_ms or 0
         for attempt in state.attempts:
             fields: dict[str, Any] = {
                 "http_status": attempt.status or None,
@@ -136,8 +137,8 @@ def _webhook_moments(deliveries: Sequence[DeliveryState]) -> Iterator[_Moment]:
             }
             if attempt is state.attempts[-1]:
                 fields["reason"] = state.outcome
-                if state.outcome is None and state.next_ms > attempt.at_ms:
-                    fields["delay_seconds"] = (state.next_ms - attempt.at_ms) / 1000
+                if state.outcome is None and due_ms > attempt.at_ms:
+                    fields["delay_seconds"] = (due_ms - attempt.at_ms) / 1000
             yield _Moment("webhook", attempt.at_ms, fields=fields)
 
 

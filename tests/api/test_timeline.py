@@ -1,5 +1,6 @@
 """GET /job/{id}/timeline: what has happened to a job, in every state, whatever the clocks show."""
 
+from datetime import datetime
 from typing import Any
 
 import httpx2
@@ -305,6 +306,14 @@ async def test_the_attempts_of_a_webhook_follow_the_end_of_its_job(
     tried = event(body, "webhook")
     assert (tried["error"], tried["seconds"], tried["duration_seconds"]) == ("refused", 0.01, 0.02)
     assert (tried["delay_seconds"], "reason" in tried) == (5.0, False)
+    # The host fails, so that a sender puts the next try off.
+    hands.make_due(keys.outbox(Q))
+    (delivery,) = await outbox.take([Q], 10, 60_000)
+    await outbox.postpone([delivery], end_ms + 17_510)
+    assert event(await read(api, job_id), "webhook")["delay_seconds"] == 17.5
+    webhook = (await api.get(f"/job/{job_id}/webhook")).json()
+    due = datetime.fromisoformat(webhook["deliveries"][0]["next_at"])
+    assert round(1000 * due.timestamp()) == end_ms + 17_510
 
     hands.make_due(keys.outbox(Q))
     (delivery,) = await outbox.take([Q], 10, 60_000)

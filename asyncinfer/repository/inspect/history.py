@@ -5,8 +5,8 @@ from msgspec import Struct
 from asyncinfer.errors import WrongKeyType
 from asyncinfer.jobs import decode_facts, id_bytes
 from asyncinfer.repository import keys
-from asyncinfer.repository.deliveries import DeliveryState, delivered_round
-from asyncinfer.repository.outbox import Outbox
+from asyncinfer.repository.deliveries import delivered_round
+from asyncinfer.repository.outbox import Outbox, StoredDelivery
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob, parse_summary, queue_of, summary_keys
 from asyncinfer.untrusted import decoding
@@ -25,7 +25,7 @@ class JobHistory(Struct, frozen=True):
     ended_ms: int | None
     """When it ended; None if it has not or that is not known."""
     now_ms: int
-    webhook: tuple[DeliveryState, ...] = ()
+    webhook: tuple[StoredDelivery, ...] = ()
     """The deliveries of its webhook in this round; empty for a job without one."""
 
 
@@ -55,7 +55,7 @@ async def read_history(store: Store, stored: StoredJob) -> JobHistory | None:
     )
 
 
-async def _read_webhook(store: Store, stored: StoredJob) -> tuple[DeliveryState, ...]:
+async def _read_webhook(store: Store, stored: StoredJob) -> tuple[StoredDelivery, ...]:
     """What became of the deliveries of a job's webhook in its present round."""
     if not (stored.has_ended and stored.record and stored.record.options.webhook):
         return ()
@@ -64,7 +64,7 @@ async def _read_webhook(store: Store, stored: StoredJob) -> tuple[DeliveryState,
     except WrongKeyType:
         return ()
     number = delivered_round(stored.round)
-    return tuple(delivery.state for delivery in deliveries if delivery.member.round == number)
+    return tuple(delivery for delivery in deliveries if delivery.member.round == number)
 
 
 def _ended_ms(store: Store, stored: StoredJob, expires_ms: int) -> int | None:
