@@ -76,6 +76,8 @@ async def note_refusal(
     is_purge = filters.pop("purge", False)
     if method == "DELETE":
         verb = "purge" if is_purge else "cancel"
+    elif path.startswith("/models/") and verb == "cancel":
+        verb = "cancel_queue"
     is_of_own_one = path.startswith(_OF_ONE) and not filters.get("tenant")
     if verb not in AUDIT_ACTIONS or is_of_own_one:
         return

@@ -13,9 +13,9 @@ from asyncinfer.api.handlers.groups import cancel_group, close_group, read_group
 from asyncinfer.api.handlers.health import about, health, live, openapi, ready
 from asyncinfer.api.handlers.jobs import cancel_job, list_jobs, read_job, retry_job
 from asyncinfer.api.handlers.models import (
+    cancel_queue,
     list_models,
     pause_model,
-    purge_model,
     read_model,
     resume_model,
     validate,
@@ -117,7 +117,7 @@ from asyncinfer.schemas.responses import (
     Model,
     ModelList,
     Pause,
-    PurgeResult,
+    QueueCancelResult,
     Readiness,
     RetryResult,
     Scale,
@@ -417,10 +417,10 @@ ROUTES: Final = (
     Route("POST", "/models/{model}/resume", resume_model, "admin", {200: Pause}, _MODEL + _REDIS),
     Route(
         "POST",
-        "/models/{model}/purge",
-        purge_model,
+        "/models/{model}/cancel",
+        cancel_queue,
         "operator",
-        {200: PurgeResult},
+        {200: QueueCancelResult},
         _MODEL + _REDIS,
     ),
     Route("GET", "/audit", list_audit, "operator", {200: AuditList}, _REDIS, query=AuditQuery),

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 def audit(server: ServerOptions, as_json: bool, **filters: Any) -> None:
     """List what operators did, the newest first.
 
-    That is each pause, resume and purge of a model, each cancel, retry and purge of many jobs, and
-    what was done across tenants. Needs the scope `operator`.
+    That is each pause and resume of a model and cancel of all that waits for it, each cancel, retry
+    and purge of many jobs, and what was done across tenants. Needs the scope `operator`.
     """
     with connect(server) as client:
         log = client.audit(**filters)

@@ -230,9 +230,9 @@ class AsyncClient:
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         return await self._driver.run(jobs.purge_jobs(self._server, job_ids, query))
 
-    async def purge_queue(self, model: str) -> ClearedJobs:
+    async def cancel_queue(self, model: str) -> ClearedJobs:
         """Cancels all jobs that wait for a model, of all tenants; returns how many."""
-        return await self._driver.run(operations.purge_queue(self._server, model))
+        return await self._driver.run(operations.cancel_queue(self._server, model))
 
     async def pause(self, model: str) -> PausedState:
         """Stops running a model's jobs until `resume`; they are still accepted."""

@@ -410,15 +410,15 @@ class Client:
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         return self._driver.run(jobs.purge_jobs(self._server, job_ids, query))
 
-    def purge_queue(self, model: str) -> ClearedJobs:
+    def cancel_queue(self, model: str) -> ClearedJobs:
         """Cancels all jobs that wait for a model, of all tenants; returns how many.
 
         Needs the scope `operator`; raises ModelNotFound.
 
-        >>> client.purge_queue("iris")
+        >>> client.cancel_queue("iris")
         ClearedJobs(cancelled=0)
         """
-        return self._driver.run(operations.purge_queue(self._server, model))
+        return self._driver.run(operations.cancel_queue(self._server, model))
 
     def pause(self, model: str) -> PausedState:
         """Stops running a model's jobs until `resume`; they are still accepted.

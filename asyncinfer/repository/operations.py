@@ -1,4 +1,4 @@
-"""Operations of people: pause, resume or purge a queue; cancel, retry or forget jobs."""
+"""What people do: pause or resume a queue, cancel its jobs; cancel, retry or forget jobs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, cast
@@ -50,12 +50,12 @@ class Operations:
             await self._store.call(script("pause"), [queue], [encode_args({"is_paused": paused})])
         )
 
-    async def purge(self, queue: str) -> int:
+    async def cancel_queue(self, queue: str) -> int:
         """Cancels all waiting jobs of a queue, 250 a call; returns how many."""
         args = [encode_args(self._store.policy.end_arguments())]
-        cancelled, left = await self._store.call(script("purge"), [queue], args)
+        cancelled, left = await self._store.call(script("cancel_queue"), [queue], args)
         while left:
-            count, left = await self._store.call(script("purge"), [queue], args)
+            count, left = await self._store.call(script("cancel_queue"), [queue], args)
             cancelled += count
         return int(cancelled)
 

@@ -22,7 +22,7 @@ NAMES: Final = (
     "cancel",
     "retry",
     "pause",
-    "purge",
+    "cancel_queue",
     "reap",
     "repair",
     "watch",

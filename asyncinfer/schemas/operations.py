@@ -185,8 +185,8 @@ class WorkerList(Struct, frozen=True):
 class AuditEntry(Struct, frozen=True, kw_only=True):
     """What a request or a start of a service did, to which jobs, and how that ended.
 
-    - `at` (when it ended), `action` ("cancel", "default", "pause", "purge", "redeliver", "resume"
-      or "retry").
+    - `at` (when it ended), `action` ("cancel", "cancel_queue", "default", "pause", "purge",
+      "redeliver", "resume" or "retry").
     - `tenant` and `key`: who did it. The key is shown as the first 8 hex digits of its SHA-256;
       both are None for a process without a key, as `serve` that gets another default model.
     - `filter`: what was acted on, by name: the `tenant` ("*": all), `model`, `status`, `group`,
@@ -199,7 +199,8 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
     action: Annotated[
         str,
         Meta(
-            description="`cancel`, `default`, `pause`, `purge`, `redeliver`, `resume` or `retry`."
+            description="`cancel`, `cancel_queue`, `default`, `pause`, `purge`, `redeliver`, "
+            "`resume` or `retry`."
         ),
     ]
     tenant: Annotated[

@@ -22,7 +22,7 @@ MAX_JOBS_PER_CALL: Final = 1000
 ALL_TENANTS: Final = "*"
 
 AuditAction: TypeAlias = Literal[
-    "cancel", "default", "pause", "purge", "redeliver", "resume", "retry"
+    "cancel", "cancel_queue", "default", "pause", "purge", "redeliver", "resume", "retry"
 ]
 AUDIT_ACTIONS: Final[tuple[AuditAction, ...]] = get_args(AuditAction)
 

@@ -175,7 +175,7 @@ class ClearResult(Struct, frozen=True):
     more: Annotated[bool, _MORE]
 
 
-class PurgeResult(Struct, frozen=True):
+class QueueCancelResult(Struct, frozen=True):
     """How many waiting jobs of a model were cancelled, of all tenants."""
 
     model: str

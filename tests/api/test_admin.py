@@ -225,7 +225,7 @@ async def test_more_than_a_thousand_are_retried_in_several_calls(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     jobs = [job_id for _ in range(5) for job_id in await hands.submit_many(230)]
-    await hands.operations.purge(QUEUE)
+    await hands.operations.cancel_queue(QUEUE)
     first = await retry(api, "status=cancelled")
     assert (len(first["retried"]), first["more"]) == (1000, True)
     second = await retry(api, "status=cancelled")
@@ -412,7 +412,7 @@ async def test_more_than_a_thousand_are_deleted_in_several_calls(
     api: httpx2.AsyncClient, hands: QueueDriver, server: redis.Redis
 ) -> None:
     jobs = [job_id for _ in range(5) for job_id in await hands.submit_many(230)]
-    await hands.operations.purge(QUEUE)
+    await hands.operations.cancel_queue(QUEUE)
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 1000, "more": True}
     assert await clear(api, "model=iris&purge=true") == NOTHING | {"purged": 150}
     assert stored_keys(server, jobs[:10]) == []
@@ -502,7 +502,7 @@ async def test_a_job_retried_since_it_was_chosen_keeps_its_data(hands: QueueDriv
 # --- purging a model -------------------------------------------------------------------------
 
 
-async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
+async def test_a_models_cancel_ends_its_waiting_jobs_of_all_tenants(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     theirs = [new_job(tenant="other") for _ in range(600)]
@@ -510,19 +510,19 @@ async def test_a_models_purge_ends_its_waiting_jobs_of_all_tenants(
         await hands.submit(*theirs[start : start + 200])
     delayed = await hands.submit_one(delay_seconds=60)
     digits = await hands.submit_one(queue=DIGITS)
-    answer = await ok_body(await api.post("/models/iris/purge"))
+    answer = await ok_body(await api.post("/models/iris/cancel"))
     assert answer == {"model": "iris", "cancelled": 601}
     assert hands.statuses([*ids_of(theirs), delayed]) == {"cancelled"}
     assert hands.status(digits) == "pending"
-    assert_problem(await api.post("/models/wine/purge"), 404, "model_not_found")
-    assert_problem(await api.post("/models/%7B/purge"), 404, "model_not_found")
+    assert_problem(await api.post("/models/wine/cancel"), 404, "model_not_found")
+    assert_problem(await api.post("/models/%7B/cancel"), 404, "model_not_found")
 
 
-async def test_a_model_that_no_worker_serves_any_more_can_be_purged(
+async def test_the_jobs_of_a_model_that_no_worker_serves_any_more_can_be_cancelled(
     api: httpx2.AsyncClient, hands: QueueDriver
 ) -> None:
     job_id = await hands.submit_one(queue=f"{QUEUE}:wine")
-    assert (await ok_body(await api.post("/models/wine/purge")))["cancelled"] == 1
+    assert (await ok_body(await api.post("/models/wine/cancel")))["cancelled"] == 1
     assert hands.status(job_id) == "cancelled"
 
 
@@ -589,7 +589,7 @@ async def test_jobs_of_another_tenant_are_neither_shown_nor_changed(
         assert (await ok_body(await bob.get("/jobs?dead=true")))["jobs"] == []
         theirs = await bob.delete(f"/job/{everything[0]}?purge=true")
         assert_problem(theirs, 404, "job_not_found")
-        assert_problem(await bob.post("/models/iris/purge"), 403, "forbidden")
+        assert_problem(await bob.post("/models/iris/cancel"), 403, "forbidden")
     assert [hands.status(job_id) for job_id in everything] == before
     assert server.zcard(keys.dead(QUEUE)) == 3
     async with client_of(two_tenant_port, authorization="Bearer alice") as alice:

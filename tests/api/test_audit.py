@@ -119,9 +119,9 @@ async def test_each_act_on_many_jobs_leaves_one_entry_with_its_count(
     await ops.post(f"/job/{theirs}/retry?tenant=*")
     filtered = {"tenant": "*", "job_id": theirs}
     assert await acts.new() == {**by_ops, "action": "retry", "filter": filtered, "jobs": 1}
-    await ops.post("/models/iris/purge")
+    await ops.post("/models/iris/cancel")
     filtered = {**of_model, "status": "pending"}
-    assert await acts.new() == {**by_ops, "action": "purge", "filter": filtered, "jobs": 3}
+    assert await acts.new() == {**by_ops, "action": "cancel_queue", "filter": filtered, "jobs": 3}
 
 
 async def test_what_only_reads_or_is_done_to_a_job_of_ones_own_leaves_no_entry(
@@ -152,9 +152,9 @@ async def test_an_act_that_fails_or_is_refused_leaves_an_entry_with_its_code(
     await alice.post("/models/nobody/pause")
     entry = await acts.new()
     assert (entry["action"], entry["outcome"]) == ("pause", "model_not_found")
-    assert_problem(await bob.post("/models/iris/purge"), 403, "forbidden")
+    assert_problem(await bob.post("/models/iris/cancel"), 403, "forbidden")
     filtered = {"tenant": "bob", "model": "iris"}
-    assert await acts.new() == {**by_bob, "action": "purge", "filter": filtered}
+    assert await acts.new() == {**by_bob, "action": "cancel_queue", "filter": filtered}
     assert_problem(await bob.delete("/jobs?tenant=*&purge=true&status=ended"), 403, "forbidden")
     filtered = {"tenant": "*", "status": "ended"}
     assert await acts.new() == {**by_bob, "action": "purge", "filter": filtered}
@@ -312,7 +312,7 @@ async def test_a_tenant_pushes_out_nothing_that_an_operator_did(
     fill(pipeline, TENANTS, 10_000, now_ms(server) + 60_000)
     pipeline.execute()
     await bob.delete("/jobs?model=iris")
-    await bob.post("/models/iris/purge")
+    await bob.post("/models/iris/cancel")
     assert server.zcard(OPERATORS) == 1
     assert [entry["tenant"] for entry in await entries(ops, "tenant=ops")] == ["ops"]
 

@@ -163,16 +163,16 @@ async def test_an_operator_cancels_retries_and_purges_over_tenants_with_a_line_f
     assert await ids(ops, "tenant=*") == set()
 
 
-async def test_a_model_is_purged_of_all_tenants_by_operators_alone(
+async def test_the_waiting_jobs_of_a_model_are_cancelled_by_operators_alone(
     alice: httpx2.AsyncClient, bob: httpx2.AsyncClient, ops: httpx2.AsyncClient, audit: Audit
 ) -> None:
     await submit(bob)
-    problem = assert_problem(await alice.post("/models/iris/purge"), 403, "forbidden")
+    problem = assert_problem(await alice.post("/models/iris/cancel"), 403, "forbidden")
     assert "--scopes operator" in problem["detail"]
     assert audit.line().endswith(': tenant="alice" model="iris": forbidden')
     assert (await alice.delete("/jobs?model=iris")).json()["cancelled"] == 0
     assert audit.line().endswith(': tenant="alice" model="iris": 0 jobs')
-    assert (await ops.post("/models/iris/purge")).json()["cancelled"] == 1
+    assert (await ops.post("/models/iris/cancel")).json()["cancelled"] == 1
     assert 'tenant="*" status="pending" model="iris": 1 jobs' in audit.line()
 
 

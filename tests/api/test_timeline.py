@@ -163,7 +163,7 @@ async def test_a_job_a_list_and_an_event_tell_the_end_at_the_time_of_the_timelin
     ends["cancelled"] = await submit(api)
     await api.delete(f"/job/{ends['cancelled']}")
     ends["purged"] = await submit(api)
-    await api.post("/models/iris/purge")
+    await api.post("/models/iris/cancel")
     ends["expired"] = await submit(api, params={"start_within_seconds": 60})
     hands.make_due(keys.deadlines(Q))
     await hands.sweep()

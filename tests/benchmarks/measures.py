@@ -352,7 +352,7 @@ async def _longest_calls(system: System, backlog: int) -> Figures:
             )
 
         async def purge() -> None:
-            await Operations(store).purge(queue)
+            await Operations(store).cancel_queue(queue)
 
         for name, call in (("list_jobs", list_jobs), ("cancel", cancel), ("purge", purge)):
             system.redis.slowlog_reset()

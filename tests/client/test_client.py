@@ -416,7 +416,7 @@ async def test_any_request_may_be_sent(client: Client, aclient: AsyncClient) -> 
 def test_a_models_queue_is_emptied(client: Client) -> None:
     client.pause("digits")
     job = client.submit([[0.0] * 64], "digits")
-    assert client.purge_queue("digits").cancelled == 1
+    assert client.cancel_queue("digits").cancelled == 1
     client.resume("digits")
     assert job.refresh().status == "cancelled"
 
@@ -430,7 +430,7 @@ async def test_the_asynchronous_client_does_all_of_that(aclient: AsyncClient) ->
     assert (await job.retry()).status == "pending"
     assert (await job.cancel()).status == "cancelled"
     assert (await aclient.retry_all([job.id])).retried == (job.id,)
-    assert (await aclient.purge_queue("digits")).cancelled == 1
+    assert (await aclient.cancel_queue("digits")).cancelled == 1
     await aclient.resume("digits")
     assert (await aclient.purge(group="held-too")).purged == 1
     assert {model.model for model in await aclient.models()} >= {"iris"}

@@ -206,7 +206,7 @@ async def test_an_answer_that_is_not_understood_is_one_error(body: bytes) -> Non
         lambda client: client.retry_all(group="a"),
         lambda client: client.retry_all(["a"]),
         lambda client: client.purge(group="a"),
-        lambda client: client.purge_queue("a"),
+        lambda client: client.cancel_queue("a"),
         lambda client: client.pause("a"),
         lambda client: client.resume("a"),
         lambda client: client.queues(),

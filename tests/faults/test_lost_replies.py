@@ -258,7 +258,9 @@ async def test_pause_and_purge_whose_replies_are_lost_end_each_waiting_job_once(
         proxy, "pause", times, lambda: operations.pause(load_client.queue, paused=True)
     )
     assert server.exists(keys.paused(load_client.queue))
-    await _call_until_answered(proxy, "purge", times, lambda: operations.purge(load_client.queue))
+    await _call_until_answered(
+        proxy, "cancel_queue", times, lambda: operations.cancel_queue(load_client.queue)
+    )
     assert {job.status for job in await load_client.wait_until_all_ended()} == {"cancelled"}
     assert_one_end_each(server, load_client.queue)
     assert_at_rest(server, load_client.queue)
@@ -296,7 +298,7 @@ async def test_a_retry_whose_reply_is_lost_starts_one_round_and_reports_it(
 ) -> None:
     load_client, operations = LoadClient(loaded_store), Operations(loaded_store)
     ids = await load_client.submit([1.0, 2.0])
-    await operations.purge(load_client.queue)
+    await operations.cancel_queue(load_client.queue)
     jobs = [await _read(load_client, job_id) for job_id in ids]
     verdicts: list[object] = []
 

@@ -155,7 +155,7 @@ async def test_a_key_whose_job_ends_where_no_record_is_read_is_kept_for_a_day_bu
     """The page on the protocol names these ends."""
     job_id = await hands.submit_one(key="k", **options)
     if end == "purged":
-        assert await hands.operations.purge(Q) == 1
+        assert await hands.operations.cancel_queue(Q) == 1
     elif end == "worker_lost":
         hands.change_policy(max_deliveries=1)
         await hands.claim_jobs()

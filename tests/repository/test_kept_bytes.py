@@ -208,7 +208,7 @@ async def test_what_has_expired_makes_room_for_new_jobs(hands: QueueDriver) -> N
     await sweep_in_the_next_minute(hands)
     assert kept(hands) == KIB
     assert await hands.submit(new_job()) == ["ok"]
-    await hands.operations.purge(Q)
+    await hands.operations.cancel_queue(Q)
     expire(hands, second)
 
 

@@ -683,7 +683,7 @@ async def test_a_purge_ends_all_waiting_jobs_and_no_running_one(hands: QueueDriv
     claim = await hands.claim_jobs()
     waiting = [await hands.submit_one(priority=priority) for priority in ("high", "normal", "low")]
     delayed = await hands.submit_one(delay_seconds=60)
-    assert await hands.operations.purge(Q) == 4
+    assert await hands.operations.cancel_queue(Q) == 4
     assert hands.statuses([*waiting, delayed]) == {"cancelled"}
     assert hands.status(running) == "processing"
     assert hands.waiting_ids() == []
@@ -694,7 +694,7 @@ async def test_a_purge_ends_all_waiting_jobs_and_no_running_one(hands: QueueDriv
 async def test_a_purge_of_more_than_a_thousand_jobs_ends_them_all(hands: QueueDriver) -> None:
     jobs = [job for _ in range(3) for job in await hands.submit_many(250)]
     jobs += [job for _ in range(3) for job in await hands.submit_many(250, delay_seconds=60)]
-    assert await hands.operations.purge(Q) == 1500
+    assert await hands.operations.cancel_queue(Q) == 1500
     assert hands.statuses(jobs) == {"cancelled"}
     assert_at_rest(hands.redis, Q)
 
@@ -705,7 +705,7 @@ async def test_a_purge_subtracts_the_stale_entries_it_removes(hands: QueueDriver
     for _ in range(10):
         await hands.submit_many(100)
     ended, left = await hands.store.call(
-        script("purge"), [Q], [encode_args(hands.store.policy.end_arguments())]
+        script("cancel_queue"), [Q], [encode_args(hands.store.policy.end_arguments())]
     )
     assert (ended, left) == (200, 800)
     assert hands.count_stale_entries() == 0
@@ -717,7 +717,7 @@ async def test_a_purge_ends_external_jobs_with_and_without_a_status(hands: Queue
     hands.add_external_job("two", status=None)
     hands.add_external_job("nothing", data=None, status=None)
     hands.redis.lpush(Q, "one")
-    assert await hands.operations.purge(Q) == 2
+    assert await hands.operations.cancel_queue(Q) == 2
     assert hands.statuses(["one", "two"]) == {"cancelled"}
     assert hands.status("nothing") is None
     assert_at_rest(hands.redis, Q)
@@ -725,7 +725,7 @@ async def test_a_purge_ends_external_jobs_with_and_without_a_status(hands: Queue
 
 async def test_a_purged_job_can_be_retried(hands: QueueDriver) -> None:
     job_id = await hands.submit_one()
-    await hands.operations.purge(Q)
+    await hands.operations.cancel_queue(Q)
     assert await hands.retry(job_id) == "ok"
     assert await hands.run_all() == [job_id]
 
@@ -736,7 +736,7 @@ async def test_an_external_job_with_a_list_as_status_does_not_stop_a_purge(
     hands.redis.lpush("job:theirs:status", "pending")
     hands.add_external_job("theirs", status=None)
     job_id = await hands.submit_one()
-    await hands.operations.purge(Q)
+    await hands.operations.cancel_queue(Q)
     assert hands.status(job_id) == "cancelled"
     assert hands.waiting_ids() == []
 

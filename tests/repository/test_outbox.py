@@ -63,7 +63,7 @@ async def test_each_way_in_which_a_job_ends_is_told_once(hands: QueueDriver) -> 
     cancelled = await hands.submit_one(webhook=HOOK)
     await hands.cancel(cancelled)
     purged = await hands.submit_one(webhook=HOOK)
-    await hands.operations.purge(Q)
+    await hands.operations.cancel_queue(Q)
     lost = await hands.submit_one(webhook=HOOK)
     await end_lost(hands, lost)
     late = await hands.submit_one(webhook=HOOK, start_within_seconds=60)

@@ -91,7 +91,7 @@ class Walk:
             await self.hands.cancel(job_id)
 
     async def purge(self, _: int) -> None:
-        await self.hands.operations.purge(Q)
+        await self.hands.operations.cancel_queue(Q)
 
     async def retry(self, choice: int) -> None:
         if job_id := self.pick(choice):

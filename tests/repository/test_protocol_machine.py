@@ -730,7 +730,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(len(queue.waiting) > 8 for queue in self.last.queues.values()))
     @rule(queue=st.sampled_from(QUEUES))
     def purge(self, queue: str) -> None:
-        ended = self.do(self.hands.operations.purge(queue))
+        ended = self.do(self.hands.operations.cancel_queue(queue))
         after = self.view()
         assert after.queues[queue].waiting == after.queues[queue].delayed == []
         assert ended == sum(

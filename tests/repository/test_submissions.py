@@ -749,7 +749,7 @@ async def test_an_inbox_is_notified_of_a_cancel(hands: QueueDriver) -> None:
 async def test_an_inbox_is_notified_of_a_purge(hands: QueueDriver) -> None:
     open_inbox(hands)
     job_id = await hands.submit_one(inbox=INBOX)
-    await hands.operations.purge(Q)
+    await hands.operations.cancel_queue(Q)
     assert notified(hands) == {job_id: "cancelled"}
 
 

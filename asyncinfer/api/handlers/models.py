@@ -1,4 +1,4 @@
-"""The routes about models: list, read, validate, pause, resume and purge."""
+"""The routes about models: list, read, validate, pause, resume, and cancel what waits."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from asyncinfer.schemas.responses import (
     ModelList,
     ModelProblem,
     Pause,
-    PurgeResult,
+    QueueCancelResult,
     TensorShape,
     ValidationResult,
 )
@@ -90,7 +90,7 @@ async def _pause(services: Services, request: Request[NoQuery], *, paused: bool)
     return json_reply(200, Pause(served.signature.model, paused))
 
 
-async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
+async def cancel_queue(services: Services, request: Request[NoQuery]) -> Reply:
     """Cancels all waiting jobs of a model, of all tenants; running jobs continue.
 
     Replies with how many were cancelled. Raises ModelNotFound or NoModelAnnounced if the model has
@@ -98,10 +98,10 @@ async def purge_model(services: Services, request: Request[NoQuery]) -> Reply:
     """
     name = request.path("model") or ""
     criteria = {"status": "pending", "model": name}
-    async with audited(services, request, "purge", criteria, over_tenants=True) as audit:
+    async with audited(services, request, "cancel_queue", criteria, over_tenants=True) as audit:
         queue = await _queue_of(services, name)
-        audit.count = cancelled = await services.operations.purge(queue)
-    return json_reply(200, PurgeResult(name, cancelled))
+        audit.count = cancelled = await services.operations.cancel_queue(queue)
+    return json_reply(200, QueueCancelResult(name, cancelled))
 
 
 async def _queue_of(services: Services, name: str) -> str:

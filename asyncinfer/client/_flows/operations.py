@@ -124,7 +124,7 @@ def set_paused(server: RemoteServer, name: str, paused: bool) -> Flow[PausedStat
     return convert(server, answer, PausedState)
 
 
-def purge_queue(server: RemoteServer, name: str) -> Flow[ClearedJobs]:
+def cancel_queue(server: RemoteServer, name: str) -> Flow[ClearedJobs]:
     """Cancels the waiting jobs of a model, of all tenants. Raises ModelNotFound."""
-    answer = yield from call(server, "POST", f"/models/{path_part(name)}/purge", {})
+    answer = yield from call(server, "POST", f"/models/{path_part(name)}/cancel", {})
     return convert(server, answer, ClearedJobs)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- purge: ends waiting jobs as cancelled, at most 250 a call.
+-- cancel_queue: ends waiting jobs as cancelled, at most 250 a call.
 -- KEYS    1 the queue
 -- ARGV    1 {ttl_seconds, failed_ttl_seconds, keep_input, max_kept_bytes}
 -- Returns {ended, left}: numbers of jobs; left counts waiting and delayed ones
