@@ -44,7 +44,7 @@ _ROOM_SHARE: Final = 0.01
 """A full queue is worth another try once it has room for a hundredth of its jobs: those that are
 left keep its workers busy until clients come back."""
 
-_RUNS_ON: Final = frozenset({"retry", "storage_full"})
+RUNS_ON: Final = frozenset({"retry", "storage_full"})
 """Codes of reasons that do not keep other jobs of the queue from running."""
 
 _log = LimitedLog(logging.getLogger(__name__))
@@ -130,7 +130,7 @@ class QueueLooks:
         if stored.status != "pending":
             return Whereabouts(loss=look.losses.get(stored.job_id))
         position, eta_seconds = look.position(stored), None
-        runs_on = reason is None or reason.code in _RUNS_ON
+        runs_on = reason is None or reason.code in RUNS_ON
         stall = self._stall(look, load, model) if position and runs_on else None
         if position and runs_on and not stall:
             since_ms = waits_since_ms(stored.record) if stored.record else look.now_ms

@@ -48,7 +48,7 @@ class GroupState:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until all jobs have ended, at their pace so far; None while none has ended."""
+        """An estimate of the seconds until all jobs have ended; None if that is not known."""
         return self._fields.eta_seconds
 
     @property

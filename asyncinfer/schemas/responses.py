@@ -204,8 +204,8 @@ class Group(Struct, frozen=True, kw_only=True):
         Annotated[
             float,
             Meta(
-                description="Estimate until all have ended, at the rate since the first was "
-                "created; null while none has ended."
+                description="Estimate until all have ended: that of the last job that waits, else "
+                "at the rate since the first was created; null while none has ended, or none runs."
             ),
         ]
         | None

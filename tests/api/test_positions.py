@@ -197,6 +197,28 @@ async def test_the_end_is_estimated_by_the_work_ahead_and_the_living_slots(
         assert later.headers["retry-after"] in {"14", "15"}
 
 
+async def test_a_group_and_its_last_job_have_the_same_estimate(
+    config: ApiConfig, store: Store, hands: QueueDriver
+) -> None:
+    """Also if the group is fast by its own pace: others are ahead of what is left of it."""
+    await announce(store, "iris", default="iris")
+    await worker(store, seconds_per_job=3.0, slots=2)
+    await hands.submit_many(20, group="g")
+    await hands.run_all()
+    await hands.submit_many(10)
+    last = await hands.submit_one(group="g")
+    async with running_client(config) as api, open_event_stream(api, "/events?group=g") as events:
+        group = (await api.get("/group/g")).json()
+        job = await read(api, last)
+        assert job["eta_seconds"] > 10
+        assert 0 <= group["eta_seconds"] - job["eta_seconds"] < 1
+        snapshot = await events.wait_for_event("snapshot")
+        assert abs(snapshot.data["eta_seconds"] - job["eta_seconds"]) < 2
+    await hands.operations.pause("predict_queue", paused=True)
+    async with running_client(config) as api:
+        assert (await api.get("/group/g")).json()["eta_seconds"] is None
+
+
 async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
     config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:

@@ -253,7 +253,7 @@ class GroupEventSource:
         now = time.monotonic()
         self._earliest_count_at = now + _COUNTING_SHARE * (now - started_at)
         self._unfinished = counted.unfinished if counted else None
-        view = group_view(self._group, counted)
+        view = await group_view(self._services, self._group, counted)
         if counted and not counted.unfinished:
             self._final_view = view
             # The log now has the end of every job that was counted.

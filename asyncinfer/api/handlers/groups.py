@@ -12,6 +12,7 @@ from asyncinfer.api.http.body import read_body
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import check_metadata, reject_input, reject_repeated_members
+from asyncinfer.api.queue_looks import RUNS_ON
 from asyncinfer.api.services import Services
 from asyncinfer.errors import BodyTooLarge, InvalidJSON
 from asyncinfer.jobs import now_ms
@@ -42,7 +43,7 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
     counted = await services.groups.count(request.tenant, group)
     if counted is None:
         raise group_not_found_error()
-    return json_reply(200, group_view(group, counted))
+    return json_reply(200, await group_view(services, group, counted))
 
 
 async def close_group(services: Services, request: Request[NoQuery]) -> Reply:
@@ -99,7 +100,7 @@ async def cancel_group(services: Services, request: Request[NoQuery]) -> Reply:
     return json_reply(200, GroupCancelResult(group, done.ended, done.stopping))
 
 
-def group_view(group: str, counted: GroupTally | None) -> Group:
+async def group_view(services: Services, group: str, counted: GroupTally | None) -> Group:
     """The group with its counts; an unknown group (None) has zeros. `progress` is the ended share,
     from 0 to 1."""
     counted = counted or _NO_JOBS
@@ -111,7 +112,7 @@ def group_view(group: str, counted: GroupTally | None) -> Group:
         jobs=counted.jobs,
         counts=GroupCounts(**by_status),
         progress=done / counted.jobs if counted.jobs else 0.0,
-        eta_seconds=eta_seconds(counted, now_ms()),
+        eta_seconds=await _eta_seconds(services, counted),
         created_at=to_datetime(counted.created_ms) or None,
         first_failed=counted.first_failed,
         closed=counted.is_closed,
@@ -119,7 +120,21 @@ def group_view(group: str, counted: GroupTally | None) -> Group:
     )
 
 
-def eta_seconds(counted: GroupTally, now_ms: float) -> float | None:
+async def _eta_seconds(services: Services, counted: GroupTally) -> float | None:
+    """Seconds until all jobs have ended, as the look at its queue tells of the last one that waits,
+    else at the pace of the group; None if that is not known, and while nothing runs."""
+    last = counted.last_waiting
+    if last and last.status == "pending":
+        reason = services.wait_reasons.of(last) or None
+        seen = await services.queue_looks.of(last, reason)
+        if seen.eta_seconds is not None:
+            return round(seen.eta_seconds, 3)
+        if seen.position and (seen.stall or (reason and reason.code not in RUNS_ON)):
+            return None
+    return _eta_by_pace(counted, now_ms())
+
+
+def _eta_by_pace(counted: GroupTally, now_ms: float) -> float | None:
     """Seconds until all jobs have ended, at the average pace since the first job was created: 0 if
     all have ended, None while none has or there are none. `now_ms` is Unix time."""
     done = counted.jobs - counted.unfinished

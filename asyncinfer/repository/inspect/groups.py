@@ -38,6 +38,8 @@ class GroupTally(Struct, frozen=True, kw_only=True):
     """It takes no more jobs."""
     ended_ms: int | None = None
     """When all jobs of a closed group with a webhook had ended."""
+    last_waiting: StoredJob | None = None
+    """Of its jobs that wait, the one that was submitted last."""
 
     @property
     def expired(self) -> int:
@@ -108,14 +110,15 @@ class Groups:
         shared.finished = shared.begun
 
     async def _count(self, tenant: str, group: str) -> GroupTally | None:
-        """Counts with two commands for each thousand jobs, and one more."""
+        """Counts with two commands for each thousand jobs, and two more."""
         is_closed, ended_ms = await self._closed_state(tenant, group)
-        total, first, failed = 0, None, list[str]()
+        total, first, failed, pending = 0, None, list[str](), list[str]()
         counter: Counter[bytes | None] = Counter()
         async for ids, statuses in self._pages(tenant, group):
             first = first or ids[0]
             total += len(ids)
             counter.update(statuses)
+            pending = _with_status(ids, statuses, b"pending")[-1:] or pending
             if len(failed) < _MAX_FAILED_IDS and b"failed" in statuses:
                 failed += _with_status(ids, statuses, b"failed")
         if first is None:
@@ -127,6 +130,7 @@ class Groups:
             created_ms=created_ms(first),
             is_closed=is_closed,
             ended_ms=ended_ms,
+            last_waiting=next(iter(await read_summaries(self._store, pending)), None),
         )
 
     async def _closed_state(self, tenant: str, group: str) -> tuple[bool, int | None]:
