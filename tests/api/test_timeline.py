@@ -346,16 +346,16 @@ async def test_an_external_job_shows_what_is_known(
 
 
 async def test_hostile_names_of_workers_leave_the_error_readable(
-    api: httpx2.AsyncClient, hands: QueueDriver
+    api: httpx2.AsyncClient, hands: QueueDriver, policy: Policy
 ) -> None:
-    hands.change_policy(max_deliveries=1)
     job_id = await submit(api)
-    await hands.claim_jobs(token='"},\n\\\xe9:' + "1" * 65)
-    hands.expire_leases()
-    await hands.sweep()
+    for number in range(policy.max_deliveries):
+        await hands.claim_jobs(token='"},\n\\\xe9:' + str(number) * 65)
+        hands.expire_leases()
+        await hands.sweep()
     assert hands.error_code(job_id) == "worker_lost"
     body = await read(api, job_id)
-    assert names(body) == ["submitted", "claimed", "worker_lost", "finished"]
+    assert names(body)[-3:] == ["claimed", "worker_lost", "finished"]
 
 
 async def test_damaged_times_and_counts_are_shown_as_far_as_they_can_be(
