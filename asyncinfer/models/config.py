@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from asyncinfer.errors import ModelRefused
 from asyncinfer.tensors.missing_values import as_nonfinite_words
 from asyncinfer.untrusted import file_access
+from asyncinfer.untrusted.expectations import problem_of
 from asyncinfer.untrusted.file_access import UnreadableFile
 
 Scores = Literal["logits", "probabilities"]
@@ -112,8 +113,18 @@ def read_config(toml: bytes, shown: str, folder: Path | None = None) -> ModelCon
         return msgspec.convert(table, ModelConfig)
     except UnreadableFile as error:
         raise ModelRefused(f"{shown}: {error.reason}") from error
-    except (ValueError, RecursionError) as error:  # bad TOML, msgspec.ValidationError
+    except msgspec.ValidationError as error:
+        raise ModelRefused(f"{shown}: {_problem(error)}") from error
+    except (ValueError, RecursionError) as error:  # bad TOML
         raise ModelRefused(f"{shown}: {error}") from error
+
+
+def _problem(error: msgspec.ValidationError) -> str:
+    """The key that is wrong, and what is allowed there."""
+    problem = problem_of(error, ModelConfig)
+    if problem.missing is not None:
+        return f"key `{'.'.join((*problem.steps, problem.missing))}` is missing"
+    return f"key `{'.'.join(problem.steps)}`: {problem.detail.replace('an object', 'a table')}"
 
 
 _NOT_LABELS: Final = frozenset({".yaml", ".yml", ".toml", ".pbtxt", ".xml"})

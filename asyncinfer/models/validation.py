@@ -30,7 +30,7 @@ def check_data(data: bytes | msgspec.Raw, signature: Signature) -> Array:
         _check_rows(_count_rows(data, spec), spec, signature)
     try:
         array = datatypes.decode(data, spec)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         problem = f"cannot be read: {error}"
     else:
         if array.shape and array.shape[0] > max_rows:

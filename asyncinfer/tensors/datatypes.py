@@ -21,6 +21,7 @@ import numpy.typing as npt
 from msgspec import Meta, Struct
 
 from asyncinfer.tensors import missing_values
+from asyncinfer.untrusted.expectations import problem_of
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Feeds: TypeAlias = Mapping[str, Array]
@@ -98,7 +99,6 @@ _NUMBER_BYTES: Final = b"0123456789+-.eE \t\r\n"
 _NO_NESTING: Final = re.compile(rb"[^\[\],]")
 _BEGINNING: Final = re.compile(rb"[\s\[]*")
 _IRREGULAR: Final = "its arrays are not of equal lengths and depths"
-_PLACE: Final = re.compile(r" - at `\$\[(\d+)\]`")
 
 
 def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
@@ -106,10 +106,20 @@ def decode(data: bytes | msgspec.Raw, spec: TensorSpec) -> Array:
 
     The sizes of its dimensions are not checked, and without a declared number of dimensions any up
     to 32 is taken. An element of a float datatype may be null, "NaN", "Infinity" or "-Infinity".
-    Raises ValueError or OverflowError if any element does not fit the datatype, or the arrays are
-    not regular.
+    Raises ValueError if any element does not fit the datatype, or the arrays are not regular.
     """
     data = bytes(data)
+    try:
+        return _decode_whole(data, spec)
+    except msgspec.ValidationError as error:
+        rank = nesting_of(data) if spec.shape is None else len(spec.shape)
+        raise ValueError(_at_element(error, _list_type(spec.datatype, rank))) from error
+    except OverflowError as error:
+        raise ValueError(f"a number does not fit {spec.datatype}") from error
+
+
+def _decode_whole(data: bytes, spec: TensorSpec) -> Array:
+    """`decode`, which also raises msgspec.ValidationError or OverflowError."""
     try:
         return _decode_plain(data, spec)
     except (ValueError, OverflowError):
@@ -183,7 +193,8 @@ def _decode_numbers(data: bytes, shape: tuple[int, ...], datatype: str) -> Array
             values: Any = decode_piece(b"[%b]" % piece)
             pieces.append(_flat_array(values, datatype))
         except msgspec.ValidationError as error:
-            raise ValueError(_at_element(error, position)) from error
+            expected = _list_type(datatype, 1)
+            raise ValueError(_at_element(error, expected, position)) from error
         position += len(values)
     return np.concatenate(pieces).reshape(shape)
 
@@ -221,15 +232,14 @@ def _pieces(text: bytes) -> Iterator[bytes]:
     yield text[start:]
 
 
-def _at_element(error: msgspec.ValidationError, position: int) -> str:
-    """The error's message with the index of the element in the whole text, if it names a place.
+def _at_element(error: msgspec.ValidationError, expected: object, position: int = 0) -> str:
+    """What is wrong in a text that is not of the type `expected`, and the index of the element.
 
-    `position` is the number of elements before the piece that the error is of. A message without a
-    place is unchanged.
+    `position` is the number of elements before the piece that the error is of.
     """
-    message = str(error)
-    place = _PLACE.search(message)
-    return f"element {position + int(place[1])}: {message[: place.start()]}" if place else message
+    problem = problem_of(error, expected)
+    place = ", ".join(str(position + int(index)) for index in problem.steps)
+    return f"element {place}: {problem.detail}" if place else problem.detail
 
 
 def _flat_array(values: list[Any], datatype: str) -> Array:
@@ -315,10 +325,16 @@ def _decoder(datatype: str, rank: int) -> Callable[[bytes | msgspec.Raw], object
 
     It raises msgspec.ValidationError.
     """
+    return msgspec.json.Decoder(_list_type(datatype, rank)).decode
+
+
+@functools.cache
+def _list_type(datatype: str, rank: int) -> object:
+    """The type for msgspec of lists that are nested `rank` deep."""
     nested: Any = _element_type(datatype)
     for _ in range(rank):
         nested = list[nested]
-    return msgspec.json.Decoder(nested).decode
+    return nested
 
 
 def _element_type(datatype: str) -> object:

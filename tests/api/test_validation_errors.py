@@ -186,6 +186,21 @@ async def test_options_are_told_what_is_allowed(
     assert fault == {"pointer": f"/options/{pointer}", "detail": detail}
 
 
+async def test_a_number_that_json_alone_can_hold_is_refused_at_its_place(
+    api: httpx2.AsyncClient,
+) -> None:
+    webhook = b'{"url": "https://a.example", "metadata": {"deep": [{"x": 1e400}]}}'
+    content = b'{"data": [[1, 2, 3, 4]], "options": {"webhook": %s}}' % webhook
+    reply = await api.post(
+        "/predict", content=content, headers={"content-type": "application/json"}
+    )
+    (fault,) = assert_problem(reply, 422, "invalid_input")["errors"]
+    assert fault == {
+        "pointer": "/options/webhook/metadata",
+        "detail": "A number in it is too large.",
+    }
+
+
 async def test_the_webhook_of_a_group_has_names_of_its_own(api: httpx2.AsyncClient) -> None:
     webhook = {"url": "https://a.example", "events": ["completed"]}
     reply = await api.post("/group/g/close", json={"webhook": webhook})

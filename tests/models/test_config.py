@@ -119,12 +119,12 @@ def test_a_labels_file_must_be_beside_model_toml(tmp_path: Path, name: str) -> N
     ("toml", "message"),
     [
         (b"[session]\nprovider = 1", "unknown key `session.provider`; the nearest known one is"),
-        (b"[session]\ngraph_optimization = 'max'", "$.session.graph_optimization"),
-        (b"[session]\nproviders = []", "$.session.providers"),
-        (b"[batching]\nmax_jobs = 0", "$.batching.max_jobs"),
-        (b"[batching]\naxis = -1", "$.batching.axis"),
-        (b"scores = 'odds'", "$.scores"),
-        (b"pinned = 1", "$.pinned"),
+        (b"[session]\ngraph_optimization = 'max'", "`session.graph_optimization`"),
+        (b"[session]\nproviders = []", "`session.providers`"),
+        (b"[batching]\nmax_jobs = 0", "`batching.max_jobs`"),
+        (b"[batching]\naxis = -1", "`batching.axis`"),
+        (b"scores = 'odds'", "`scores`"),
+        (b"pinned = 1", "`pinned`"),
     ],
 )
 def test_a_wrong_value_is_rejected_with_its_key(toml: bytes, message: str) -> None:

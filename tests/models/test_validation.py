@@ -140,11 +140,20 @@ def test_a_version_that_is_not_a_number_is_reported(
             "m.toml: unknown key `limits.timeout`; "
             "the nearest known one is `limits.timeout_seconds`",
         ),
-        (b"labels = [1]", "m.toml: Expected `str`, got `int` - at `$.labels[0]`"),
-        (b"batching = true", "m.toml: Expected `object`, got `bool` - at `$.batching`"),
+        (b"labels = [1]", "m.toml: key `labels.0`: Expected a string, got a number."),
+        (b"batching = true", "m.toml: key `batching`: Expected a table, got true or false."),
+        (
+            b'scores = "logit"',
+            "m.toml: key `scores`: Expected `logits` or `probabilities`, got `logit`.",
+        ),
+        (
+            b"classes = [1.5]",
+            "m.toml: key `classes.0`: Expected a whole number or a string, got a "
+            "number with a decimal point.",
+        ),
         (
             b"[limits]\nmax_rows_per_job = 0",
-            "m.toml: Expected `int` >= 1 - at `$.limits.max_rows_per_job`",
+            "m.toml: key `limits.max_rows_per_job`: Expected a whole number of 1 or more.",
         ),
         (b"labels = ", "m.toml: Invalid value (at end of document)"),
     ],

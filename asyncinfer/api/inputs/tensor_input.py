@@ -270,7 +270,7 @@ def _read_json_elements(text: bytes, description: TensorDescription, pointer: st
     try:
         array = datatypes.decode(text, spec)
         problem = "" if array.shape == shape else f"its elements are {list(array.shape)}"
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         problem = str(error)
     if problem:
         faults = json_errors.find_errors(
