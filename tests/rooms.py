@@ -63,7 +63,7 @@ INSIDE = {
         ("unserved_models",),
     ),
     "webhooks": (
-        ("addresses", "answers", "bodies", "config", "secrets_file"),
+        ("addresses", "answers", "bodies", "config", "network", "secrets_file"),
         ("figures", "resolver", "schedule", "url_rules"),
         ("door", "hosts", "posting"),
         ("sender",),

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -14,13 +14,16 @@ from asyncinfer.errors import WebhookRefused
 from asyncinfer.tls_errors import causes, tls_fault
 from asyncinfer.webhooks.addresses import Address
 from asyncinfer.webhooks.answers import TRY_SECONDS, Answer, Failure, retry_after_seconds
+from asyncinfer.webhooks.network import MeteredNetwork, SocketOptions
 from asyncinfer.webhooks.resolver import NameNotResolved, Resolver
 from asyncinfer.webhooks.url_rules import Target, UrlRules
 
 # httpcore2 is what httpx2 sends with. It is used by itself, since it follows no redirect, reads no
 # proxy from the environment, decompresses nothing, and lets us make the connections.
 
-MAX_ANSWER_BYTES: Final = 64 << 10
+_BODY_SECONDS: Final = 0.25
+"""For the body of an answer, which is read so that the connection can be used again: the webhook is
+delivered, or not, once the status has come."""
 _CONNECT_SECONDS: Final = 5.0
 """For one address, so that a second one has its turn."""
 _MAX_ADDRESSES: Final = 4
@@ -28,10 +31,6 @@ _MAX_CONNECTIONS: Final = 64
 """To all hosts: sockets beside the 900 of the API, within 1,024 open files."""
 _MAX_IDLE_CONNECTIONS: Final = 32
 _IDLE_SECONDS: Final = 5.0
-
-SocketOptions = Iterable[
-    tuple[int, int, int] | tuple[int, int, bytes | bytearray] | tuple[int, int, None, int]
-]
 
 
 class Poster:
@@ -54,7 +53,7 @@ class Poster:
             max_connections=_MAX_CONNECTIONS,
             max_keepalive_connections=_MAX_IDLE_CONNECTIONS,
             keepalive_expiry=_IDLE_SECONDS,
-            network_backend=None if proxy_url else _CheckedNetwork(rules, resolver),
+            network_backend=MeteredNetwork() if proxy_url else _CheckedNetwork(rules, resolver),
         )
 
     async def __aenter__(self) -> "Poster":
@@ -64,31 +63,51 @@ class Poster:
         await self._pool.aclose()
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Posts a body to a URL that was checked; raises nothing. Takes 15 s at most, all
-        together."""
+        """Posts a body to a URL that was checked; raises nothing. An answer comes within 15 s, all
+        together, and its status counts, whatever becomes of its body."""
+        request = _request(target, headers, body)
         began_at = time.monotonic()
         try:
             async with asyncio.timeout(self._try_seconds):
-                status, pause_seconds = await self._exchange(target, headers, body)
-                failure: Failure = ""
+                reply = await self._pool.handle_async_request(request)
         except Exception as error:
-            status, pause_seconds, failure = 0, 0.0, _failure_of(error)
-        duration_ms = round(1000 * (time.monotonic() - began_at))
-        return Answer(status, failure, duration_ms, pause_seconds)
+            return Answer(0, _failure_of(error), _ms_since(began_at))
+        duration_ms = _ms_since(began_at)
+        await _finish(reply)
+        return Answer(reply.status, "", duration_ms, _pause_seconds(reply))
 
-    async def _exchange(
-        self, target: Target, headers: Mapping[str, str], body: bytes
-    ) -> tuple[int, float]:
-        """Sends the request; returns status and Retry-After of the answer."""
-        url = httpcore2.URL(
-            scheme=target.scheme, host=target.host, port=target.port, target=target.path
-        )
-        fields = [("Host", target.authority), *headers.items()]
-        async with self._pool.stream("POST", url, headers=fields, content=body) as answer:
-            await _discard(answer)
-            by_name = {name.lower(): value for name, value in answer.headers}
-            value = by_name.get(b"retry-after", b"").decode("latin-1")
-            return answer.status, retry_after_seconds(value, time.time())
+
+def _request(target: Target, headers: Mapping[str, str], body: bytes) -> httpcore2.Request:
+    url = httpcore2.URL(
+        scheme=target.scheme, host=target.host, port=target.port, target=target.path
+    )
+    size = ("Content-Length", str(len(body)))
+    fields = [("Host", target.authority), size, *headers.items()]
+    return httpcore2.Request("POST", url, headers=fields, content=body)
+
+
+async def _finish(reply: httpcore2.Response) -> None:
+    """Reads the body if it comes at once, so that the connection can be used again; else the
+    connection is closed."""
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for _ in reply.aiter_stream():
+                pass
+    except (TimeoutError, OSError, httpcore2.NetworkError, httpcore2.ProtocolError):
+        pass
+    finally:
+        await reply.aclose()
+
+
+def _pause_seconds(reply: httpcore2.Response) -> float:
+    """The Retry-After of an answer."""
+    by_name = {name.lower(): value for name, value in reply.headers}
+    value = by_name.get(b"retry-after", b"").decode("latin-1")
+    return retry_after_seconds(value, time.time())
+
+
+def _ms_since(began_at: float) -> int:
+    return round(1000 * (time.monotonic() - began_at))
 
 
 def _proxy(url: str) -> httpcore2.Proxy:
@@ -100,16 +119,6 @@ def _proxy(url: str) -> httpcore2.Proxy:
     return httpcore2.Proxy(address, auth=(unquote(parts.username), unquote(parts.password or "")))
 
 
-async def _discard(answer: httpcore2.Response) -> None:
-    """Reads the answer's body, so that the connection can be used again; one of more than 64 KiB
-    is not read to its end."""
-    size_bytes = 0
-    async for part in answer.aiter_stream():
-        size_bytes += len(part)
-        if size_bytes > MAX_ANSWER_BYTES:
-            return
-
-
 class _CheckedNetwork(httpcore2.AsyncNetworkBackend):
     """Resolves a host, checks all its addresses, and connects to one of those: what the name means
     a moment later does not matter."""
@@ -117,7 +126,7 @@ class _CheckedNetwork(httpcore2.AsyncNetworkBackend):
     def __init__(self, rules: UrlRules, resolver: Resolver) -> None:
         self._rules = rules
         self._resolver = resolver
-        self._network = httpcore2.AnyIOBackend()
+        self._network = MeteredNetwork()
 
     async def connect_tcp(
         self,

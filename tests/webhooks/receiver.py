@@ -45,6 +45,7 @@ class Receiver:
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         self.requests: list[Received] = []
+        self.connections = 0
         self.broken = 0
         """Connections that ended with an error."""
         self.behave: Behaviour = lambda _: Reply()
@@ -98,6 +99,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     receiver: Receiver
+
+    def process_request(self, *connection: Any) -> None:
+        self.receiver.connections += 1
+        super().process_request(*connection)
 
     def handle_error(self, *_: object) -> None:
         """A client that goes away, or that trusts no certificate, is part of a test."""

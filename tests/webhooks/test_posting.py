@@ -2,6 +2,7 @@
 
 import base64
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,21 +23,31 @@ BODY = b'{"type": "job.completed"}'
 
 
 @contextmanager
-def endless_headers() -> Iterator[int]:
-    """The port of a server that sends headers and never ends them."""
+def answering(
+    head: bytes, endless: bytes = b"", tls: ssl.SSLContext | None = None
+) -> Iterator[int]:
+    """The port of a server that answers one request with bytes, then with others without end, or
+    keeps the connection open."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
             connection, _ = listener.accept()
-            with connection, suppress(OSError):
-                connection.sendall(b"HTTP/1.1 200 OK\r\n")
-                while True:
-                    connection.sendall(b"x: " + b"y" * 1000 + b"\r\n")
+            with suppress(OSError), _over_tls(connection, tls) as stream:
+                stream.recv(10_000)
+                stream.sendall(head)
+                while endless:
+                    stream.sendall(endless)
+                while stream.recv(10_000):
+                    pass
 
         thread = threading.Thread(target=answer)
         thread.start()
         yield int(listener.getsockname()[1])
         thread.join()
+
+
+def _over_tls(connection: socket.socket, tls: ssl.SSLContext | None) -> socket.socket:
+    return tls.wrap_socket(connection, server_side=True) if tls else connection
 
 
 async def posted(
@@ -180,10 +191,80 @@ async def test_only_a_part_of_a_large_answer_is_read(hook: Receiver) -> None:
     await eventually(lambda: hook.broken == 1, "the receiver cannot send the rest")
 
 
-async def test_an_answer_without_end_of_headers_is_refused() -> None:
-    with endless_headers() as port:
-        answer = await posted(f"http://localhost:{port}/", f"localhost:{port}")
-    assert (answer.status, answer.failure) == (0, "no_valid_answer")
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+ENDLESS = {
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"x: " + b"y" * 1000 + b"\r\n", 0),
+    "a header": (b"HTTP/1.1 200 OK\r\nx: ", b"y" * 1000, 0),
+    "interim answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 4000, 0),
+    "chunks": (CHUNKED, b"1\r\nx\r\n" * 20_000, 200),
+    "a size of a chunk": (CHUNKED, b"0" * 1000, 200),
+    "trailers": (CHUNKED + b"0\r\n", b"x: y\r\n" * 1000, 200),
+    "a body": (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 100_000, 200),
+}
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+@pytest.mark.parametrize("what", ENDLESS)
+async def test_an_answer_without_end_costs_little(
+    what: str, is_secure: bool, trusted: Authority
+) -> None:
+    head, endless, status = ENDLESS[what]
+    tls = trusted.server_context("localhost") if is_secure else None
+    with answering(head, endless, tls) as port:
+        url = f"{'https' if is_secure else 'http'}://localhost:{port}/"
+        began_seconds = time.thread_time()
+        answer = await posted(url, f"localhost:{port}")
+        cpu_seconds = time.thread_time() - began_seconds
+    assert (answer.status, answer.failure) == (status, "" if status else "no_valid_answer")
+    assert answer.duration_ms < 5000
+    assert cpu_seconds < 0.1
+
+
+async def test_a_byte_at_a_time_is_not_waited_for() -> None:
+    """Each read costs time, however little it brings."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+                while True:
+                    connection.sendall(b"y")
+                    time.sleep(0.001)  # so that each byte is a packet of its own
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        port = listener.getsockname()[1]
+        answered = await posted(f"http://localhost:{port}/", f"localhost:{port}")
+        thread.join()
+    assert answered.failure == "no_valid_answer"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc",
+        CHUNKED + b"1\r\nx",
+        CHUNKED + b"no size\r\n",
+    ],
+)
+async def test_the_status_counts_whatever_becomes_of_the_body(answer: bytes) -> None:
+    with answering(answer) as port:
+        url = f"http://localhost:{port}/"
+        answered = await posted(url, f"localhost:{port}", try_seconds=5.0)
+    assert (answered.status, answered.failure) == (200, "")
+    assert answered.duration_ms < 2500
+
+
+async def test_a_connection_is_used_again_after_a_short_answer(hook: Receiver) -> None:
+    hook.behave = lambda _: Reply(200, {}, b'{"ok": true}\n')
+    rules = UrlRules([hook.address])
+    async with Poster(rules, Resolver()) as poster:
+        for _ in range(20):
+            assert (await poster.post(rules.check(hook.url()), {}, BODY)).status == 200
+    assert hook.connections == 1
 
 
 async def test_failures_have_words(hook: Receiver) -> None:
