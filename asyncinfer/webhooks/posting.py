@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import ssl
 import time
 from collections.abc import Mapping
@@ -62,13 +63,21 @@ class Poster:
     async def __aexit__(self, *_: object) -> None:
         await self._pool.aclose()
 
-    async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Posts a body to a URL that was checked; raises nothing. An answer comes within 15 s, all
-        together, and its status counts, whatever becomes of its body."""
+    async def post(
+        self,
+        target: Target,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        most_seconds: float = math.inf,
+    ) -> Answer:
+        """Posts a body to a URL that was checked; raises nothing. An answer comes within
+        15 s, or `most_seconds`, all together, and its status counts, whatever becomes of its
+        body."""
         request = _request(target, headers, body)
         began_at = time.monotonic()
         try:
-            async with asyncio.timeout(self._try_seconds):
+            async with asyncio.timeout(min(self._try_seconds, most_seconds)):
                 reply = await self._pool.handle_async_request(request)
         except Exception as error:
             return Answer(0, _failure_of(error), _ms_since(began_at))

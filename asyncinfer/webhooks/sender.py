@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,14 @@ from asyncinfer.webhooks.answers import TRY_SECONDS, Answer
 from asyncinfer.webhooks.bodies import MAX_RESULT_BYTES, Bodies
 from asyncinfer.webhooks.door import WebhookDoor
 from asyncinfer.webhooks.figures import WebhookFigures
-from asyncinfer.webhooks.hosts import DRAIN_SECONDS, Held, Host, Hosts
+from asyncinfer.webhooks.hosts import (
+    DRAIN_SECONDS,
+    OVERDUE_SECONDS,
+    SHORT_TRY_SECONDS,
+    Held,
+    Hosts,
+    Trial,
+)
 from asyncinfer.webhooks.schedule import verdict
 from asyncinfer.webhooks.url_rules import Target
 
@@ -42,11 +50,6 @@ assert TRY_SECONDS < (1 - _START_SHARE) * LEASE_SECONDS
 _MAX_HELD: Final = 1000
 _MAX_TAKEN: Final = 50
 """Of one call, so that the event loop is not kept from requests for long."""
-_MAX_TRIES: Final = 40
-_MAX_UNKNOWN_TRIES: Final = 24
-"""Tries at a time, to hosts that have answered and to those that have not; each has a connection.
-So a known host never waits for one that hangs."""
-
 _IDLE_SECONDS: Final = (0.8, 1.0)
 _BUSY_SECONDS: Final = (0.08, 0.12)
 _BUSY_FOR_SECONDS: Final = 10.0
@@ -54,7 +57,6 @@ _BUSY_FOR_SECONDS: Final = 10.0
 
 _QUEUES_SECONDS: Final = (1.0, 5.0)
 """How old the list of queues may be, while there are deliveries and while there are none."""
-_NO_PLACE_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 2.0
 
 _HEADERS: Final = {
@@ -90,8 +92,6 @@ class Sender:
         self._lease_seconds = lease_seconds
         self._stack = AsyncExitStack()
         self._hosts = Hosts()
-        self._tries = asyncio.Semaphore(_MAX_TRIES)
-        self._unknown_tries = asyncio.Semaphore(_MAX_UNKNOWN_TRIES)
         self._held = 0
         self._queues: list[str] = []
         self._queues_read_at = self._busy_at = -_BUSY_FOR_SECONDS
@@ -162,6 +162,7 @@ class Sender:
             self._held += 1
             if pause_seconds := self._accept(held, group):
                 put_off.setdefault(int(pause_seconds), []).append(held)
+        self._start(group)
         for seconds, deliveries in put_off.items():
             await self._give_back(deliveries, seconds + random.uniform(0.5, 1.5 + seconds / 2))
         return True
@@ -188,14 +189,11 @@ class Sender:
         if held.target is None:
             group.start_soon(self._refuse, held)
             return 0.0
-        host = self._hosts.of(held.target.host)
-        if host is None:
-            return _NO_PLACE_SECONDS
-        if pause_seconds := self._hosts.pause_seconds(host):
-            return pause_seconds
-        self._hosts.add(host, held)
-        self._start(host, group)
-        return 0.0
+        host = self._hosts.of(held.tenant, held.target)
+        pause_seconds = self._hosts.pause_seconds(host, is_redelivered=held.is_redelivered)
+        if not pause_seconds:
+            self._hosts.add(host, held)
+        return pause_seconds
 
     async def _give_back(self, deliveries: Sequence[Held], seconds: float) -> None:
         """Gives deliveries back, to be tried in `seconds` by any process."""
@@ -210,37 +208,46 @@ class Sender:
 
     # --- trying ------------------------------------------------------------------------------
 
-    def _start(self, host: Host, group: TaskGroup) -> None:
-        """Starts as many tries as the host may have now."""
-        while not self._closing.is_set() and (held := self._hosts.next_of(host)):
-            group.start_soon(self._deliver, host, held, group)
+    def _start(self, group: TaskGroup) -> None:
+        """Starts as many tries as may run now."""
+        while not self._closing.is_set() and (trial := self._hosts.next()):
+            group.start_soon(self._deliver, trial, group)
 
-    async def _deliver(self, host: Host, held: Held, group: TaskGroup) -> None:
-        """Tries a delivery and notes the outcome, then starts the next one of the host."""
+    async def _deliver(self, trial: Trial, group: TaskGroup) -> None:
+        """Tries a delivery and notes the outcome, then starts what may be tried next."""
+        held = trial.held
         try:
-            async with self._tries if host.is_known else self._unknown_tries:
-                answer = await self._try(held) if self._is_leased(held) else None
+            answer = await self._try(trial, group) if self._is_leased(held) else None
             if answer:
-                seconds = answer.duration_ms / 1000
-                self._hosts.note(host, is_failure=answer.blames_host, seconds=seconds)
+                self._hosts.note(trial.host, answer)
                 await self._note(held, answer)
         except (RedisUnavailable, StorageFull):
             pass  # it is due again when its lease ends
         except Exception as error:
             self._log.unexpected("A webhook could not be sent.", error)
         finally:
-            self._hosts.end(host)
+            self._hosts.end(trial)
             self._held -= 1
-        if surplus := self._hosts.surplus_of(host):
-            await self._give_back(surplus, self._hosts.pause_seconds(host))
-        self._start(host, group)
+        self._go_on(trial, group)
+
+    def _is_overdue(self, trial: Trial, group: TaskGroup) -> None:
+        self._hosts.is_overdue(trial)
+        self._go_on(trial, group)
+
+    def _go_on(self, trial: Trial, group: TaskGroup) -> None:
+        """Gives back what would wait too long for the host of a try, and starts other tries."""
+        if surplus := self._hosts.surplus_of(trial.host):
+            seconds = self._hosts.pause_seconds(trial.host)
+            group.start_soon(self._give_back, surplus, seconds)
+        self._start(group)
 
     def _is_leased(self, held: Held) -> bool:
         """Whether there is time to try and to note a delivery before another process takes it."""
         return time.monotonic() - held.taken_at < _START_SHARE * self._lease_seconds
 
-    async def _try(self, held: Held) -> Answer | None:
+    async def _try(self, trial: Trial, group: TaskGroup) -> Answer | None:
         """The answer of the receiver; None if the delivery is gone."""
+        held = trial.held
         assert held.target is not None
         assert self._poster is not None
         delivery = held.delivery
@@ -250,8 +257,15 @@ class Sender:
         body = delivery.body or await self._keep_body(held)
         if body is None:
             return None
-        headers = signed_headers(keys, delivery.webhook_id, body, int(time.time()))
-        return await self._poster.post(held.target, {**_HEADERS, **headers}, body)
+        signed = signed_headers(keys, delivery.webhook_id, body, int(time.time()))
+        most_seconds = SHORT_TRY_SECONDS if trial.is_short else math.inf
+        loop = asyncio.get_running_loop()
+        overdue = loop.call_later(OVERDUE_SECONDS, self._is_overdue, trial, group)
+        try:
+            headers = {**_HEADERS, **signed}
+            return await self._poster.post(held.target, headers, body, most_seconds=most_seconds)
+        finally:
+            overdue.cancel()
 
     async def _keep_body(self, held: Held) -> bytes | None:
         """Makes the body and keeps it, so that each try sends the same; None if the delivery is

@@ -5,6 +5,8 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -344,6 +346,88 @@ async def test_a_host_that_hangs_delays_no_other(hands: QueueDriver, hook: Recei
                 release.set()
     assert len(hook.requests) == len(good)
     assert stuck
+
+
+@contextmanager
+def hanging_hosts(count: int) -> Iterator[tuple[Receiver, list[str], threading.Event]]:
+    """A receiver of so many names, its URLs, and the event after which it answers."""
+    release = threading.Event()
+    with receiver() as hanging:
+        hanging.behave = lambda _: (release.wait(300), Reply())[1]
+        hanging.names = [f"{number}.hanging.example" for number in range(count)]
+        try:
+            yield hanging, [hanging.url(host=name) for name in hanging.names], release
+        finally:
+            release.set()
+
+
+async def test_the_hosts_of_a_tenant_that_hang_delay_no_other_tenant(
+    hands: QueueDriver, hook: Receiver
+) -> None:
+    """All are new. The other tenant is told while tries to those that hang are under way."""
+    hook.names = ["good.example"]
+    url = hook.url(host="good.example")
+    with hanging_hosts(100) as (hanging, urls, release):
+        for each in urls:
+            await hands.submit_one(tenant="many", webhook=webhook(each))
+        await hands.run_all()
+        async with running_sender(
+            hands.store, hanging, hook, resolve=lambda _: ["127.0.0.1"]
+        ) as running:
+            await arrived(hanging, 12)
+            told = await hands.submit_many(20, tenant="few", webhook=webhook(url))
+            await hands.run_all()
+            await is_done(hands, *told)
+            assert running.tries() == {("delivered", "204"): 20}
+            release.set()
+
+
+@pytest.mark.soak
+async def test_many_hosts_that_hang_do_not_keep_those_of_the_same_tenant_for_long(
+    hands: QueueDriver, hook: Receiver
+) -> None:
+    hook.names = ["good.example"]
+    url = hook.url(host="good.example")
+    with hanging_hosts(100) as (hanging, urls, release):
+        for each in urls * 3:
+            await hands.submit_one(webhook=webhook(each))
+        new = await hands.submit_many(3, webhook=webhook(url))
+        await hands.run_all()
+        async with running_sender(hands.store, hanging, hook, resolve=lambda _: ["127.0.0.1"]):
+            await eventually(lambda: len(hook.requests) == 3, "a new host is told", 60)
+            await is_done(hands, *new)
+            known = await hands.submit_many(100, webhook=webhook(url))
+            await hands.run_all()
+            # It has places of its own now.
+            await eventually(lambda: len(hook.requests) == 103, "a known host is told", 5)
+            await is_done(hands, *known)
+            release.set()
+
+
+async def test_a_redelivery_is_sent_at_once_though_its_host_failed_often(
+    hands: QueueDriver, hook: Receiver
+) -> None:
+    hook.behave = lambda _: Reply(503)
+    failed = await hands.submit_many(5, webhook=webhook(hook.url()))
+    await hands.run_all()
+    async with running_sender(hands.store, hook):
+        await arrived(hook, 3)
+        await eventually(lambda: all_put_off(hands), "its host is closed")
+        hook.behave = lambda _: Reply()
+        before = len(hook.requests)
+        redelivered = await Outbox(hands.store).redeliver(
+            await hands.read(failed[0]), now_ms=hands.now_ms()
+        )
+        assert redelivered == "ok"
+        told = f"msg_{failed[0]}_1_completed"
+        # The pause of the host is 10 s.
+        await eventually(lambda: len(hook.requests) > before, "it is sent again", 5)
+        assert hook.requests[before].webhook_id == told
+        await is_done(hands, failed[0])
+
+
+def all_put_off(hands: QueueDriver) -> bool:
+    return not hands.redis.zcount(keys.outbox(Q), "-inf", hands.now_ms() + 3000)
 
 
 async def test_a_sender_that_is_closed_leaves_what_it_has_not_tried_to_others(
