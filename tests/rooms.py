@@ -63,9 +63,10 @@ INSIDE = {
         ("unserved_models",),
     ),
     "webhooks": (
-        ("addresses", "answers", "bodies", "config", "network", "secrets_file"),
+        ("addresses", "answers", "bodies", "config", "network"),
         ("figures", "resolver", "schedule", "url_rules"),
-        ("door", "hosts", "posting"),
+        ("hosts", "posting", "secrets_file"),
+        ("door",),
         ("sender",),
     ),
     "cli": (

@@ -14,11 +14,12 @@ from typing import Final
 
 from msgspec import Struct
 
-from asyncinfer.errors import SecretsFileRefused
+from asyncinfer.errors import SecretsFileRefused, WebhookRefused
 from asyncinfer.jobs import NAME_PATTERN
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.timeouts import done_within
 from asyncinfer.webhook_signatures import signing_key
+from asyncinfer.webhooks.url_rules import normal_host
 
 ANY_HOST: Final = "*"
 MAX_FILE_BYTES: Final = 4 << 20
@@ -30,7 +31,6 @@ _READ_SECONDS: Final = 5.0
 _MAX_BROKEN_LOGGED: Final = 10
 
 _TENANT = re.compile(NAME_PATTERN)
-_HOST = re.compile(r"[a-z0-9_.:-]{1,253}")
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
@@ -190,11 +190,14 @@ def _read_entry(line: bytes) -> tuple[tuple[str, str], bytes]:
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     tenant, host, secret, *_ = [*words, "", "", ""]
-    host = host.lower().strip("[]")
     if not _TENANT.fullmatch(tenant):
         raise ValueError("a tenant is up to 64 letters, digits, `_`, `.` and `-`")
-    if host != ANY_HOST and not _HOST.fullmatch(host):
-        raise ValueError("the second word must be a host without port, or `*` for all")
+    try:
+        host = host if host == ANY_HOST else normal_host(host)
+    except WebhookRefused:
+        raise ValueError(
+            "the second word must be a host that a URL may have, without port, or `*` for all"
+        ) from None
     return (tenant, host), signing_key(secret)
 
 

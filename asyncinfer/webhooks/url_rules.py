@@ -76,6 +76,15 @@ class UrlRules:
             )
 
 
+def normal_host(text: str) -> str:
+    """A host without port as targets have it: a name in lower case, or an address in its usual form
+    without brackets. Raises WebhookRefused if no URL can have it."""
+    text = text.lower()
+    if text.startswith("[") and text.endswith("]"):
+        return _host(text[1:-1], "")
+    return _host(text, "") if ":" in text else _host(None, text)
+
+
 def _parsed(url: str) -> Target:
     """The parts of a URL; raises WebhookRefused unless its form is one that every program reads in
     the same way."""

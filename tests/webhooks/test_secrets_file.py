@@ -43,6 +43,26 @@ beta [2606:4700::1111] {SECRETS[3]}
     assert secrets.keys_of("beta", "hooks.example.com") == ()
 
 
+def test_a_host_is_one_that_a_url_may_have_in_any_of_its_forms() -> None:
+    address = "2606:4700:4700::1111"
+    for form in (
+        address,
+        f"[{address}]",
+        "2606:4700:4700:0::1111",
+        "[2606:4700:4700:0:0:0:0:1111]",
+    ):
+        secrets = Secrets.parse(f"acme {form} {SECRETS[0]}\n".encode())
+        assert secrets.keys_of("acme", address) == (KEYS[0],), form
+    for wrong in (
+        *("hooks.example.com:8443", "hooks.example.com.", "hooks..example.com", "-.example.com"),
+        *("127.1", "0x7f000001", "[127.0.0.1]", "fe80::1%eth0", f"[{address}]:8443", f"[{address}"),
+        *("::g", "münchen.example", "*.example.com", "[]", "hooks.example.com/path"),
+    ):
+        secrets = Secrets.parse(f"\nacme {wrong} {SECRETS[0]}\n".encode())
+        assert [line.number for line in secrets.broken] == [2], wrong
+        assert "whsec" not in secrets.broken[0].reason
+
+
 def test_a_broken_line_is_named_by_its_number_without_its_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
