@@ -174,6 +174,48 @@ async def test_a_proxy_is_asked_for_a_tunnel_with_its_password() -> None:
     assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:p@ss") in heads[0]
 
 
+async def test_a_tunnel_of_a_proxy_reaches_the_receiver_and_is_used_again(
+    trusted: Authority,
+) -> None:
+    with receiver(trusted.server_context("localhost")) as hook, tunnel(hook.port) as port:
+        hook.behave = lambda _: Reply(200, {}, b"x" * 20_000)
+        rules = UrlRules([hook.address])
+        proxy_url = f"http://127.0.0.1:{port}"
+        async with Poster(rules, Resolver(ChangingName()), proxy_url=proxy_url) as poster:
+            for _ in range(10):
+                answer = await poster.post(rules.check(hook.url()), {}, BODY)
+                assert (answer.status, answer.failure) == (200, "")
+        assert hook.connections == 1
+
+
+@contextmanager
+def tunnel(port: int) -> Iterator[int]:
+    """The port of a proxy that connects one client with a port here."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def relay() -> None:
+            client, _ = listener.accept()
+            with client, socket.create_connection(("127.0.0.1", port)) as server:
+                assert client.recv(10_000).startswith(b"CONNECT localhost:")
+                client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+                back = threading.Thread(target=pass_on, args=(server, client))
+                back.start()
+                pass_on(client, server)
+                back.join()
+
+        thread = threading.Thread(target=relay)
+        thread.start()
+        yield int(listener.getsockname()[1])
+        thread.join()
+
+
+def pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
 async def test_a_receiver_that_hangs_is_left_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
