@@ -789,6 +789,31 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "what_a_receiver_sends_is_not_metered",
+        f"{_WEBHOOKS}/network.py",
+        "if self._left <= 0:",
+        "if self._left is None:",
+        ("tests/webhooks/test_posting.py::test_an_answer_without_end_costs_little",),
+    ),
+    Fault(
+        "a_tenant_may_have_all_places_for_webhooks",
+        f"{_WEBHOOKS}/hosts.py",
+        "return min(free_of_all, self._tenant_places - self._running[tenant])",
+        "return free_of_all",
+        (
+            "tests/webhooks/test_hosts.py::test_the_hosts_of_one_tenant_leave_places_of_each_kind_to_others",
+        ),
+    ),
+    Fault(
+        "a_redelivery_waits_for_the_pause_of_its_host",
+        f"{_WEBHOOKS}/hosts.py",
+        "is_open = host.waiting[0].is_redelivered or not self._is_closed(host)",
+        "is_open = not self._is_closed(host)",
+        (
+            "tests/webhooks/test_hosts.py::test_a_redelivery_is_tried_at_once_though_its_host_is_closed",
+        ),
+    ),
+    Fault(
         "a_setting_allows_the_metadata_of_a_cloud",
         f"{_WEBHOOKS}/url_rules.py",
         "if addresses.is_metadata(address):",
