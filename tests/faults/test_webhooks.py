@@ -186,9 +186,14 @@ def test_webhooks_survive_a_restart_of_redis(service: Hooked, hook: Receiver) ->
         client.config_set("appendfsync", "always")  # else the last second may be lost
     hook.behave = restart
     job_ids = service.submit_many(50, hook.url())
+
+    def told() -> set[str]:
+        return {request.webhook_id for request in hook.requests}
+
+    # At first nothing is left to deliver, since no job has ended.
+    eventually_sync(lambda: len(told()) >= 50, "all are told", LEASE_SECONDS + 30)
     service.wait_until_quiet(LEASE_SECONDS + 30)
-    told = {request.webhook_id for request in hook.requests}
-    assert told == {f"msg_{job_id}_1_completed" for job_id in job_ids}
+    assert told() == {f"msg_{job_id}_1_completed" for job_id in job_ids}
     bodies = {(request.webhook_id, request.body) for request in hook.requests}
     assert len(bodies) == 50
 
