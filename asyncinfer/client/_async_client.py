@@ -288,7 +288,7 @@ class AsyncClient:
         return await self._driver.run(call(self._server, method, path, query, body))
 
     async def close(self) -> None:
-        """Closes the connections; jobs go on. `async with` does so at its end."""
+        """Closes the connections, after it has ended open maps; `async with` does so at its end."""
         await self._driver.close()
 
     async def __aenter__(self) -> "AsyncClient":

@@ -212,8 +212,9 @@ class Client:
         iterable comes after the results of the rows before it. Arguments that cannot be right
         raise CannotSend at once.
 
-        Leaving early, also by Ctrl-C, cancels what has not run; `with client.map(rows) as
-        results:` does so too if the body of the loop raises. The same rows with the same `group`
+        Leaving the loop, also by an error or Ctrl-C, cancels what has not run. So do `with
+        client.map(rows) as results:` and `close()`, also while a variable has the results; reading
+        on raises ClientClosed after a `close()`. The same rows with the same `group`
         (and `batch`) within a day, or the server's MAX_TTL if that is shorter, go on where a map
         stopped, and run nothing twice.
 
@@ -550,7 +551,10 @@ class Client:
         return self._driver.run(call(self._server, method, path, query, body))
 
     def close(self) -> None:
-        """Closes the connections; jobs go on. `with Client() as client:` does so at its end."""
+        """Closes the connections, after it has ended open maps; other jobs go on.
+
+        `with Client() as client:` does so at its end.
+        """
         self._driver.close()
 
     def __enter__(self) -> "Client":

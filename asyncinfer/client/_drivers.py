@@ -1,9 +1,10 @@
 """The drivers of flows, for threads and for an event loop. The only door to httpx2."""
 
+import contextlib
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -67,6 +68,20 @@ class ResponseBody:
         return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
 
+class OpenMap(Protocol):
+    """What a client ends before its connections are closed."""
+
+    def end(self) -> None:
+        """Ends it, within seconds; raises no AsyncinferError."""
+
+
+class AsyncOpenMap(Protocol):
+    """The same in an event loop."""
+
+    async def end(self) -> None:
+        """Ends it, within seconds; raises no AsyncinferError."""
+
+
 class Driver:
     """Carries out flows over one pool of connections, from any number of threads.
 
@@ -78,8 +93,10 @@ class Driver:
         self._ca = server.ca
         self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.Client | None = None
-        self._lock = threading.Lock()
+        # The end of a map may come in between, when its iterator is collected.
+        self._lock = threading.RLock()
         self._has_answered = False
+        self.open_maps: set[OpenMap] = set()
         self.closed = False
 
     def run(self, flow: Flow[T], carry_out: Callable[[FlowRequest], FlowReply] | None = None) -> T:
@@ -117,11 +134,18 @@ class Driver:
             yield _lost(error, self._has_answered)
 
     def close(self) -> None:
-        """Closes the connections; then every request raises ClientClosed. May be called twice."""
-        self.closed = True
-        if self._http is not None:
-            self._http.close()
-            self._http = None
+        """Ends the open maps, then closes the connections; every request raises ClientClosed then.
+
+        May be called twice.
+        """
+        try:
+            for open_map in list(self.open_maps):
+                open_map.end()
+        finally:
+            self.closed = True
+            if self._http is not None:
+                self._http.close()
+                self._http = None
 
     def _carry_out(self, request: FlowRequest) -> FlowReply:
         """Sends a request, or sleeps for a pause and returns None."""
@@ -170,6 +194,10 @@ class AsyncDriver:
         self._notices = RetryNotices(server.on_wait, server.cadence)
         self._http: httpx2.AsyncClient | None = None
         self._has_answered = False
+        self.open_maps: set[AsyncOpenMap] = set()
+        self.open_streams: set[AsyncGenerator[Any, None]] = set()
+        """Those of `events` that are read. An event loop closes what is left of them in any order,
+        which fails, so that they are closed with the client."""
         self.closed = False
 
     async def run(
@@ -203,11 +231,19 @@ class AsyncDriver:
             yield _lost(error, self._has_answered)
 
     async def close(self) -> None:
-        """Closes the connections; then every request raises ClientClosed. May be called twice."""
-        self.closed = True
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        """Ends open maps and streams, then closes the connections; as `Driver.close`."""
+        try:
+            for open_map in list(self.open_maps):
+                await open_map.end()
+            for stream in list(self.open_streams):
+                # Another task may be waiting for an event, which the closed connection ends.
+                with contextlib.suppress(RuntimeError):
+                    await stream.aclose()
+        finally:
+            self.closed = True
+            if self._http is not None:
+                await self._http.aclose()
+                self._http = None
 
     async def _carry_out(self, request: FlowRequest) -> FlowReply:
         """Sends a request, or sleeps for a pause and returns None."""

@@ -110,9 +110,13 @@ async def follow_async(
 
     while not subscription.is_over:
         async with aclosing(driver.events(subscription.request())) as stream:
-            async for reply in stream:
-                if event := subscription.handle(reply):
-                    yield event
-                if subscription.is_over:
-                    return
+            driver.open_streams.add(stream)
+            try:
+                async for reply in stream:
+                    if event := subscription.handle(reply):
+                        yield event
+                    if subscription.is_over:
+                        return
+            finally:
+                driver.open_streams.discard(stream)
         await asyncio.sleep(subscription.pause_seconds)

@@ -32,8 +32,8 @@ from asyncinfer.client._map.rows import (
     without,
 )
 from asyncinfer.client._models import Model
-from asyncinfer.client._protocol import Flow
-from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._protocol import Flow, Request
+from asyncinfer.client._requests import RemoteServer, fetch, path_part
 from asyncinfer.errors import (
     AsyncinferError,
     BodyTooLarge,
@@ -58,6 +58,8 @@ the server keeps jobs for so long."""
 _UNREAD_SECONDS: Final = 3600
 """How long the jobs of any other map are kept, which nothing reads once the map has ended: the time
 that a caller may take between two results."""
+_CANCEL_SECONDS: Final = 5.0
+"""How long the server may be silent about a cancel: whoever leaves a map waits for it."""
 _QUEUE_FULL_SECONDS: Final = 600.0
 """How long a full queue is awaited."""
 _ONE_ROW_FAILURES: Final = frozenset(
@@ -157,17 +159,20 @@ def close(server: RemoteServer, wanted: MapOptions) -> Flow[AsyncinferError | No
     return None
 
 
-def cancel(server: RemoteServer, group: str) -> Flow[None]:
-    """Cancels the unfinished jobs of a map, with one retry; raises no AsyncinferError.
+def cancel(server: RemoteServer, group: str) -> Flow[bool]:
+    """Cancels the unfinished jobs of a map, with one retry; returns whether the server answered.
 
-    If it fails, the jobs go on and end by themselves.
+    Raises no AsyncinferError of the answer: if it fails, the jobs go on and end by themselves.
     """
     once = msgspec.structs.replace(server, retries=1)
+    path = f"/group/{path_part(group)}"
+    request = Request(method="DELETE", path=path, timeout_seconds=_CANCEL_SECONDS)
     try:
-        yield from operations.cancel_group(once, group)
+        yield from fetch(once, request)
     except AsyncinferError:
-        # There may be no such group yet, or no server; leaving the map must not fail.
-        return
+        return False
+    # There may be no such group yet, which is an answer too.
+    return True
 
 
 # --- a job for each row ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from asyncinfer.client._errors import SlowMapWarning, WaitTimeout
@@ -35,7 +36,7 @@ class MapRun:
         self, server: RemoteServer, wanted: MapOptions, plan: MapPlan, rows: MapRows
     ) -> None:
         self._server = server
-        self._wanted = wanted
+        self.wanted = wanted
         self._plan = plan
         self._rows = rows
         self.max_rows_per_block = plan.max_rows_per_block
@@ -53,6 +54,20 @@ class MapRun:
         self.close_error: AsyncinferError | None = None
         """Why the group could not be closed, to be raised once all results are given."""
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Closes the bar at the end of a block, whose error gets a note on how to resume."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(
+                f"Map the same rows with group={self.wanted.group!r} to go on: rows that are done "
+                "do not run again."
+            )
+            raise
+        finally:
+            self.bar.close()
+
     @property
     def is_over(self) -> bool:
         """Whether all rows were read, and all their results given."""
@@ -61,7 +76,7 @@ class MapRun:
     @property
     def wants_block(self) -> bool:
         """Whether another block may be started."""
-        room = _BLOCKS_PER_FLIGHT * self._wanted.in_flight
+        room = _BLOCKS_PER_FLIGHT * self.wanted.in_flight
         return self._has_more and self._blocks_started - self._blocks_given < room
 
     def start(self, block: RowBlock | None) -> tuple[int, Flow[list[Any]]] | None:
@@ -87,7 +102,7 @@ class MapRun:
         """Whether a map with a webhook has, with this outcome, results of all blocks so far."""
         answered = self._blocks_given + len(self._early) + 1
         is_complete = outcome.error is None and answered == self._blocks_started
-        return is_complete and self._wanted.webhook is not None
+        return is_complete and self.wanted.webhook is not None
 
     def take(self, outcome: FlowOutcome) -> Iterator[Any]:
         """Takes the outcome of a block, and yields the results whose turn it is now, maybe none.
@@ -157,7 +172,7 @@ class MapRun:
         if not isinstance(value, AsyncinferError):
             return value
         error = _error_of_row(value, row)
-        if self._wanted.on_error == "raise":
+        if self.wanted.on_error == "raise":
             raise error
         return error
 

@@ -15,9 +15,6 @@ from asyncinfer.client._wait_reasons import WaitingFor
 
 JOIN_SECONDS: Final = 10.0
 """How long flows that are stopped are awaited."""
-CANCEL_PAUSES: Final = (0.1, 0.3, 1.0, 3.0, 5.6)
-"""The seconds between cancels, until all flows have ended: a submit that was under way at the first
-cancel brings another job, whose flow would wait for it."""
 
 
 class FlowOutcome(Struct, frozen=True):
