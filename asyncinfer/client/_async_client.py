@@ -220,7 +220,7 @@ class AsyncClient:
         self,
         job_ids: Sequence[str] | None = None,
         *,
-        status: Literal["completed", "failed", "cancelled", "ended"] | None = "ended",
+        status: Literal["completed", "failed", "cancelled", "ended"] | None = None,
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,

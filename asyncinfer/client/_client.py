@@ -393,7 +393,7 @@ class Client:
         self,
         job_ids: Sequence[str] | None = None,
         *,
-        status: Literal["completed", "failed", "cancelled", "ended"] | None = "ended",
+        status: Literal["completed", "failed", "cancelled", "ended"] | None = None,
         model: str | None = None,
         group: str | None = None,
         dead: bool | None = None,
@@ -401,8 +401,9 @@ class Client:
     ) -> ClearedJobs:
         """Deletes the jobs of `job_ids`, else your ended jobs that match, with inputs and results.
 
-        Without arguments it deletes all that have ended. Returns how many, `purged`; a job of
-        `job_ids` that has not ended is among the `refused`. `tenant` is as in `jobs`.
+        Without `job_ids` at least one of `status`, `model`, `group` and `dead` is needed: else
+        InvalidQuery is raised. `status="ended"` is all that have ended. Returns how many, `purged`;
+        a job of `job_ids` that has not ended is among the `refused`. `tenant` is as in `jobs`.
 
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="docs-purge").wait()
         >>> client.purge(group="docs-purge").purged

@@ -20,6 +20,7 @@ from asyncinfer.client import (
     Client,
     ClientClosed,
     Group,
+    InvalidQuery,
     JobCancelled,
     JobFailed,
     JobFinished,
@@ -390,6 +391,19 @@ def test_jobs_are_cancelled_and_deleted_by_their_ids(client: Client) -> None:
         assert [job.job_id for job in cancelled.refused] == ["gone"]
     assert client.purge([*ids, "gone"]).purged == 2
     assert client.purge([]) == ClearedJobs(cancelled=0)
+
+
+async def test_nothing_is_done_to_all_jobs_without_a_filter(
+    client: Client, aclient: AsyncClient
+) -> None:
+    job = client.submit([SETOSA]).wait()
+    for name in ("cancel_all", "retry_all", "purge", "redeliver_webhooks"):
+        with pytest.raises(InvalidQuery, match="with at least one of"):
+            getattr(client, name)()
+        with pytest.raises(InvalidQuery, match="with at least one of"):
+            await getattr(aclient, name)()
+    assert job.refresh().status == "completed"
+    assert client.purge(status="ended").purged > 0
 
 
 def test_a_job_is_read_again_when_it_has_ended(client: Client) -> None:
