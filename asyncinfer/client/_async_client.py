@@ -142,11 +142,13 @@ class AsyncClient:
         """Returns the frame, of pandas or polars, with predictions as columns behind its own."""
         wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         known = await self._driver.run(models.cached_model(self._server, model))
-        rows = dataframes.input_rows(frame, columns, known)
-        results = [
-            result async for result in AsyncResults(self._server, self._driver, rows, wanted)
-        ]
-        return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
+        rows = dataframes.FrameRows(frame, columns, known)
+        with rows.named_errors():
+            mapped = AsyncResults(self._server, self._driver, rows.arrays, wanted)
+            results = [rows.name_columns(result) async for result in mapped]
+        returned = on_error == "return"
+        answer = options.get("answer")
+        return dataframes.with_results(frame, results, known, answer, prefix, errors=returned)
 
     async def job(self, job_id: str, *, tenant: str | None = None) -> AsyncJob:
         """Returns a job by its id, wherever it was submitted."""

@@ -207,16 +207,16 @@ class Client:
 
         An error of a row (InvalidInput, CannotSend, BodyTooLarge, JobFailed, JobCancelled) is
         raised, or given in the place of its result with `on_error="return"`; `.row` is the number
-        of the row. All other errors end the map: ModelNotFound, NoModelAnnounced, Unauthorized,
-        Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). An error of the
-        iterable comes after the results of the rows before it. Arguments that cannot be right
-        raise CannotSend at once.
+        of the row, from 0. All other errors end the map: ModelNotFound, NoModelAnnounced,
+        Unauthorized, Forbidden, ConnectionFailed, IdempotencyConflict (`group` has other rows). An
+        error of the iterable comes after the results of the rows before it. Arguments that cannot
+        be right raise CannotSend at once.
 
         Leaving the loop, also by an error or Ctrl-C, cancels what has not run. So do `with
         client.map(rows) as results:` and `close()`, also while a variable has the results; reading
-        on raises ClientClosed after a `close()`. The same rows with the same `group`
-        (and `batch`) within a day, or the server's MAX_TTL if that is shorter, go on where a map
-        stopped, and run nothing twice.
+        on raises ClientClosed after a `close()`. The same rows with the same `group` (and `batch`)
+        within a day, or the server's MAX_TTL if that is shorter, go on where a map stopped, and run
+        nothing twice.
 
         With `webhook`, as in `Group.close`, the group is closed when all rows are done, before the
         last results are given, and the server tells of it. A map that ends early, or has no rows,
@@ -249,8 +249,10 @@ class Client:
         inputs, they are the columns of their names. The names of the new columns begin with
         `prefix`: `prediction`, `class_name` and `probability` (of the predicted class) for a model
         with labels, else one column per number of an output. `on_error="return"` adds a column
-        `error`, with a message for each row that failed. The other arguments, and the errors, are
-        those of `map`; CannotSend also if a column is missing, or exists already.
+        `error`, with a message for each row that failed, which names the columns that cannot be
+        sent. If no row has a result, the model's description tells the new columns; an output whose
+        size is not fixed is one column then. The other arguments, and the errors, are those of
+        `map`; CannotSend also if a column is missing, or exists already.
 
         >>> import pandas as pd
         >>> flowers = pd.DataFrame([[5.1, 3.5, 1.4, 0.2]], columns=["sl", "sw", "pl", "pw"])
@@ -259,9 +261,13 @@ class Client:
         """
         wanted = map_options(model, batch, in_flight, progress, on_error, webhook, options)
         known = self._driver.run(models.cached_model(self._server, model))
-        rows = dataframes.input_rows(frame, columns, known)
-        results = [result for result in Results(self._server, self._driver, rows, wanted)]
-        return dataframes.with_results(frame, results, known, prefix, errors=on_error == "return")
+        rows = dataframes.FrameRows(frame, columns, known)
+        with rows.named_errors():
+            mapped = Results(self._server, self._driver, rows.arrays, wanted)
+            results = [rows.name_columns(result) for result in mapped]
+        returned = on_error == "return"
+        answer = options.get("answer")
+        return dataframes.with_results(frame, results, known, answer, prefix, errors=returned)
 
     def job(self, job_id: str, *, tenant: str | None = None) -> Job:
         """Returns a job by its id, wherever it was submitted.

@@ -20,6 +20,7 @@ from msgspec import Struct
 from asyncinfer.client._errors import CannotSend
 from asyncinfer.client._models import Model, TensorInfo
 from asyncinfer.tensors.missing_values import NONFINITE_WORDS
+from asyncinfer.untrusted.printable import printable_name
 
 if TYPE_CHECKING:
     from asyncinfer.tensors.datatypes import Array
@@ -101,7 +102,7 @@ def named_arrays(value: Any, model: Model) -> dict[str, "Array"]:
     """
     specs = {spec.name: spec for spec in model.inputs}
     if is_frame(value):
-        named = _frame_inputs(value, model)
+        named = frame_inputs(value, model)
     elif isinstance(value, Mapping):
         named = dict(value)
     else:
@@ -299,7 +300,20 @@ def _missing_value_error(is_missing: str, spec: TensorInfo) -> CannotSend:
     )
 
 
-def _frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
+def value_fault(value: Any, spec: TensorInfo) -> str:
+    """Why a single value cannot be sent to an input; empty if it can."""
+    shown = printable_name(repr(value))
+    if spec.datatype == "BYTES":
+        return "" if isinstance(value, str | bytes) else f"{shown} is no string"
+    try:
+        array = cast_to_spec(to_array([value], spec), spec)
+    except CannotSend as error:
+        return f"{shown} does not fit. {error}"
+    is_number = array.dtype.kind not in "OUS" and array.ndim == 1
+    return "" if is_number else f"{shown} is no number, and `{spec.name}` takes {spec.datatype}"
+
+
+def frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
     """An array for each input whose name is a column; else all columns as the only input.
 
     Columns of other names are left out if the model takes several inputs. Raises CannotSend if a
@@ -308,7 +322,7 @@ def _frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
     names = [spec.name for spec in model.inputs]
     columns = [str(column) for column in frame.columns]
     if len(names) == 1 and columns != names:
-        return {names[0]: frame.to_numpy()}
+        return {names[0]: _values(frame, [frame[column] for column in frame.columns])}
     missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in columns]
     if missing:
         raise CannotSend(
@@ -324,8 +338,23 @@ def _column(series: Any, rank: int | None) -> Any:
 
     Scikit-learn exports its inputs so.
     """
-    array = series.to_numpy()
+    array = _values(series, [series])
     return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array
+
+
+def _values(values: Any, series: list[Any]) -> Any:
+    """The values of a frame or a column, which has these series.
+
+    Where a whole number of polars is missing they are objects: `to_numpy` makes floats of all.
+    """
+    import numpy as np
+
+    if type(values).__module__.startswith("polars") and any(
+        each.dtype.is_integer() and each.null_count() for each in series
+    ):
+        rows = values.rows() if hasattr(values, "rows") else values.to_list()
+        return np.array(rows, dtype=object)
+    return values.to_numpy()
 
 
 def _is_float(array: "Array") -> bool:

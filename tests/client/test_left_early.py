@@ -16,7 +16,7 @@ from asyncinfer.testing import Running
 from tests.faults.harness import eventually, eventually_sync
 from tests.faults.proxy import proxied
 
-ROWS: Final = np.array([[1.0], *[[100.0]] * 63])
+ROWS: Final = np.full((64, 1), 100.0)
 """The milliseconds that each row takes."""
 SLOW: Final[dict[str, Any]] = {"model": "slow_alone", "batch": 1, "in_flight": 4, "progress": False}
 
@@ -96,7 +96,7 @@ async def test_a_client_that_is_closed_awaits_the_end_of_a_loop_that_was_left(
 def test_a_client_that_is_closed_ends_its_maps(running: Running, client: Client) -> None:
     with Client(running.url) as closed:
         both = [closed.map(ROWS, **SLOW), closed.map(ROWS, **SLOW)]
-        assert [next(results).item() for results in both] == [1.0, 1.0]
+        assert [next(results).item() for results in both] == [100.0, 100.0]
 
     for results in both:
         counts = client.group(results.group).counts
@@ -112,7 +112,7 @@ async def test_an_asynchronous_client_that_is_closed_ends_its_maps(
 ) -> None:
     async with AsyncClient(running.url) as closed:
         both = [closed.map(ROWS, **SLOW), closed.map(ROWS, **SLOW)]
-        assert [(await anext(results)).item() for results in both] == [1.0, 1.0]
+        assert [(await anext(results)).item() for results in both] == [100.0, 100.0]
 
     for results in both:
         counts = client.group(results.group).counts
@@ -191,7 +191,7 @@ import numpy as np
 from asyncinfer.client import AsyncClient, Client
 
 url, group, how = sys.argv[1:]
-rows = np.array([[1.0], *[[100.0]] * 63])
+rows = np.full((64, 1), 100.0)
 slow = dict(model="slow_alone", batch=1, in_flight=4, progress=False, group=group)
 
 def plain():

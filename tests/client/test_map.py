@@ -156,7 +156,7 @@ def test_one_bad_row_in_10000_is_an_error_of_its_own(client: Client) -> None:
     assert list(bad) == [7777]
     assert isinstance(bad[7777], InvalidInput)
     assert bad[7777].row == 7777
-    assert str(bad[7777]).startswith("Row 7777: a string, expected a number")
+    assert str(bad[7777]).startswith("Row 7777: value at 1: a string, expected")
     assert len(results) == 10_000
 
 
@@ -181,6 +181,20 @@ def test_rows_of_another_shape_and_numbers_that_do_not_fit_have_their_errors(
     arrays = np.array([SETOSA, [1e39] * 4, SETOSA])
     results = list(client.map(arrays, progress=False, on_error="return"))
     assert [type(result) for result in results] == [dict, CannotSend, dict]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 256])
+def test_the_error_of_a_row_has_one_number_that_is_counted_from_0(
+    client: Client, batch: int
+) -> None:
+    rows: list[Any] = [SETOSA] * 8
+    rows[5:7] = [SETOSA[:2], [5.1, 3.5, None, "x"]]
+    results = client.map(rows, "iris", batch=batch, progress=False, on_error="return")
+
+    short, bad = list(results)[5:7]
+    assert str(short) == "Row 5: has 2 numbers, iris takes 4"
+    assert str(bad).startswith("Row 6: value at 3: a string, expected a number")
+    assert [fault.pointer for fault in short.faults + bad.faults] == ["", "/3"]
 
 
 def test_the_first_bad_row_is_raised_when_it_is_its_turn(client: Client) -> None:
@@ -350,6 +364,71 @@ def test_a_frame_without_labels_gets_a_column_for_each_number(client: Client) ->
     found = client.map_frame(frame, model="int64", progress=False)
     assert found.columns == ["a", "b", "y_0", "y_1"]
     assert found["y_0"].dtype == pl.Int64
+
+
+def frames_of(rows: Any) -> list[Any]:
+    """A frame of pandas and one of polars, both with the columns a, b, and so on."""
+    names = list("abcdefgh"[: len(rows[0])])
+    return [pd.DataFrame(rows, columns=names), pl.DataFrame(rows, schema=names, orient="row")]
+
+
+COLUMN_CASES: Final[list[tuple[dict[str, Any], Any, Any]]] = [
+    ({"model": "iris"}, SETOSA, [1e39] * 4),
+    ({"model": "iris", "answer": "tensors"}, SETOSA, [1e39] * 4),
+    ({"model": "picky"}, [1.0], [9.0]),
+    ({"model": "doubled"}, [1.0, 2.0, 3.0], [1e39] * 3),
+    ({"model": "int64"}, [1, 2], None),
+]
+
+
+@pytest.mark.parametrize(("options", "good", "bad"), COLUMN_CASES, ids=str)
+async def test_a_frame_has_the_same_columns_without_any_result(
+    client: Client, aclient: AsyncClient, options: dict[str, Any], good: Any, bad: Any
+) -> None:
+    """Of the same types too, so that the frames of several files fit together."""
+    for frame in frames_of([good] * 2):
+        found: Any = client.map_frame(frame, progress=False, on_error="return", **options)
+        empties = [
+            client.map_frame(frame[:0], progress=False, on_error="return", **options),
+            await aclient.map_frame(frame[:0], progress=False, on_error="return", **options),
+        ]
+        for empty in empties:
+            assert list(empty.columns) == list(found.columns)
+            assert list(empty.dtypes) == list(found.dtypes)
+    for frame in frames_of([bad] * 2) if bad else []:
+        failed: Any = client.map_frame(frame, progress=False, on_error="return", **options)
+        assert list(failed.columns) == list(found.columns)
+        new = list(failed.columns)[len(good) : -1]
+        assert failed[new[0]].to_list() in ([None, None], pytest.approx([np.nan] * 2, nan_ok=True))
+
+
+@pytest.mark.parametrize("bad", ["x", [1], {"a": 1}, 1e39], ids=str)
+async def test_a_value_that_cannot_be_sent_is_an_error_of_its_row_and_column(
+    client: Client, aclient: AsyncClient, bad: Any
+) -> None:
+    frame = pd.DataFrame(iris_rows(300), columns=list("abcd")).astype(object)
+    expected = client.map_frame(frame, progress=False)["class_name"].to_list()
+    frame.iat[280, 2] = bad
+    for found in (
+        client.map_frame(frame, progress=False, on_error="return"),
+        await aclient.map_frame(frame, progress=False, on_error="return"),
+    ):
+        assert found["error"].notna().sum() == found["class_name"].isna().sum() == 1
+        good = found["class_name"].drop(280).to_list()
+        assert good == expected[:280] + expected[281:]
+        assert found["error"][280].startswith(f"Row 280: column 'c': {bad!r} ")
+    with pytest.raises(AsyncinferError, match="Row 280: column 'c': ") as raised:
+        client.map_frame(frame, progress=False)
+    assert raised.value.row == 280
+
+
+def test_a_missing_whole_number_is_an_error_of_its_row_and_column(client: Client) -> None:
+    for frame in frames_of([(1, 2), (3, None), (5, 6)]):
+        typed = frame.astype("Int64") if isinstance(frame, pd.DataFrame) else frame
+        found: Any = client.map_frame(typed, model="int64", progress=False, on_error="return")
+        first, second, third = found["error"].to_list()
+        assert "Row 1: column 'b': " in second
+        assert {str(first), str(third)} <= {"None", "nan"}
 
 
 async def test_columns_find_the_inputs_of_their_names(aclient: AsyncClient) -> None:

@@ -174,8 +174,8 @@ SLOW: Final[dict[str, Any]] = {
     "in_flight": 32,
     "progress": False,
 }
-ONE_SHORT_ROW: Final = np.array([[1.0], *[[60_000.0]] * 63])
-"""The milliseconds that each row takes: only the first ends by itself."""
+ONE_SHORT_ROW: Final = np.array([[100.0], *[[60_000.0]] * 63])
+"""The milliseconds that each row takes: only the first ends by itself, once others were sent."""
 
 
 def leave_plain(url: str) -> str:

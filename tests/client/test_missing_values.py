@@ -136,7 +136,7 @@ def test_floats_take_booleans_and_missing_values(case: str, datatype: str) -> No
 WITH_MISSING: Final[dict[str, tuple[Any, str]]] = {
     "Int64": (pd.DataFrame({"a": pd.array([5, None], dtype="Int64"), "b": [1, 2]}), "is <NA>"),
     "pandas": (pd.DataFrame({"a": [5, None]}), "is NaN"),
-    "polars": (pl.DataFrame({"a": [5, None]}), "is NaN"),
+    "polars": (pl.DataFrame({"a": [5, None]}), "is None"),
     "masked": (np.ma.masked_array([[1, 2]], [[True, False]]), "is masked"),
     "None in a list": ([[None, 1]], "is None"),
     "an array": (np.array([[NAN, 1.0]]), "is NaN"),

@@ -40,6 +40,15 @@ def test_every_link_has_an_existing_target(name: str) -> None:
         assert not anchor or anchor in Page(linked, linked.read_text()).anchors, link
 
 
+def test_no_page_installs_the_package_from_an_index_that_does_not_have_it() -> None:
+    paths = [*all_pages(), DOCS / "notebook.ipynb", REPOSITORY / "CHANGELOG.md"]
+    found = {
+        path: re.findall(r"pip install[^`\n&]* asyncinfer(?=[ `])", path.read_text())
+        for path in paths
+    }
+    assert {path for path, commands in found.items() if commands} == set()
+
+
 def targets(text: str) -> list[str]:
     """The files that a text links to, without anchors."""
     return re.findall(r"\]\((?!https?://|#)([^)#]+)", text)

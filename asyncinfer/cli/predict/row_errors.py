@@ -7,7 +7,7 @@ from asyncinfer.cli.output import counted
 from asyncinfer.client import Model
 from asyncinfer.errors import AsyncinferError, InputError, RequestError
 
-_VALUE_POINTER: Final = re.compile(r"/data/\d+/?([\d/]*)\Z")
+_VALUE_POINTER: Final = re.compile(r"(?:/data/\d+)?/?([\d/]*)\Z")
 _TENSOR_POINTER: Final = re.compile(r"/inputs/(\d+)/(datatype|shape)")
 _ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
 

@@ -31,7 +31,7 @@ from asyncinfer.client._map.rows import (
     split_in_half,
     without,
 )
-from asyncinfer.client._models import Model
+from asyncinfer.client._models import Model, TensorInfo
 from asyncinfer.client._protocol import Flow, Request
 from asyncinfer.client._requests import RemoteServer, fetch, path_part
 from asyncinfer.errors import (
@@ -366,6 +366,17 @@ def _row_of_output(plan: MapPlan, name: str, array: Any, place: int) -> Any:
     if axis is None or axis >= array.ndim or array.shape[axis] <= place:
         return array
     return array[place] if axis == 0 else array.take(place, axis=axis)
+
+
+def described_row_shape(model: Model, spec: TensorInfo) -> tuple[int, ...] | None:
+    """The shape of an output for one row, as the model's description tells it; None if it does
+    not."""
+    if spec.shape is None:
+        return None
+    axis = _row_axis(model, spec.name)
+    sizes = [size for place, size in enumerate(spec.shape) if place != axis]
+    known = tuple(size for size in sizes if isinstance(size, int))
+    return known if len(known) == len(sizes) else None
 
 
 def _row_axis(model: Model, name: str) -> int | None:

@@ -1,5 +1,6 @@
 """A map under way: which rows are sent, whose results are due, and what is said meanwhile."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from asyncinfer.client._progress import LogProgress, Progress, ProgressBar
 from asyncinfer.client._protocol import Flow
 from asyncinfer.client._requests import RemoteServer
 from asyncinfer.client._wait_reasons import Notices, Silence, WaitingFor
-from asyncinfer.errors import AsyncinferError
+from asyncinfer.errors import AsyncinferError, InputError, RequestError
 
 _BLOCKS_PER_FLIGHT: Final = 2
 """Blocks that may be under way or done out of order, for each request that may be in flight. A
@@ -23,6 +24,8 @@ slow block at the front holds up the others only so far, and only so many result
 _FEW_ROWS: Final = 64
 """So few rows are run soon enough, each alone."""
 _CLIENT: Final = "asyncinfer.client."
+_POINTER_IN_JOB: Final = re.compile(r"/data/\d+((?:/\d+)*)")
+_ROW_IN_JOB: Final = re.compile(r"\Arow \d+ (?=has )")
 
 
 class MapRun:
@@ -171,7 +174,7 @@ class MapRun:
         row, self._rows_given = self._rows_given, self._rows_given + 1
         if not isinstance(value, AsyncinferError):
             return value
-        error = _error_of_row(value, row)
+        error = _error_of_row(value, row, has_axis=self._plan.rows_are_inputs)
         if self.wanted.on_error == "raise":
             raise error
         return error
@@ -189,13 +192,35 @@ class MapRun:
             )
 
 
-def _error_of_row(error: AsyncinferError, row: int) -> AsyncinferError:
-    """A copy of an error with the row's number, since several rows may share one error."""
+def _error_of_row(error: AsyncinferError, row: int, *, has_axis: bool) -> AsyncinferError:
+    """A copy of an error with the row's number, since several rows may share one error.
+
+    Its faults have their places in the row: the number of a row in its job means nothing to a user.
+    `has_axis` says that the row is an input by itself, with rows of its own.
+    """
     copy = type(error).__new__(type(error))
     copy.__dict__.update(error.__dict__)
-    copy.args = (f"Row {row}: {error}",)
+    if isinstance(copy, RequestError) and copy.faults:
+        copy.faults = copy.faults if has_axis else tuple(map(_fault_in_row, copy.faults))
+        copy.detail = "; ".join(map(_fault_text, copy.faults))
+    copy.args = (f"Row {row}: {copy.detail}",)
     copy.row = row
     return copy
+
+
+def _fault_in_row(fault: InputError) -> InputError:
+    """A fault with its place in the row, such as /2, empty for the whole row."""
+    match = _POINTER_IN_JOB.fullmatch(fault.pointer)
+    return InputError(match[1], _ROW_IN_JOB.sub("", fault.detail)) if match else fault
+
+
+def _fault_text(fault: InputError) -> str:
+    """The detail of a fault after its place, as `value at 2: ...`."""
+    if not fault.pointer:
+        return fault.detail
+    is_value = fault.pointer[1:].replace("/", "").isdecimal()
+    place = f"value at {fault.pointer[1:]}" if is_value else fault.pointer
+    return f"{place}: {fault.detail}"
 
 
 def _callers_level() -> int:
