@@ -241,23 +241,28 @@ _EVENTS: Final = """
 import asyncio, sys
 from asyncinfer.client import AsyncClient, Client
 
+options = {"delay_seconds": 60, "group": "left-events"}
+
 def plain(url):
     with Client(url) as client:
-        events = client.submit([[5.1, 3.5, 1.4, 0.2]], delay_seconds=60).events()
+        events = client.submit([[5.1, 3.5, 1.4, 0.2]], **options).events()
         for _ in events:
             return events
 
 async def asynchronous(url):
     async with AsyncClient(url) as client:
-        events = (await client.submit([[5.1, 3.5, 1.4, 0.2]], delay_seconds=60)).events()
+        events = (await client.submit([[5.1, 3.5, 1.4, 0.2]], **options)).events()
         async for _ in events:
             return events
 """
 
 
 @pytest.mark.parametrize("call", ["plain(sys.argv[1])", "asyncio.run(asynchronous(sys.argv[1]))"])
-def test_a_script_that_leaves_events_ends_without_a_traceback(running: Running, call: str) -> None:
+def test_a_script_that_leaves_events_ends_without_a_traceback(
+    running: Running, client: Client, call: str
+) -> None:
     argv = [sys.executable, "-c", f"{_EVENTS}\nkept = {call}\n", running.url]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
 
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+    assert client.cancel_all(group="left-events").cancelled == 1
