@@ -34,6 +34,7 @@ AsyncinferError
 |   `-- InvalidSetting, ServerRefused, DataDirBusy, DefaultModelChanged, ModelRefused,
 |       ModelDirUnreadable, FileRefused, KeyFileRefused, SecretsFileRefused
 |-- WebhookNotVerified        raised to the receiver of a webhook
+|-- InvalidSecret             so too, for a wrong secret of its own; also a ValueError
 `-- NotDrained                raised to a test; also a TimeoutError
 
 `asyncinfer.client` adds what only a client can meet: ConnectionFailed, WaitTimeout and others.
@@ -493,6 +494,12 @@ class WebhookNotVerified(AsyncinferError):
     """What was received is no webhook of the sender: its signature does not match, or it is old."""
 
     code = "webhook_not_verified"
+
+
+class InvalidSecret(AsyncinferError, ValueError):
+    """What a receiver verifies webhooks with is no secret; the message does not repeat it."""
+
+    code = "invalid_secret"
 
 
 # --- raised to a test --------------------------------------------------------------------

@@ -5,12 +5,13 @@ import binascii
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.errors import WebhookNotVerified
+from asyncinfer.errors import InvalidSecret, WebhookNotVerified
 
 SECRET_PREFIX: Final = "whsec_"
 _MIN_KEY_BYTES: Final = 24
@@ -66,7 +67,7 @@ def verify_webhook(
 
     Raises `WebhookNotVerified` if a header is missing, if no signature matches, if the body is no
     JSON object, or if its time differs from now by more than `tolerance_seconds`, so that one who
-    recorded a webhook cannot send it again later; and `ValueError` for a secret that is none.
+    recorded a webhook cannot send it again later; and `InvalidSecret` for a secret that is none.
 
     >>> from asyncinfer.client import WebhookNotVerified, verify_webhook
     >>> headers = {"webhook-id": "msg_1", "webhook-timestamp": "1", "webhook-signature": "v1,YQ=="}
@@ -76,16 +77,49 @@ def verify_webhook(
     ...     print(error)
     The webhook's time differs from now by more than 300 seconds.
     """
-    secrets = [secret] if isinstance(secret, str) else secret
-    keys = [signing_key(each) for each in secrets]
-    if not keys:
-        raise ValueError("verify_webhook needs a secret")
-    body = body.encode() if isinstance(body, str) else body
+    keys = _signing_keys(secret)
+    _check_types(headers, body, tolerance_seconds)
+    body = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
     verify_signature(keys, headers, body, tolerance_seconds, now_seconds=time.time())
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WebhookNotVerified("The webhook's body is not a JSON object.") from error
+
+
+def _signing_keys(secret: object) -> list[bytes]:
+    """The keys of one secret or of several; raises InvalidSecret if there is none, or a wrong one.
+
+    The message has the place of a wrong one, and does not repeat it.
+    """
+    if isinstance(secret, str | bytes) or not isinstance(secret, Iterable):
+        secret = [secret]
+    secrets = list(secret)
+    if not secrets:
+        raise InvalidSecret("verify_webhook takes one secret or several, and got none.")
+    keys = []
+    for place, each in enumerate(secrets):
+        name = "The secret" if len(secrets) == 1 else f"The secret at place {place}"
+        if not isinstance(each, str):
+            raise InvalidSecret(f"{name} is of the type {type(each).__name__}; it is a string.")
+        try:
+            keys.append(signing_key(each))
+        except ValueError as error:
+            raise InvalidSecret(f"{name} of verify_webhook is none: {error}.") from None
+    return keys
+
+
+def _check_types(headers: object, body: object, tolerance_seconds: object) -> None:
+    """Raises WebhookNotVerified for an argument of another type than `verify_webhook` takes."""
+    for name, value, is_of_type, words in (
+        ("headers", headers, hasattr(headers, "items"), "a dict of the request's headers"),
+        ("body", body, isinstance(body, bytes | bytearray | str), "the bytes of its body"),
+        ("tolerance_seconds", tolerance_seconds, isinstance(tolerance_seconds, Real), "a number"),
+    ):
+        if not is_of_type:
+            raise WebhookNotVerified(
+                f"{name} is of the type {type(value).__name__}; verify_webhook takes {words}."
+            )
 
 
 def verify_signature(
@@ -98,7 +132,7 @@ def verify_signature(
 ) -> None:
     """Checks a webhook's headers and body at the time `now_seconds` since 1970; raises
     WebhookNotVerified as `verify_webhook`."""
-    by_name = {name.lower(): value for name, value in headers.items()}
+    by_name = {str(name).lower(): value for name, value in headers.items()}
     webhook_id = _field(by_name, "webhook-id")
     timestamp = _field(by_name, "webhook-timestamp")
     signatures = _field(by_name, "webhook-signature").split(" ")[:_MAX_SIGNATURES]
@@ -121,7 +155,8 @@ def verify_signature(
 
 
 def _field(headers: Mapping[str, str], name: str) -> str:
-    if value := headers.get(name):
+    value = headers.get(name)
+    if isinstance(value, str) and value:
         return value
     raise WebhookNotVerified(f"The webhook has no header {name}.")
 

@@ -15,6 +15,7 @@ from asyncinfer.client._answers import (
     RetriedJobs,
     ValidInput,
 )
+from asyncinfer.client._arguments import with_checked_arguments
 from asyncinfer.client._client import (
     Client,
     map_options,
@@ -41,6 +42,7 @@ from asyncinfer.schemas.requests import AuditAction
 from asyncinfer.schemas.webhook_views import WebhookHost
 
 
+@with_checked_arguments
 @with_docstrings_of(Client)
 class AsyncClient:
     """An asyncinfer server, for event loops: `Client` with methods that are awaited.

@@ -18,6 +18,7 @@ from asyncinfer.client._answers import (
     RetriedJobs,
     ValidInput,
 )
+from asyncinfer.client._arguments import with_checked_arguments
 from asyncinfer.client._drivers import Driver
 from asyncinfer.client._errors import (
     CannotSend,
@@ -45,6 +46,7 @@ from asyncinfer.schemas.webhook_views import WebhookHost
 _URL: Final = "http://127.0.0.1:8000"
 
 
+@with_checked_arguments
 class Client:
     """An asyncinfer server, for scripts, notebooks and threads.
 
@@ -71,7 +73,8 @@ class Client:
 
     One client may be used from many threads. Each method may raise ConnectionFailed,
     NotAsyncinfer, Unauthorized, Forbidden (the key lacks a scope), RedisUnavailable and
-    ClientClosed; the constructor raises WrongAddress. `AsyncinferError` is the base of all.
+    ClientClosed, and CannotSend for an argument of a wrong type; the constructor raises WrongAddress.
+    `AsyncinferError` is the base of all.
 
     Inputs are nested lists, numpy arrays or frames of pandas or polars, of the shape
     `(rows, *dims)` that the model takes, or a dict of them by name for several inputs. An array
@@ -637,9 +640,9 @@ def map_options(
     `options` are the options of each job; those that are None are left out. Raises CannotSend for
     a `batch`, an `in_flight` or an `on_error` that a map does not have.
     """
-    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
+    if batch != "auto" and (isinstance(batch, str) or batch < 1):
         raise CannotSend(f'batch={batch!r} is neither "auto" nor a number of rows of at least 1.')
-    if not isinstance(in_flight, int) or in_flight < 1:
+    if in_flight < 1:
         raise CannotSend(f"in_flight={in_flight!r} is not a number of requests of at least 1.")
     if on_error not in ("raise", "return"):
         raise CannotSend(f'on_error={on_error!r} is neither "raise" nor "return".')

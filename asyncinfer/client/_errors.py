@@ -4,10 +4,12 @@
     ├── ConnectionFailed                  also a ConnectionError: no answer, after all retries
     ├── NotAsyncinfer                     another program, or another release, answered
     ├── WaitTimeout                       also a TimeoutError: `.job_id`, `.waiting_for`
-    ├── CannotSend                        also a ValueError: the input has no form to send it in
+    ├── CannotSend                        also a ValueError: the input has no form to send it in, or
+    │                                     an argument cannot be right
     ├── WrongAddress                      also a ValueError: not a URL, an API key or a CA file
     ├── ClientClosed
     ├── WebhookNotVerified                what was received is no webhook of the sender
+    ├── InvalidSecret                     also a ValueError: no secret to verify webhooks with
     └── RequestError                      the server's answer: `.status`, `.detail`, `.job_id`
         ├── Unauthorized                  401
         ├── Forbidden                     403, the key lacks a scope
@@ -251,8 +253,10 @@ def checked_ca(path: str) -> str | None:
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except OSError as error:
-        why = "it has no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+    except (OSError, ValueError) as error:
+        # A ValueError is that of a path which is none, such as one with a null character.
+        why = error.strerror if isinstance(error, OSError) else error
+        why = "it has no certificate" if isinstance(error, ssl.SSLError) else why
         raise WrongAddress(
             f"The CA file {path!r} cannot be used: {why}. Give a PEM file: ca=, or ASYNCINFER_CA."
         ) from error

@@ -8,6 +8,7 @@ import msgspec
 
 from asyncinfer.client import _display, _events
 from asyncinfer.client._answers import ClearedJobs, GroupCounts, GroupView
+from asyncinfer.client._arguments import with_checked_arguments
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import operations
@@ -77,6 +78,7 @@ class GroupState:
         return _display.group_card(self._view)
 
 
+@with_checked_arguments
 class Group(GroupState):
     """The jobs that were submitted with one `group`; `client.group(name)` gives it.
 
@@ -167,6 +169,7 @@ class Group(GroupState):
         return _events.follow(self._driver, subscription)
 
 
+@with_checked_arguments
 @with_docstrings_of(Group)
 class AsyncGroup(GroupState):
     """A `Group` whose methods are awaited; `events()` is for `async for`."""

@@ -8,6 +8,7 @@ import msgspec
 
 from asyncinfer.client import _display, _events
 from asyncinfer.client._answers import Position
+from asyncinfer.client._arguments import with_checked_arguments
 from asyncinfer.client._docstrings import with_docstrings_of
 from asyncinfer.client._drivers import AsyncDriver, Driver
 from asyncinfer.client._flows import jobs, views, waiting
@@ -124,6 +125,7 @@ class JobState:
         return _display.job_card(self._view, _display.events_of(self.times))
 
 
+@with_checked_arguments
 class Job(JobState):
     """A job; `client.submit()` makes one, `client.job(id)` and `client.jobs()` find it again.
 
@@ -275,6 +277,7 @@ class Job(JobState):
         return _events.follow(self._driver, subscription)
 
 
+@with_checked_arguments
 @with_docstrings_of(Job)
 class AsyncJob(JobState):
     """A `Job` whose methods are awaited; `await job` itself gives its result.

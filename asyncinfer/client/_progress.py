@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
+from asyncinfer.client._arguments import with_checked_arguments
 from asyncinfer.untrusted.printable import printable_line
 
 _log: Final = logging.getLogger("asyncinfer.client")
@@ -37,6 +38,7 @@ class LogProgress:
         """Does nothing."""
 
 
+@with_checked_arguments
 class ProgressBar:
     """A bar on stderr of the rows that are done, their rate, and the time that is left.
 

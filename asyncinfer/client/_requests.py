@@ -5,12 +5,13 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer.client._errors import (
+    CannotSend,
     NotAsyncinfer,
     WaitTimeout,
     connection_failed_error,
@@ -164,13 +165,15 @@ def call(
     """The decoded JSON of a request for `path`, which is quoted already.
 
     Parameters in `query` that are None are left out; `body` is sent as JSON, None sends none.
-    Raises as `fetch_json` does.
+    Raises CannotSend, and as `fetch_json` does.
     """
+    if not (path.startswith("/") and path.isprintable() and method.isalpha() and method.isascii()):
+        raise CannotSend(f"{method} {path} is no request; give one such as GET /models/iris.")
     request = Request(
         method=method,
         path=path + query_text(query),
         headers={} if body is None else {"content-type": "application/json"},
-        body=None if body is None else msgspec.json.encode(body),
+        body=None if body is None else _json(body),
     )
     return (yield from fetch_json(server, request))
 
@@ -194,7 +197,23 @@ def path_part(name: str) -> str:
     # One dot or two would be read as a step in the path, also when they are quoted.
     if name in (".", ".."):
         raise InvalidInput(f"{name!r} is no name of a job, a model or a group.")
-    return quote(name, safe="")
+    return _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    """A text as a part of a URL; raises InvalidInput if it is no Unicode."""
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{text!r} has half a character, which no name has.") from None
+
+
+def _json(body: Any) -> bytes:
+    """The JSON of a body; raises CannotSend."""
+    try:
+        return msgspec.json.encode(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CannotSend(f"The body cannot be sent as JSON: {error}.") from error
 
 
 def wait_before_retry(
@@ -226,7 +245,8 @@ def backoff_seconds(attempt: int) -> float:
 def query_text(query: Mapping[str, Any]) -> str:
     """The query of a URL with its question mark, without None values; "" for no parameters."""
     values = {name: _query_value(value) for name, value in query.items() if value is not None}
-    return f"?{urlencode(values)}" if values else ""
+    texts = [f"{_quoted(name)}={_quoted(value)}" for name, value in values.items()]
+    return f"?{'&'.join(texts)}" if texts else ""
 
 
 def _query_value(value: Any) -> str:

@@ -174,9 +174,9 @@ def retry_jobs(
     if ids is None:
         pages = yield from _pages(server, "POST", "/jobs/retry", query, RetriedJobs)
     else:
-        pages = []
-        for start in range(0, len(ids), _PAGE_SIZE):
-            body = {"job_ids": list(ids[start : start + _PAGE_SIZE])}
+        pages, listed = [], list(map(str, ids))
+        for start in range(0, len(listed), _PAGE_SIZE):
+            body = {"job_ids": listed[start : start + _PAGE_SIZE]}
             tenant = {"tenant": query["tenant"]}
             answer = yield from call(server, "POST", "/jobs/retry", tenant, body)
             pages.append(convert(server, answer, RetriedJobs))

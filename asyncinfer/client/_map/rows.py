@@ -132,7 +132,10 @@ def open_rows(rows: Any) -> ArrayRows | IteratedRows:
         import numpy as np
 
         # asanyarray keeps the masks of masked arrays.
-        return ArrayRows({name: np.asanyarray(values) for name, values in rows.items()})
+        arrays = {name: np.asanyarray(values) for name, values in rows.items()}
+        if single := [name for name, array in arrays.items() if array.ndim == 0]:
+            raise CannotSend(f"{single[0]!r} of the rows is a single value; give one for each row.")
+        return ArrayRows(arrays)
     if hasattr(rows, "dtype") and getattr(rows, "ndim", 0) > 0:
         return ArrayRows(rows)
     if is_frame(rows):
