@@ -5,7 +5,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from asyncinfer.client import _display
 from asyncinfer.client._models import TensorInfo
+from asyncinfer.client._tables import audit_row
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.schemas.operations import AuditEntry
 
@@ -91,6 +93,11 @@ class AuditLog(Struct, frozen=True, kw_only=True):
 
     entries: tuple[AuditEntry, ...]
     unreadable: int = 0
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        rows = list(map(audit_row, self.entries))
+        return _display.table_card("Audit log", rows, {"unreadable": self.unreadable or ""})
 
 
 class Health(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):

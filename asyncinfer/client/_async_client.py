@@ -29,12 +29,13 @@ from asyncinfer.client._flows import jobs, models, operations, submitting
 from asyncinfer.client._flows.submitting import JobOptions, MapJobOptions
 from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import AsyncGroup
-from asyncinfer.client._jobs import AsyncJob
+from asyncinfer.client._jobs import AsyncJob, job_row
 from asyncinfer.client._map import dataframes
 from asyncinfer.client._map.jobs import OnError
 from asyncinfer.client._map.results import AsyncResults
-from asyncinfer.client._models import Catalog, Model
+from asyncinfer.client._models import Catalog, Model, model_row
 from asyncinfer.client._requests import call
+from asyncinfer.client._tables import Table, host_row, queue_row, worker_row
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
@@ -169,11 +170,12 @@ class AsyncClient:
         """Returns at most `limit` jobs of your own that match, newest first."""
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         views = await self._driver.run(jobs.list_jobs(self._server, limit, query))
-        return [self._job(view) for view in views]
+        return Table("Jobs", map(self._job, views), job_row)
 
     async def models(self) -> list[Model]:
         """Returns the models that workers serve."""
-        return list((await self.catalog()).models)
+        models = (await self.catalog()).models
+        return Table("Models", models, model_row)
 
     async def catalog(self) -> Catalog:
         """Returns the models that workers serve, the names of those that load, and problems."""
@@ -248,15 +250,18 @@ class AsyncClient:
 
     async def queues(self) -> list[Queue]:
         """Returns what waits and runs, and how fast, for each model."""
-        return await self._driver.run(operations.queues(self._server))
+        queues = await self._driver.run(operations.queues(self._server))
+        return Table("Queues", queues, queue_row)
 
     async def workers(self) -> list[Worker]:
         """Returns the living workers."""
-        return await self._driver.run(operations.workers(self._server))
+        workers = await self._driver.run(operations.workers(self._server))
+        return Table("Workers", workers, worker_row)
 
     async def webhooks(self, *, tenant: str | None = None) -> list[WebhookHost]:
         """Returns the hosts that your webhooks go to, those that fail most first."""
-        return await self._driver.run(operations.webhooks(self._server, tenant))
+        hosts = await self._driver.run(operations.webhooks(self._server, tenant))
+        return Table("Webhooks", hosts, host_row)
 
     async def redeliver_webhooks(
         self,

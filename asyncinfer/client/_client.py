@@ -31,12 +31,13 @@ from asyncinfer.client._flows import jobs, models, operations, submitting
 from asyncinfer.client._flows.submitting import JobOptions, MapJobOptions
 from asyncinfer.client._flows.views import View
 from asyncinfer.client._groups import Group
-from asyncinfer.client._jobs import Job
+from asyncinfer.client._jobs import Job, job_row
 from asyncinfer.client._map import dataframes
 from asyncinfer.client._map.jobs import MapOptions, OnError
 from asyncinfer.client._map.results import Results
-from asyncinfer.client._models import Catalog, Model
+from asyncinfer.client._models import Catalog, Model, model_row
 from asyncinfer.client._requests import RemoteServer, call
+from asyncinfer.client._tables import Table, host_row, queue_row, worker_row
 from asyncinfer.client._wait_reasons import CADENCE, Cadence
 from asyncinfer.jobs import Status
 from asyncinfer.schemas.operations import Queue, Worker
@@ -73,8 +74,8 @@ class Client:
 
     One client may be used from many threads. Each method may raise ConnectionFailed,
     NotAsyncinfer, Unauthorized, Forbidden (the key lacks a scope), RedisUnavailable and
-    ClientClosed, and CannotSend for an argument of a wrong type; the constructor raises WrongAddress.
-    `AsyncinferError` is the base of all.
+    ClientClosed, and CannotSend for an argument of a wrong type; the constructor raises
+    WrongAddress. `AsyncinferError` is the base of all.
 
     Inputs are nested lists, numpy arrays or frames of pandas or polars, of the shape
     `(rows, *dims)` that the model takes, or a dict of them by name for several inputs. An array
@@ -306,7 +307,7 @@ class Client:
         """
         query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
         views = self._driver.run(jobs.list_jobs(self._server, limit, query))
-        return [self._job(view) for view in views]
+        return Table("Jobs", map(self._job, views), job_row)
 
     def models(self) -> list[Model]:
         """Returns the models that workers serve; `catalog` has those that are not served too.
@@ -314,7 +315,8 @@ class Client:
         >>> [model.model for model in client.models() if model.default]
         ['iris']
         """
-        return list(self.catalog().models)
+        models = self.catalog().models
+        return Table("Models", models, model_row)
 
     def catalog(self) -> Catalog:
         """Returns the models that workers serve, the names of those that load, and problems.
@@ -467,7 +469,8 @@ class Client:
         >>> [queue.paused for queue in client.queues() if queue.model == "iris"]
         [False]
         """
-        return self._driver.run(operations.queues(self._server))
+        queues = self._driver.run(operations.queues(self._server))
+        return Table("Queues", queues, queue_row)
 
     def workers(self) -> list[Worker]:
         """Returns the living workers; needs the scope `admin`.
@@ -482,7 +485,8 @@ class Client:
         >>> client.workers()[0].state
         'ready'
         """
-        return self._driver.run(operations.workers(self._server))
+        workers = self._driver.run(operations.workers(self._server))
+        return Table("Workers", workers, worker_row)
 
     def webhooks(self, *, tenant: str | None = None) -> list[WebhookHost]:
         """Returns the hosts that your webhooks go to, those that fail most first.
@@ -494,7 +498,8 @@ class Client:
         >>> [host.host for host in client.webhooks() if host.host == "hook.example"]
         []
         """
-        return self._driver.run(operations.webhooks(self._server, tenant))
+        hosts = self._driver.run(operations.webhooks(self._server, tenant))
+        return Table("Webhooks", hosts, host_row)
 
     def redeliver_webhooks(
         self,

@@ -1,4 +1,4 @@
-"""HTML cards of jobs, models and groups for notebooks; every value is escaped.
+"""HTML cards of jobs, models, groups and lists for notebooks; every value is escaped.
 
 Colours come from the page (`currentColor`, transparency), so that light and dark themes both do.
 """
@@ -27,6 +27,9 @@ _COLOURS: Final = {
     "cancelled": "rgba(220,150,30,.4)",
 }
 _MAX_CHARACTERS: Final = 400
+_MAX_CELL_CHARACTERS: Final = 80
+_MAX_LINES: Final = 50
+_CELL: Final = "text-align:left;vertical-align:top;padding:.1em .6em .1em 0"
 _DOES_AFTER: Final = defaultdict(lambda: "waited", {"claimed": "prepared", "running": "ran"})
 """What a job does after an event."""
 _ENDS_SO: Final = {"worker_lost": "lost", "handed_back": "handed back"}
@@ -94,6 +97,46 @@ def group_card(view: Mapping[str, Any]) -> str:
         "failed": ", ".join(view.get("first_failed", ())),
     }
     return _card("Group", view["group"], _bar(float(view.get("progress", 0))), rows)
+
+
+def table_card(
+    kind: str, rows: Sequence[Mapping[str, Any]], below: Mapping[str, Any] | None = None
+) -> str:
+    """The HTML of a card with a table: a line for each of `rows`, which have the same names.
+
+    A column without any value is left out, and so are lines beyond the first 50. `below` are rows
+    under the table, as those of other cards.
+    """
+    shown = rows[:_MAX_LINES]
+    names = [name for name in (shown[0] if shown else ()) if any(_has(row[name]) for row in shown)]
+    head = "".join(
+        f'<th style="{_CELL};{_QUIET};font-weight:normal">{escape(n)}</th>' for n in names
+    )
+    lines = "".join(
+        '<tr style="background:none">'
+        + "".join(f'<td style="{_CELL}">{_cell(row[name])}</td>' for name in names)
+        + "</tr>"
+        for row in shown
+    )
+    left_out = len(rows) - len(shown)
+    more = f'<div style="{_QUIET}">{left_out:,} more</div>' if left_out else ""
+    table = (
+        f'<table style="margin:.3em 0 0;border:none"><tr style="background:none">{head}</tr>'
+        f"{lines}</table>{more}"
+    )
+    return _card(kind, f"{len(rows):,}", table if rows else "", below or {})
+
+
+def _has(value: Any) -> bool:
+    """Whether a cell has a value to show."""
+    return value is not None and value != ""
+
+
+def _cell(value: Any) -> str:
+    """A value as HTML, empty for None; numbers with separators, texts cut at 80 characters."""
+    text = f"{value:,}" if isinstance(value, int) else str(value) if _has(value) else ""
+    is_long = len(text) > _MAX_CELL_CHARACTERS
+    return escape(f"{text[:_MAX_CELL_CHARACTERS]} …" if is_long else text)
 
 
 def _card(kind: str, name: str, badge: str, rows: Mapping[str, Any], picture: str = "") -> str:
@@ -183,11 +226,11 @@ def _picture(events: Sequence[TimelineEvent]) -> str:
 
 def _span_text(span: _Span) -> str:
     """What a span is and how long, such as `ran 12 ms (w-f0fd4a)`."""
-    text = f"{_SPAN_TEXTS.get(span.what, span.what)} {_duration(span.seconds)}"
+    text = f"{_SPAN_TEXTS.get(span.what, span.what)} {duration(span.seconds)}"
     return _shorten(f"{text} ({span.details})" if span.details else text)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A number of seconds with a fitting unit."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"

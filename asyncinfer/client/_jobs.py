@@ -15,6 +15,7 @@ from asyncinfer.client._flows import jobs, views, waiting
 from asyncinfer.client._flows.views import JobView, View
 from asyncinfer.client._protocol import Event
 from asyncinfer.client._requests import RemoteServer
+from asyncinfer.client._tables import time_text
 from asyncinfer.client._timeline import Timeline
 from asyncinfer.client._wait_reasons import WaitingFor
 from asyncinfer.jobs import JobError, WebhookEvent
@@ -123,6 +124,21 @@ class JobState:
         if timeline and (timeline.status, timeline.round) == (job.status, job.round or 1):
             return _display.job_card(self._view, timeline.events)
         return _display.job_card(self._view, _display.events_of(self.times))
+
+
+def job_row(job: JobState) -> dict[str, Any]:
+    """The row of a job in a table."""
+    times = job.times
+    return {
+        "job": job.id,
+        "status": job.status,
+        "model": job.model,
+        "group": job.group,
+        "tenant": job.tenant,
+        "created": time_text(times.get("created")),
+        "finished": time_text(times.get("finished")),
+        "error": job.error and job.error.code,
+    }
 
 
 @with_checked_arguments

@@ -1,12 +1,14 @@
 """Models as a server describes them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from asyncinfer.client import _display
+
+_MAX_EXAMPLE_CHARACTERS: Final = 120
 
 
 class TensorInfo(Struct, frozen=True):
@@ -123,6 +125,11 @@ class Model(Struct, frozen=True, kw_only=True):
             tensor["name"]: _nested(tensor["data"], tensor["shape"]) for tensor in body["inputs"]
         }
 
+    def __repr__(self) -> str:
+        """All fields; a long example is cut."""
+        shown = _shortened(self.shown_example)
+        return Struct.__repr__(msgspec.structs.replace(self, shown_example=shown))
+
     def _repr_html_(self) -> str:
         """The card that a notebook shows."""
         workers = f"{self.workers or 'no'} worker{'s' * (self.workers > 1)}"
@@ -148,6 +155,44 @@ class Catalog(Struct, frozen=True, kw_only=True):
     def all_problems(self) -> tuple[ModelProblem, ...]:
         """These problems, and then those of the models that are served."""
         return sum((model.problems for model in self.models), self.problems)
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        problems = [
+            f"{problem.model}{f' version {problem.version}' if problem.version else ''}: "
+            f"{problem.reason}"
+            for problem in self.problems
+        ]
+        below = {"loading": ", ".join(self.loading), "problems": "; ".join(problems)}
+        return _display.table_card("Models", list(map(model_row, self.models)), below)
+
+
+def model_row(model: Model) -> dict[str, Any]:
+    """The row of a model in a table."""
+    return {
+        "model": model.model,
+        "version": model.version,
+        "inputs": "; ".join(map(_tensor_text, model.inputs)),
+        "labels": ", ".join(model.labels),
+        "batches": "yes" if model.batched else "no",
+        "workers": model.workers,
+        "state": ", ".join(
+            word
+            for word, holds in (
+                ("default", model.default),
+                ("paused", model.paused),
+                ("problems", model.problems),
+            )
+            if holds
+        ),
+    }
+
+
+def _shortened(example: Any) -> Any:
+    """An example as it is shown among the fields of a model; the beginning of a long one."""
+    if example is None or len(text := repr(example)) <= _MAX_EXAMPLE_CHARACTERS:
+        return example
+    return f"{text[:_MAX_EXAMPLE_CHARACTERS]} …"
 
 
 def _card_rows(model: Model) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import re
 from typing import Any, Final
 
+import msgspec
 import pytest
 
-from asyncinfer.client import Client, Model, Timeline, TimelineEvent
-from asyncinfer.client._display import group_card, job_card
-from asyncinfer.client._models import TensorInfo
+from asyncinfer.client import AsyncClient, Catalog, Client, Model, Timeline, TimelineEvent
+from asyncinfer.client._display import group_card, job_card, table_card
+from asyncinfer.client._models import TensorInfo, model_row
 
 EVIL: Final = "<script>alert(1)</script>\"'&"
 
@@ -42,11 +43,62 @@ MODEL: Final = Model(
 )
 
 
-@pytest.mark.parametrize("card", [job_card(JOB), group_card(GROUP), MODEL._repr_html_()])
+@pytest.mark.parametrize(
+    "card",
+    [
+        job_card(JOB),
+        group_card(GROUP),
+        MODEL._repr_html_(),
+        Catalog(models=(MODEL,), loading=(EVIL,))._repr_html_(),
+        table_card(EVIL, [{EVIL: EVIL}]),
+    ],
+)
 def test_every_value_of_a_server_is_escaped(card: str) -> None:
     assert "<script" not in card
     assert "&lt;script&gt;" in card
     assert all(word not in card for word in ("src=", "href=", "url(", "@import"))
+
+
+async def test_a_notebook_shows_lists_as_tables(client: Client, aclient: AsyncClient) -> None:
+    hook = {"url": "https://hook.invalid/"}
+    job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group="listed", webhook=hook).wait()
+    client.pause("iris")
+    client.resume("iris")
+    calls: list[tuple[str, dict[str, Any], set[str]]] = [
+        ("models", {}, {"iris", "default", "FP32 [batch, 4]", "setosa, versicolor"}),
+        ("catalog", {}, {"iris", "default", "FP32 [batch, 4]", "setosa, versicolor"}),
+        ("queues", {}, {"iris", "waiting", "jobs/s"}),
+        ("workers", {}, {"ready", "busy", "loaded"}),
+        ("webhooks", {}, {"hook.invalid", "pending"}),
+        ("audit", {"limit": 2}, {"pause", "resume", "model iris", "done"}),
+        ("jobs", {"group": "listed"}, {job.id, "completed", "listed"}),
+    ]
+    for name, options, words in calls:
+        for listed in (
+            getattr(client, name)(**options),
+            await getattr(aclient, name)(**options),
+        ):
+            card = listed._repr_html_()
+            assert {word for word in words if word not in card} == set()
+            assert card.count("<table") == card.count("</table>") <= 2
+    assert client.models() == list(client.models())
+    assert client.jobs(group="nothing")._repr_html_().count("<tr") == 0  # type: ignore[attr-defined]
+
+
+def test_a_table_is_short_however_long_its_list_is() -> None:
+    card = table_card("Models", [model_row(MODEL)] * 1000)
+    assert "950 more" in card
+    long = table_card("Jobs", [{"job": "x" * 10_000, "error": None}])
+    assert len(long) < 1500
+    assert "error" not in long
+
+
+def test_a_model_is_printed_with_the_beginning_of_a_long_example() -> None:
+    large = msgspec.structs.replace(MODEL, shown_example={"data": [[0.0] * 512]})
+    assert "shown_example=\"{'data': [[0.0, 0.0, " in repr(large)
+    assert len(repr(large)) - len(repr(MODEL)) < 200
+    assert large.example() == [[0.0] * 512]
+    assert f"shown_example={MODEL.shown_example!r}" in repr(MODEL)
 
 
 def test_the_card_of_a_waiting_job_shows_where_it_is() -> None:
