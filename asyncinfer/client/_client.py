@@ -62,7 +62,8 @@ class Client:
         api_key: An API key; else ASYNCINFER_API_KEY.
         timeout: How long `predict`, `Job.result` and `Job.wait` wait, in seconds.
         retries: How often a request is sent again if the server is away or its queue is full;
-            5 last about a minute.
+            5 last about a minute. Until it has answered once, a connection that cannot be made is
+            raised at once.
         total_timeout: The seconds after which this client gives up: nothing is awaited or sent
             again then, and WaitTimeout is raised.
         wait_for_models: Wait for a model that a worker is loading, whatever `retries` says.

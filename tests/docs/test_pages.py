@@ -1,5 +1,6 @@
 """All pages: the README is short, every page is in the index, and links and figures are right."""
 
+import inspect
 import re
 from typing import Final
 
@@ -68,6 +69,12 @@ def test_the_table_of_commands_has_all_commands() -> None:
 def test_the_table_of_exit_codes_is_that_of_the_help() -> None:
     rows = page("command-line.md").section("Output").rows()
     assert rows[1:] == [[str(code), meaning] for code, meaning in EXIT_CODES.items()]
+
+
+def test_the_table_of_client_arguments_has_all_arguments() -> None:
+    named = [row[0].split("`")[1] for row in page("client.md").section("Connect").rows()[1:]]
+    for kind in (client.Client, client.AsyncClient):
+        assert set(inspect.signature(kind).parameters) == set(named)
 
 
 def test_the_table_of_client_errors_has_all_errors() -> None:
