@@ -97,6 +97,9 @@ class Driver:
         self._lock = threading.RLock()
         self._has_answered = False
         self.open_maps: set[OpenMap] = set()
+        self.open_streams: set[Generator[Any, None, None]] = set()
+        """Those of `events` that are read. At the exit of the interpreter one that is left over may
+        close its connection when much is gone already, so that they are closed before."""
         self.closed = False
 
     def run(self, flow: Flow[T], carry_out: Callable[[FlowRequest], FlowReply] | None = None) -> T:
@@ -141,6 +144,8 @@ class Driver:
         try:
             for open_map in list(self.open_maps):
                 open_map.end()
+            for stream in list(self.open_streams):
+                close_stream(stream)
         finally:
             self.closed = True
             if self._http is not None:
@@ -183,6 +188,12 @@ class Driver:
 
                 self._http = httpx2.Client(**_settings(self._url, self._ca))
             return self._http
+
+
+def close_stream(stream: Generator[Any, None, None]) -> None:
+    """Closes the stream of `Driver.events`, unless another thread waits for an event."""
+    with contextlib.suppress(ValueError):
+        stream.close()
 
 
 class AsyncDriver:

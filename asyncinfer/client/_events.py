@@ -1,14 +1,16 @@
 """Streams of events: followed, and resumed at the last event after a cut."""
 
+import atexit
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
 from asyncinfer import jobs
-from asyncinfer.client._drivers import AsyncDriver, Driver
+from asyncinfer.client._drivers import AsyncDriver, Driver, close_stream
 from asyncinfer.client._errors import (
     connection_failed_error,
     error_of_response,
@@ -94,11 +96,18 @@ def follow(driver: Driver, subscription: EventSubscription) -> Iterator[Event]:
     """
     while not subscription.is_over:
         with closing(driver.events(subscription.request())) as stream:
-            for reply in stream:
-                if event := subscription.handle(reply):
-                    yield event
-                if subscription.is_over:
-                    return
+            close_at_exit = partial(close_stream, stream)
+            atexit.register(close_at_exit)
+            driver.open_streams.add(stream)
+            try:
+                for reply in stream:
+                    if event := subscription.handle(reply):
+                        yield event
+                    if subscription.is_over:
+                        return
+            finally:
+                driver.open_streams.discard(stream)
+                atexit.unregister(close_at_exit)
         time.sleep(subscription.pause_seconds)
 
 

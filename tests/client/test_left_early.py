@@ -249,6 +249,11 @@ def plain(url):
         for _ in events:
             return events
 
+def never_closed(url):
+    events = Client(url).submit([[5.1, 3.5, 1.4, 0.2]], **options).events()
+    for _ in events:
+        return events
+
 async def asynchronous(url):
     async with AsyncClient(url) as client:
         events = (await client.submit([[5.1, 3.5, 1.4, 0.2]], **options)).events()
@@ -257,7 +262,10 @@ async def asynchronous(url):
 """
 
 
-@pytest.mark.parametrize("call", ["plain(sys.argv[1])", "asyncio.run(asynchronous(sys.argv[1]))"])
+@pytest.mark.parametrize(
+    "call",
+    ["plain(sys.argv[1])", "never_closed(sys.argv[1])", "asyncio.run(asynchronous(sys.argv[1]))"],
+)
 def test_a_script_that_leaves_events_ends_without_a_traceback(
     running: Running, client: Client, call: str
 ) -> None:
