@@ -11,6 +11,7 @@ import click
 
 from asyncinfer import __version__
 from asyncinfer.cli.exit_codes import EXIT_CANNOT_START, EXIT_CODES, EXIT_INTERRUPTED, say_error
+from asyncinfer.errors import AsyncinferError
 
 NAME: Final = "asyncinfer"
 COMPLETE_VARIABLE: Final = "_ASYNCINFER_COMPLETE"
@@ -151,10 +152,11 @@ def parse_and_run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         say_error(_one_line(error))
         return EXIT_CANNOT_START
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, AsyncinferError) as error:
         # A file's name may be any bytes, but a request to a server is text.
+        is_encoding = any(isinstance(each, UnicodeEncodeError) for each in (error, error.__cause__))
         invalid = [word for word in arguments if not _is_text(word)]
-        if not invalid:
+        if not (is_encoding and invalid):
             raise
         say_error(f"{invalid[0]!r} is not valid UTF-8, so no job or model has this name.")
         return EXIT_CANNOT_START

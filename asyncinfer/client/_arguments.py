@@ -6,12 +6,13 @@ import os
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from asyncinfer.client._errors import CannotSend
 from asyncinfer.untrusted.printable import printable_name
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 _SECRETS: Final = frozenset({"api_key"})
 """Arguments that no message shows."""
 
@@ -22,12 +23,12 @@ def with_checked_arguments(kind: type[_T]) -> type[_T]:
     """
     for name, method in list(vars(kind).items()):
         if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
-            setattr(kind, name, _checked(method))
+            setattr(kind, name, checks_arguments(method))
     return kind
 
 
-def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method with a check before it, which an asynchronous one makes when it is awaited."""
+def checks_arguments(method: _F) -> _F:
+    """The method with that check before it, which an asynchronous one makes when it is awaited."""
 
     @functools.cache
     def hints() -> tuple[list[str], dict[str, Any]]:
@@ -46,14 +47,14 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
             check(values, named)
             return await method(*values, **named)
 
-        return checked_async
+        return cast(_F, checked_async)
 
     @functools.wraps(method)
     def checked(*values: Any, **named: Any) -> Any:
         check(values, named)
         return method(*values, **named)
 
-    return checked
+    return cast(_F, checked)
 
 
 def _positional_names(method: Callable[..., Any]) -> list[str]:
@@ -89,8 +90,8 @@ def _is_of(value: Any, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, Integral) or _is_numpy(value)
     if hint in (int, float):
-        is_number = isinstance(value, Integral if hint is int else Real)
-        return is_number and not isinstance(value, bool) and value == value  # NaN is none.
+        # NaN is not equal to itself, and no time that one can wait.
+        return isinstance(value, Integral if hint is int else Real) and value == value
     return origin in _UNCHECKED or not isinstance(origin, type) or isinstance(value, origin)
 
 

@@ -477,7 +477,8 @@ class Client:
         """Returns the living workers; needs the scope `admin`.
 
         - `worker` (its name), `state` ("starting", "ready", "draining" or "hung"), `host`, `pid`.
-        - `slots` and `busy` (batches that it can run, and runs), `jobs_done` (numbers by status).
+        - `slots` and `busy` (batches that it can run, and runs), `isolating` (it runs one job alone
+          now), `jobs_done` (numbers by status).
         - `started_at`, `uptime_seconds`, `heard_seconds` (the age of all this).
         - `models` (names), `versions` (SHA-256 by model and version), `served` (version by model),
           `loaded` ("model/version" in memory), `problems` (reasons by model and version).

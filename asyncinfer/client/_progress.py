@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
-from asyncinfer.client._arguments import with_checked_arguments
+from asyncinfer.client._arguments import checks_arguments
 from asyncinfer.untrusted.printable import printable_line
 
 _log: Final = logging.getLogger("asyncinfer.client")
@@ -38,7 +38,6 @@ class LogProgress:
         """Does nothing."""
 
 
-@with_checked_arguments
 class ProgressBar:
     """A bar on stderr of the rows that are done, their rate, and the time that is left.
 
@@ -51,6 +50,7 @@ class ProgressBar:
     are more arguments of tqdm: with `leave=False` the bar disappears when it is closed.
     """
 
+    @checks_arguments
     def __init__(self, total: int | None, title: str = "", **look: Any) -> None:
         with warnings.catch_warnings():
             # A notebook without widgets gets a bar of text, and tqdm warns of that.

@@ -204,8 +204,8 @@ def _quoted(text: str) -> str:
     """A text as a part of a URL; raises InvalidInput if it is no Unicode."""
     try:
         return quote(text, safe="")
-    except UnicodeEncodeError:
-        raise InvalidInput(f"{text!r} has half a character, which no name has.") from None
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{text!r} has half a character, which no name has.") from error
 
 
 def _json(body: Any) -> bytes:

@@ -50,7 +50,7 @@ def worker_row(worker: Worker) -> dict[str, Any]:
     done = worker.jobs_done
     return {
         "worker": worker.worker,
-        "state": worker.state,
+        "state": f"{worker.state}, isolating" if worker.isolating else worker.state,
         "host": worker.host,
         "busy": f"{'?' if worker.busy is None else worker.busy} of {worker.slots}",
         "completed": done and done.completed,
