@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
 from asyncinfer.client import (
@@ -118,12 +119,15 @@ def test_an_argument_that_cannot_be_right_is_an_error_of_the_client(
     assert isinstance(refused.value, ValueError | InvalidInput)
 
 
+NUMBERS: Final[list[tuple[Any, int]]] = [(np.float32, 60), (np.int64, 1)]
+
+
 def test_numbers_of_numpy_and_lists_of_any_kind_are_taken(client: Client) -> None:
-    numpy = pytest.importorskip("numpy")
-    job = client.submit(SETOSA, finish_within_seconds=numpy.float32(60), ttl_seconds=60)
-    assert job.wait(numpy.int64(20)).status == "completed"
-    assert client.jobs(limit=numpy.int64(1), dead=False)
-    forms: list[Any] = [{job.id}, (job.id,), numpy.array([job.id])]
+    minute, one = (kind(number) for kind, number in NUMBERS)
+    job = client.submit(SETOSA, finish_within_seconds=minute, ttl_seconds=60)
+    assert job.wait(minute).status == "completed"
+    assert client.jobs(limit=one, dead=False)
+    forms: list[Any] = [{job.id}, (job.id,), np.array([job.id])]
     for ids in forms:
         assert client.retry_all(ids).refused[0].job_id == job.id
 
