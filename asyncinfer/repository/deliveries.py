@@ -19,6 +19,10 @@ MAX_ATTEMPTS: Final = 20
 MAX_BODY_BYTES: Final = 64 << 10
 """Of a kept body. A larger one was written by another program, and is made anew."""
 
+MAX_DONE_BODY_BYTES: Final = 8 << 10
+"""Of a body that is kept with a delivery that is done, to be sent again: without a result none is
+larger."""
+
 _OWN_BYTES: Final = 2048
 """Reserved for what a body says besides metadata and result, and for the state."""
 
@@ -74,6 +78,8 @@ class DeliveryState(Struct, frozen=True, array_like=True):
     """None for a delivery to come."""
     restarted_ms: int = 0
     """When it was started anew, by the clock of the API; 0 for never."""
+    ended_ms: int = 0
+    """When the round ended that it tells of; 0 if that is not known."""
 
 
 class Member(Struct, frozen=True):
@@ -117,8 +123,10 @@ _NO_STATE: Final = DeliveryState()
 
 
 def read_state(stored: bytes | None) -> DeliveryState:
-    """The state in packed bytes; that of a delivery without a try if they are missing, empty or
-    corrupt."""
+    """The state in packed bytes; that of a delivery without a try if they are missing, corrupt, or
+    only digits, which say when its round ended."""
+    if stored and stored.isdigit():
+        return DeliveryState(ended_ms=decoding.whole_number(stored) or 0)
     return (stored and _read_state(stored)) or _NO_STATE
 
 

@@ -10,6 +10,7 @@ from asyncinfer.jobs import TERMINAL, id_bytes
 from asyncinfer.repository import keys
 from asyncinfer.repository.deliveries import (
     MAX_BODY_BYTES,
+    MAX_DONE_BODY_BYTES,
     Attempt,
     DeliveryState,
     Member,
@@ -28,7 +29,8 @@ from asyncinfer.repository.stored_jobs import StoredJob, parse_job, queue_of
 
 _QUEUES_PER_CALL: Final = 32
 _MAX_DELIVERIES_PER_CALL: Final = 200
-_MAX_UNDELIVERED: Final = 10_000
+MAX_UNDELIVERED: Final = 10_000
+"""Deliveries that were given up, and are kept to be sent again, in a queue."""
 _MAX_TRIES: Final = 5
 """Of a note or a restart, whose delivery may change between reading and writing it."""
 
@@ -50,6 +52,8 @@ class Delivery(Struct, frozen=True):
     until_ms: int
     """When the lease ends, by the server's clock."""
     packed_state: bytes
+    is_retried: bool = False
+    """Whether the job is kept in a later round; False if there is a body."""
 
     @property
     def job_id(self) -> str:
@@ -97,8 +101,9 @@ class JobWebhook(Struct, frozen=True):
 class Outbox:
     """The deliveries of all queues."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, max_undelivered: int = MAX_UNDELIVERED) -> None:
         self._store = store
+        self._max_undelivered = max_undelivered
 
     # --- what a sender does ------------------------------------------------------------------
 
@@ -147,10 +152,7 @@ class Outbox:
         """The deliveries with their jobs, where there is no body."""
         ids = list({delivery.job_id for delivery in taken if delivery.body is None})
         jobs = await _read_ended(self._store, ids, max_result_bytes)
-        return [
-            msgspec.structs.replace(delivery, job=_job_of(delivery, jobs.get(delivery.job_id)))
-            for delivery in taken
-        ]
+        return [_with_job(delivery, jobs.get(delivery.job_id)) for delivery in taken]
 
     async def keep_body(
         self, delivery: Delivery, body: bytes, shorter: bytes = b""
@@ -213,7 +215,8 @@ class Outbox:
     async def _call_note(self, queue: str, args: Sequence[Any]) -> list[Any]:
         header = {
             "failed_ttl_seconds": self._store.policy.failed_ttl_seconds,
-            "max_undelivered": _MAX_UNDELIVERED,
+            "max_undelivered": self._max_undelivered,
+            "max_body_bytes": MAX_DONE_BODY_BYTES,
         }
         return list(await self._store.call(script("note"), [queue], [encode_args(header), *args]))
 
@@ -334,11 +337,14 @@ def _parse_delivery(
     return Delivery(queue.decode(), parsed, where, read_state(packed), kept, None, until_ms, packed)
 
 
-def _job_of(delivery: Delivery, job: StoredJob | None) -> StoredJob | None:
-    """The job if it is still as this delivery tells."""
-    if delivery.body is not None or job is None or job.status != delivery.event:
-        return None
-    return job if job.round == delivery.round else None
+def _with_job(delivery: Delivery, job: StoredJob | None) -> Delivery:
+    """The delivery with its job, if that is still as it tells."""
+    if delivery.body is not None or job is None:
+        return delivery
+    is_as_told = (job.round, job.status) == (delivery.round, delivery.event)
+    return msgspec.structs.replace(
+        delivery, job=job if is_as_told else None, is_retried=job.round > delivery.round
+    )
 
 
 async def _read_ended(

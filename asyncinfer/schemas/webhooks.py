@@ -9,11 +9,22 @@ from asyncinfer.schemas.responses import Job
 
 
 class ExpiredJob(Struct, frozen=True):
-    """What is left to tell of a job that was deleted before its webhook was first tried."""
+    """What is left to tell of a job that is not kept any more."""
 
     job_id: str
     status: str
+    """How it ended."""
     expired: bool = True
+
+
+class RetriedJob(Struct, frozen=True):
+    """What is left to tell of a round of a job that has begun a later one."""
+
+    job_id: str
+    status: str
+    """How the round ended."""
+    round: int
+    retried: bool = True
 
 
 class WebhookEvent(Struct, frozen=True, kw_only=True):
@@ -30,12 +41,22 @@ class WebhookEvent(Struct, frozen=True, kw_only=True):
 
 
 class ExpiredEvent(Struct, frozen=True, kw_only=True):
-    """The body of a webhook of a job that was deleted."""
+    """The body of a webhook of a job that is not kept any more."""
 
     type: str
     timestamp: datetime
-    """When it was first tried."""
+    """When it ended."""
     data: ExpiredJob
+    metadata: dict[str, Any]
+
+
+class RetriedEvent(Struct, frozen=True, kw_only=True):
+    """The body of a webhook of a job that was retried before the webhook was first tried."""
+
+    type: str
+    timestamp: datetime
+    """When the round ended."""
+    data: RetriedJob
     metadata: dict[str, Any]
 
 
@@ -67,5 +88,5 @@ class GroupEvent(Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any]
 
 
-JOB_EVENTS: Final = (WebhookEvent, ExpiredEvent)
+JOB_EVENTS: Final = (WebhookEvent, ExpiredEvent, RetriedEvent)
 """The bodies of webhooks of jobs."""

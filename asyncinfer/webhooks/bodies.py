@@ -12,7 +12,13 @@ from asyncinfer.repository.deliveries import MAX_BODY_BYTES
 from asyncinfer.repository.outbox import Delivery
 from asyncinfer.repository.stored_jobs import StoredJob
 from asyncinfer.schemas.responses import Job
-from asyncinfer.schemas.webhooks import ExpiredEvent, ExpiredJob, WebhookEvent
+from asyncinfer.schemas.webhooks import (
+    ExpiredEvent,
+    ExpiredJob,
+    RetriedEvent,
+    RetriedJob,
+    WebhookEvent,
+)
 
 MAX_RESULT_BYTES: Final = 20 << 10
 """The largest result that is inside; of a larger one its URL is."""
@@ -31,38 +37,42 @@ class Bodies:
 
     def of(self, delivery: Delivery, now_ms: int) -> tuple[bytes, bytes]:
         """The body for a delivery, and a shorter one for where that has no room: without the
-        result. A job that is gone has only its id and status, and the time `now_ms`."""
+        result. Of a job that is gone or was retried only little is told. `now_ms` is the time of
+        an end whose own is not known."""
+        at = _at(delivery.state.ended_ms or now_ms)
         if delivery.job is None:
-            body = self._expired(delivery, now_ms)
+            body = self._brief(delivery, at)
             return body, body
         view = self._view(delivery.job)
-        shorter = self._told(delivery, msgspec.structs.replace(view, result=UNSET), now_ms)
+        shorter = self._told(delivery, msgspec.structs.replace(view, result=UNSET), at)
         if len(shorter) > MAX_BODY_BYTES:
-            shorter = self._expired(delivery, now_ms)
+            shorter = self._brief(delivery, at)
         # The result of a completed job is none if it was too large to be read.
         is_inside = view.status != "completed" or 0 < _size(view.result) <= MAX_RESULT_BYTES
-        body = self._told(delivery, view, now_ms) if is_inside else shorter
+        body = self._told(delivery, view, at) if is_inside else shorter
         return (body if len(body) <= MAX_BODY_BYTES else shorter), shorter
 
-    def _told(self, delivery: Delivery, view: Job, now_ms: int) -> bytes:
+    def _told(self, delivery: Delivery, view: Job, at: datetime) -> bytes:
         has_result_elsewhere = view.result is UNSET and view.status == "completed"
         event = WebhookEvent(
             type=f"job.{delivery.event}",
-            timestamp=view.finished_at if isinstance(view.finished_at, datetime) else _at(now_ms),
+            timestamp=view.finished_at if isinstance(view.finished_at, datetime) else at,
             data=view,
             result_url=self._result_url(view.job_id) if has_result_elsewhere else UNSET,
             metadata=delivery.target.metadata,
         )
         return _encode(event)
 
-    def _expired(self, delivery: Delivery, now_ms: int) -> bytes:
-        event = ExpiredEvent(
-            type=f"job.{delivery.event}",
-            timestamp=_at(now_ms),
-            data=ExpiredJob(delivery.job_id, delivery.event),
-            metadata=delivery.target.metadata,
-        )
-        return _encode(event)
+    def _brief(self, delivery: Delivery, at: datetime) -> bytes:
+        job_id, status, metadata = delivery.job_id, delivery.event, delivery.target.metadata
+        event_type = f"job.{status}"
+        if delivery.is_retried:
+            retried = RetriedJob(job_id, status, delivery.round)
+            return _encode(
+                RetriedEvent(type=event_type, timestamp=at, data=retried, metadata=metadata)
+            )
+        expired = ExpiredJob(job_id, status)
+        return _encode(ExpiredEvent(type=event_type, timestamp=at, data=expired, metadata=metadata))
 
     def _result_url(self, job_id: str) -> str:
         return f"{self._public_url}/job/{quote(job_id, safe='')}/result"

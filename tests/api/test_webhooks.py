@@ -289,6 +289,21 @@ async def test_hosts_that_fail_come_first_and_what_was_given_up_is_sent_again(
     assert hands.redis.zcard(keys.undelivered(Q)) == 0
 
 
+async def test_a_job_that_is_deleted_is_told_of_no_more(
+    api: httpx2.AsyncClient, store: Store, manual_worker: ManualWorker
+) -> None:
+    to_come, given_up = await submit(api), await submit(api)
+    await manual_worker.complete()
+    await try_all(store, 503, "given_up")
+    assert (await api.post(f"/job/{to_come}/webhook/redeliver")).status_code == 202
+    (host,) = (await api.get("/webhooks")).json()["hosts"]
+    assert (host["pending"], host["given_up"]) == (1, 1)
+    for job_id in (to_come, given_up):
+        await api.delete(f"/job/{job_id}", params={"purge": "true"})
+    assert (await api.get("/webhooks")).json()["hosts"] == []
+    assert await Outbox(store).take(await store.queues(), 100, 1000) == []
+
+
 async def test_what_cannot_be_read_is_left_out_of_the_hosts(
     api: httpx2.AsyncClient, hands: QueueDriver, manual_worker: ManualWorker
 ) -> None:

@@ -3,9 +3,9 @@
 
 local EVENT_BITS = { completed = 1, failed = 2, cancelled = 4 }
 
--- Puts the ends of jobs with a webhook, at least one, into the outbox, due at once; gives back what
--- is reserved for an end of which the webhook does not want to hear. `ends` are those of `end_jobs`,
--- whose statuses are stored already.
+-- Puts the ends of jobs with a webhook, at least one, into the outbox, due at once, with the time of
+-- the end; gives back what is reserved for an end of which the webhook does not want to hear. `ends`
+-- are those of `end_jobs`, whose statuses are stored already.
 local function end_webhooks(q, ends, failed_ttl_seconds)
   local now, due = now_ms(), {}
   for _, ended in ipairs(ends) do
@@ -14,7 +14,8 @@ local function end_webhooks(q, ends, failed_ttl_seconds)
     local bit = EVENT_BITS[ended.status]
     if ended.facts[WEBHOOK_EVENTS] % (2 * bit) >= bit then
       due[#due + 1], due[#due + 2] = now, name .. '_' .. ended.status
-      redis.pcall('HSETNX', q['webhook:' .. ended.id], ('%d_'):format(round) .. ended.status, '')
+      local field = ('%d_'):format(round) .. ended.status
+      redis.pcall('HSETNX', q['webhook:' .. ended.id], field, ('%d'):format(now))
     else
       release_webhook(q, name)
       settle_webhook(q, ended.id, failed_ttl_seconds)

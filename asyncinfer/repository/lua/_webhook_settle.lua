@@ -3,6 +3,8 @@
 
 -- The most rounds of a job whose deliveries are remembered once they are done.
 local MAX_DONE_DELIVERIES = 16
+-- Of these, how many, the newest, keep their body, if they have one.
+local MAX_DONE_BODIES = 4
 
 -- Lets what is kept of a job's webhook expire with the job if it has no delivery to come, and
 -- deletes it if there is nothing to show. What was given up is kept for `failed_ttl_seconds` at
@@ -10,7 +12,8 @@ local MAX_DONE_DELIVERIES = 16
 local function settle_webhook(q, id, failed_ttl_seconds)
   local key = q['webhook:' .. id]
   local open, done, is_given_up = deliveries_of(q, id)
-  for i = 1, #done - MAX_DONE_DELIVERIES do redis.call('HDEL', key, done[i], 'body:' .. done[i]) end
+  for i = 1, #done - MAX_DONE_BODIES do redis.call('HDEL', key, 'body:' .. done[i]) end
+  for i = 1, #done - MAX_DONE_DELIVERIES do redis.call('HDEL', key, done[i]) end
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if #open > 0 or status == 'pending' or status == 'processing' then return end
   local ttl_ms = math.max(

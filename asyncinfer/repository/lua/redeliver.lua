@@ -2,7 +2,7 @@
 -- redeliver: starts the tries of deliveries anew.
 -- KEYS    1 the queue
 -- ARGV    1 {max_webhooks, max_webhook_bytes}; then per delivery: member of the outbox, the bytes to
---         reserve, the state that the caller has read, the new state
+--         reserve at least, the state that the caller has read, the new state
 -- Returns per delivery "ok" | "absent" | "webhooks_full" | {"changed", the state that Redis has}
 -- Order   the room before the writes; a delivery that is open has its room, and is due at once
 -- Retry   a second call finds the new state and does the same
@@ -15,6 +15,8 @@ local function redeliver(member, bytes, expected, state)
   local delivery, verdict = delivery_to_change(q, member, expected, state)
   if not delivery then return verdict end
   if not redis.call('ZSCORE', q.outbox, member) then
+    local kept = redis.call('HMGET', delivery.key, 'target', 'body:' .. delivery.field)
+    bytes = math.max(bytes, #kept[1] + #(kept[2] or ''))
     if not take_webhook_room(webhook_room(q, args), bytes) then return 'webhooks_full' end
     reserve_webhook(q, delivery.round, bytes)
   end
