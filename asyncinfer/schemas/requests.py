@@ -195,6 +195,7 @@ TenantQuery: TypeAlias = (
 )
 
 
+_Cursor: TypeAlias = Annotated[str, Meta(description="The `cursor` of the previous page.")] | None
 _ModelFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this model.")] | None
 _GroupFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this group.")] | None
 
@@ -228,7 +229,7 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[
         int, Meta(ge=1, le=1000, description="The largest number of jobs in the answer.")
     ] = 100
-    cursor: Annotated[str, Meta(description="The `cursor` of the previous page.")] | None = None
+    cursor: _Cursor = None
     tenant: TenantQuery = None
 
 
@@ -248,7 +249,7 @@ class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[
         int, Meta(ge=1, le=1000, description="The largest number of entries in the answer.")
     ] = 100
-    cursor: Annotated[str, Meta(description="The `cursor` of the previous page.")] | None = None
+    cursor: _Cursor = None
 
 
 class CancelJobQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -273,16 +274,18 @@ class RedeliverJobQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WebhooksQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    cursor: _Cursor = None
     tenant: TenantQuery = None
 
 
 class RedeliverQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """Which deliveries start anew, of those that were given up or whose last try failed; one field
-    besides `tenant` is needed."""
+    besides `cursor` and `tenant` is needed."""
 
     host: Annotated[str, Meta(description="Only those to this host, as listed.")] | None = None
     model: _ModelFilter = None
     given_up: Annotated[bool, Meta(description="Only those that were given up.")] = False
+    cursor: _Cursor = None
     tenant: TenantQuery = None
 
 

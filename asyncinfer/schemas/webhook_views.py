@@ -73,13 +73,15 @@ class WebhookHost(Struct, frozen=True, kw_only=True):
     next_at: Annotated[datetime | None, Meta(description="When the first one to come is due.")]
 
 
+_CURSOR = "The `cursor` of the next page; null on the last page."
+
+
 class WebhookList(Struct, frozen=True):
-    """The hosts that webhooks go to, those with most failures first."""
+    """A page of the hosts that webhooks go to, those with most failures first; one that has more
+    deliveries is on a later page, too."""
 
     hosts: list[WebhookHost]
-    more: Annotated[
-        bool, Meta(description="Only 10,000 deliveries were looked at, or 1,000 hosts are shown.")
-    ]
+    cursor: Annotated[str | None, Meta(description=_CURSOR)]
 
 
 class RedeliverResult(Struct, frozen=True):
@@ -87,4 +89,6 @@ class RedeliverResult(Struct, frozen=True):
 
     redelivered: int
     refused: Annotated[int, Meta(description="For which there was no room (MAX_WEBHOOKS).")]
-    more: Annotated[bool, Meta(description="Some may be left: send the request again.")]
+    cursor: Annotated[
+        str | None, Meta(description="Send the request again with it; null: none are left.")
+    ]

@@ -13,8 +13,15 @@ import numpy as np
 import pytest
 
 from asyncinfer.api.config import ApiConfig
+from asyncinfer.client import AsyncClient
 from asyncinfer.repository import keys
-from asyncinfer.repository.deliveries import Attempt, Outcome
+from asyncinfer.repository.deliveries import (
+    Attempt,
+    DeliveryState,
+    Outcome,
+    Target,
+    pack_state,
+)
 from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -259,7 +266,7 @@ async def test_a_tenant_sees_its_own_webhooks_and_an_operator_no_part_of_a_url_t
         assert [(one["host"], one["pending"]) for one in of_bob] == [(HOST, 1)]
         assert_problem(await bob.get("/webhooks", params={"tenant": "*"}), 403, "forbidden")
         sent = await bob.post("/webhooks/redeliver", params={"host": HOST})
-        assert sent.json() == {"redelivered": 1, "refused": 0, "more": False}
+        assert sent.json() == {"redelivered": 1, "refused": 0, "cursor": None}
         (entry,) = (await ops.get("/audit", params={"action": "redeliver"})).json()["entries"]
         assert (entry["tenant"], entry["jobs"], entry["outcome"]) == ("bob", 1, "done")
         assert entry["filter"] == {"tenant": "bob", "host": HOST}
@@ -284,7 +291,7 @@ async def test_hosts_that_fail_come_first_and_what_was_given_up_is_sent_again(
     assert other.json()["redelivered"] == 0
     hands.redis.delete(*hands.redis.keys(f"job:{lost}:*"))
     sent = await api.post("/webhooks/redeliver", params={"given_up": "true"})
-    assert sent.json() == {"redelivered": 1, "refused": 0, "more": False}
+    assert sent.json() == {"redelivered": 1, "refused": 0, "cursor": None}
     assert f"{lost}_1_completed".encode() in hands.redis.zrange(keys.outbox(Q), 0, -1)
     assert hands.redis.zcard(keys.undelivered(Q)) == 0
 
@@ -302,6 +309,42 @@ async def test_a_job_that_is_deleted_is_told_of_no_more(
         await api.delete(f"/job/{job_id}", params={"purge": "true"})
     assert (await api.get("/webhooks")).json()["hosts"] == []
     assert await Outbox(store).take(await store.queues(), 100, 1000) == []
+
+
+async def test_a_tenant_finds_its_webhooks_behind_those_of_others(
+    port: int, hands: QueueDriver
+) -> None:
+    """One page is of 10,000 deliveries, whoever has them."""
+    add_failing(hands, "https://dead.example/", "alice", 10_500)
+    add_failing(hands, f"https://{HOST}/", "bob", 3)
+    async with AsyncClient(f"http://127.0.0.1:{port}", api_key="bob") as bob:
+        (host,) = await bob.webhooks()
+        assert (host.host, host.pending, host.failing) == (HOST, 3, 3)
+        assert (await bob.redeliver_webhooks(host=HOST)).redelivered == 3
+    async with client_of(port, **{"x-api-key": "bob"}) as bob_of_http:
+        first = (await bob_of_http.get("/webhooks")).json()
+        assert first["cursor"]
+        for cursor in ("x", "a" * 5000):
+            refused = await bob_of_http.get("/webhooks", params={"cursor": cursor})
+            assert_problem(refused, 400, "invalid_query")
+
+
+ADD_FAILING = """
+for number = 1, tonumber(ARGV[4]) do
+  local id = ARGV[2] .. '-' .. number
+  redis.call('HSET', KEYS[1] .. id, 'target', ARGV[1], '1_failed', ARGV[3])
+  redis.call('ZADD', KEYS[2], ARGV[5], id .. '_1_failed')
+  redis.call('HSET', KEYS[3], id .. '_1', 1)
+end
+"""
+
+
+def add_failing(hands: QueueDriver, url: str, tenant: str, count: int) -> None:
+    """Adds deliveries whose first try has failed; the next one is due in an hour."""
+    target, state = Target(url, tenant).text, pack_state(DeliveryState(tries=1))
+    names = keys.webhook(Q, ""), keys.outbox(Q), keys.webhooks(Q)
+    due_ms = hands.now_ms() + 3_600_000
+    hands.redis.eval(ADD_FAILING, 3, *names, target, tenant, state, count, due_ms)
 
 
 async def test_what_cannot_be_read_is_left_out_of_the_hosts(

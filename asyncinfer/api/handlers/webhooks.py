@@ -98,18 +98,21 @@ async def redeliver_group_webhook(services: Services, request: Request[NoQuery])
 
 
 async def list_webhooks(services: Services, request: Request[WebhooksQuery]) -> Reply:
-    """The hosts that the caller's webhooks go to, those with most failures first."""
+    """The hosts that the caller's webhooks go to, those with most failures first, in pages.
+
+    Raises InvalidQuery for what is no cursor, and RedisUnavailable.
+    """
     async with audited(services, request, "list", {}):
-        found = await services.webhook_inspection.hosts(request.reach.tenant)
-    return json_reply(200, WebhookList([_host(one) for one in found.hosts], found.has_more))
+        found = await services.webhook_inspection.hosts(request.reach.tenant, request.query.cursor)
+    return json_reply(200, WebhookList([_host(one) for one in found.hosts], found.cursor))
 
 
 async def redeliver_webhooks(services: Services, request: Request[RedeliverQuery]) -> Reply:
     """Starts many deliveries anew: those that a filter selects of the ones that were given up, or
     whose last try failed.
 
-    Replies with how many, and whether the filter may have more. Raises InvalidQuery without a
-    filter, and RedisUnavailable.
+    Replies with how many, and a cursor while there may be others. Raises InvalidQuery without a
+    filter or for what is no cursor, and RedisUnavailable.
     """
     query = request.query
     if not (query.host or query.model or query.given_up):
@@ -124,14 +127,11 @@ async def redeliver_webhooks(services: Services, request: Request[RedeliverQuery
         only_given_up=query.given_up,
     )
     async with audited(services, request, "redeliver", criteria, of_many=True) as audit:
-        found = await services.webhook_inspection.deliveries(
-            wanted, MAX_JOBS_PER_CALL, only_failing=True
-        )
+        found = await services.webhook_inspection.failing(wanted, MAX_JOBS_PER_CALL, query.cursor)
         verdicts = await _redeliver_all(services, found.deliveries)
         audit.count = verdicts.count("ok")
     refused = verdicts.count("webhooks_full")
-    has_more = found.has_more or "changed" in verdicts
-    return json_reply(200, RedeliverResult(audit.count, refused, has_more))
+    return json_reply(200, RedeliverResult(audit.count, refused, found.cursor))
 
 
 async def _redeliver_all(services: Services, found: Iterable[FoundDelivery]) -> list[str]:

@@ -1,7 +1,10 @@
 """Groups, and the operation of the service."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, Final
+
+import msgspec
 
 from asyncinfer.client._answers import (
     AuditLog,
@@ -24,8 +27,9 @@ from asyncinfer.schemas.operations import (
 from asyncinfer.schemas.webhook_views import GroupWebhook, RedeliverResult, WebhookHost, WebhookList
 
 _PAGE_SIZE: Final = 1000
-_MAX_REDELIVERIES: Final = 100
-"""Requests that start many deliveries of webhooks anew."""
+_MAX_PAGES: Final = 1000
+"""Of webhooks, each of some 10,000 deliveries."""
+_NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 
 def group(server: RemoteServer, name: str) -> Flow[dict[str, Any]]:
@@ -97,22 +101,46 @@ def audit(server: RemoteServer, limit: int, query: Mapping[str, Any]) -> Flow[Au
 
 def webhooks(server: RemoteServer, tenant: str | None) -> Flow[list[WebhookHost]]:
     """The hosts that webhooks go to, those with most failures first."""
-    return convert(server, (yield from get(server, "/webhooks", tenant=tenant)), WebhookList).hosts
+    hosts: dict[str, WebhookHost] = {}
+    cursor: str | None = None
+    for _ in range(_MAX_PAGES):
+        answer = yield from get(server, "/webhooks", tenant=tenant, cursor=cursor)
+        page = convert(server, answer, WebhookList)
+        for one in page.hosts:
+            hosts[one.host] = _sum_up(hosts[one.host], one) if one.host in hosts else one
+        cursor = page.cursor
+        if not cursor:
+            break
+    return sorted(
+        hosts.values(), key=lambda one: (-one.failing - one.given_up, -one.pending, one.host)
+    )
+
+
+def _sum_up(first: WebhookHost, second: WebhookHost) -> WebhookHost:
+    """A host of which two pages each have a part of the deliveries."""
+    last = max((first, second), key=lambda one: one.last_at or _NEVER)
+    nexts = [one.next_at for one in (first, second) if one.next_at]
+    return msgspec.structs.replace(
+        last,
+        pending=first.pending + second.pending,
+        failing=first.failing + second.failing,
+        given_up=first.given_up + second.given_up,
+        next_at=min(nexts, default=None),
+    )
 
 
 def redeliver_webhooks(server: RemoteServer, query: Mapping[str, Any]) -> Flow[RedeliveredWebhooks]:
-    """Starts the deliveries that match the query anew, 1,000 a request.
-
-    Ends when a request has started none, or after so many that one which fails at once is not
-    started again and again.
-    """
+    """Starts the deliveries that match the query anew, some 1,000 a request: one pass through all,
+    so that one which fails at once is not started again and again."""
     redelivered = refused = 0
-    for _ in range(_MAX_REDELIVERIES):
-        answer = yield from call(server, "POST", "/webhooks/redeliver", query)
+    cursor: str | None = None
+    for _ in range(_MAX_PAGES):
+        answer = yield from call(server, "POST", "/webhooks/redeliver", {**query, "cursor": cursor})
         page = convert(server, answer, RedeliverResult)
         redelivered += page.redelivered
-        refused = page.refused
-        if not (page.more and page.redelivered):
+        refused += page.refused
+        cursor = page.cursor
+        if not cursor:
             break
     return RedeliveredWebhooks(redelivered=redelivered, refused=refused)
 

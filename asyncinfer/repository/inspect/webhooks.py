@@ -17,11 +17,12 @@ from asyncinfer.repository.deliveries import (
     read_state,
     read_target,
 )
+from asyncinfer.repository.inspect.cursors import encode_cursor, parse_cursor
 from asyncinfer.repository.store import Store
 from asyncinfer.untrusted import decoding
 
 _PAGE_SIZE: Final = 200
-MAX_LOOKS: Final = 10_000
+_MAX_LOOKS: Final = 10_000
 """How many deliveries a call looks at, of all queues together."""
 
 _MAX_HOSTS: Final = 1000
@@ -71,8 +72,8 @@ class FoundDeliveries(Struct, frozen=True):
     """Deliveries that match a filter."""
 
     deliveries: tuple[FoundDelivery, ...]
-    has_more: bool
-    """There may be others: only so many were looked at."""
+    cursor: str | None
+    """Where the next call goes on; None if there are no others."""
 
 
 class HostDeliveries(Struct, frozen=True):
@@ -92,8 +93,28 @@ class HostDeliveries(Struct, frozen=True):
 
 class HostList(Struct, frozen=True):
     hosts: tuple[HostDeliveries, ...]
-    """Those with most failures first."""
-    has_more: bool
+    """Those with most failures first. One with deliveries behind the cursor is in the next list,
+    too."""
+    cursor: str | None
+    """Where the next call goes on; None if there are no others."""
+
+
+class _Place(Struct, frozen=True, array_like=True):
+    """Where a walk through all deliveries goes on: those given up of all queues come first."""
+
+    is_open: bool
+    queue: str
+    scan: int
+    """Of ZSCAN, which leaves out no delivery that is there all the time, however due times
+    change."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scan < 1 << 64:
+            raise ValueError("no cursor of ZSCAN")
+
+    @property
+    def cursor(self) -> str:
+        return encode_cursor(self)
 
 
 def host_of(url: str) -> str:
@@ -107,81 +128,95 @@ def host_of(url: str) -> str:
 class WebhookInspection:
     """Reads the outboxes of all queues, with a bounded number of short calls."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, max_looks: int = _MAX_LOOKS) -> None:
         self._store = store
+        self._max_looks = max_looks
 
-    async def hosts(self, tenant: str | None) -> HostList:
-        """The hosts that webhooks of a tenant (None: of all) go to; raises RedisUnavailable."""
-        found = await self.deliveries(DeliveryFilter(tenant=tenant), MAX_LOOKS)
+    async def hosts(self, tenant: str | None, after: str | None = None) -> HostList:
+        """The hosts that webhooks of a tenant (None: of all) go to, from a cursor on; raises
+        RedisUnavailable, and InvalidQuery for what is no cursor."""
         by_host: dict[str, list[FoundDelivery]] = {}
-        for delivery in found.deliveries:
-            by_host.setdefault(delivery.host, []).append(delivery)
+        place = None
+        async for page, place in self._walk(DeliveryFilter(tenant=tenant), after):  # noqa: B007
+            for delivery in page:
+                by_host.setdefault(delivery.host, []).append(delivery)
+            if len(by_host) >= _MAX_HOSTS:
+                break
         hosts = [_sum_up(host, deliveries) for host, deliveries in by_host.items()]
         hosts.sort(key=lambda one: (-one.failing - one.given_up, -one.open, one.host))
-        has_more = found.has_more or len(hosts) > _MAX_HOSTS
-        return HostList(tuple(hosts[:_MAX_HOSTS]), has_more)
+        return HostList(tuple(hosts), place.cursor if place else None)
 
-    async def deliveries(
-        self, wanted: DeliveryFilter, limit: int, *, only_failing: bool = False
+    async def failing(
+        self, wanted: DeliveryFilter, limit: int, after: str | None = None
     ) -> FoundDeliveries:
-        """At most `limit` deliveries that match, of the first 10,000 that Redis has: those given up
-        before those to come. Raises RedisUnavailable."""
+        """Deliveries that match and were given up or whose last try failed, from a cursor on; some
+        more than `limit` at the most. Raises RedisUnavailable, and InvalidQuery for what is no
+        cursor."""
         found: list[FoundDelivery] = []
-        looked_at = 0
-        async for page in self._pages():
-            for delivery in page:
-                looked_at += 1
-                if delivery is None or not wanted.matches(delivery):
-                    continue
-                if only_failing and not delivery.is_failing:
-                    continue
-                if len(found) == limit:
-                    return FoundDeliveries(tuple(found), has_more=True)
-                found.append(delivery)
-            if looked_at >= MAX_LOOKS:
-                return FoundDeliveries(tuple(found), has_more=True)
-        return FoundDeliveries(tuple(found), has_more=False)
+        place = None
+        async for page, place in self._walk(wanted, after):  # noqa: B007
+            found += (delivery for delivery in page if delivery.is_failing)
+            if len(found) >= limit:
+                break
+        return FoundDeliveries(tuple(found), place.cursor if place else None)
 
-    async def _pages(self) -> AsyncIterator[list[FoundDelivery | None]]:
-        """Pages of all deliveries; None for one that cannot be read."""
+    async def _walk(
+        self, wanted: DeliveryFilter, after: str | None
+    ) -> AsyncIterator[tuple[list[FoundDelivery], _Place | None]]:
+        """Pages of the deliveries that match, each with the place behind it (None at the end),
+        until so many were looked at."""
         queues = await self._store.queues()
-        for is_open, table in ((False, keys.undelivered), (True, keys.outbox)):
-            for queue in queues:
-                start = 0
-                while names := await self._names(table(queue), start):
-                    yield await self._read(queue, names, is_open=is_open)
-                    start += len(names)
-                    if len(names) < _PAGE_SIZE:
-                        break
+        start = parse_cursor(after, _Place) or _Place(False, "", 0)
+        kinds = (False,) if wanted.only_given_up else (False, True)
+        tables = [(is_open, queue) for is_open in kinds for queue in queues]
+        tables = [table for table in tables if table >= (start.is_open, start.queue)]
+        looked_at = 0
+        for (is_open, queue), following in zip(tables, [*tables[1:], None], strict=True):
+            scan = start.scan if (is_open, queue) == (start.is_open, start.queue) else 0
+            seen: set[bytes] = set()
+            while True:
+                scan, names = await self._names(queue, scan, is_open=is_open)
+                names = {name: score for name, score in names.items() if name not in seen}
+                seen |= names.keys()
+                found = await self._read(queue, list(names.items()), is_open=is_open)
+                looked_at += len(names)
+                place = (
+                    _Place(is_open, queue, scan) if scan else following and _Place(*following, 0)
+                )
+                yield [one for one in found if wanted.matches(one)], place
+                if looked_at >= self._max_looks:
+                    return
+                if not scan:
+                    break
 
-    async def _names(self, table: str, start: int) -> list[tuple[bytes, bytes]]:
-        last = start + _PAGE_SIZE - 1
-        flat = await self._store.read("ZRANGE", table, start, last, "WITHSCORES", otherwise=())
-        return list(zip(flat[::2], flat[1::2], strict=True))
+    async def _names(
+        self, queue: str, scan: int, *, is_open: bool
+    ) -> tuple[int, dict[bytes, float]]:
+        """A page of names of deliveries, each with its time, and where the next one begins."""
+        table = keys.outbox(queue) if is_open else keys.undelivered(queue)
+        reply = await self._store.read("ZSCAN", table, scan, "COUNT", _PAGE_SIZE, otherwise=(0, ()))
+        return int(reply[0]), dict(reply[1])
 
     async def _read(
-        self, queue: str, names: Sequence[tuple[bytes, bytes]], *, is_open: bool
-    ) -> list[FoundDelivery | None]:
+        self, queue: str, names: Sequence[tuple[bytes, float]], *, is_open: bool
+    ) -> list[FoundDelivery]:
+        """The deliveries of these names and times; without those that cannot be read."""
         members = [(parse_member(name), decoding.finite(score)) for name, score in names]
         known = [(member, score) for member, score in members if member]
         if not known:
-            return [None] * len(names)
+            return []
         replies = await self._store.transaction(
             *(
                 ("HMGET", id_bytes(keys.webhook(queue, member.job_id)), "target", member.field)
                 for member, _ in known
             )
         )
-        found: list[FoundDelivery | None] = [None] * (len(names) - len(known))
+        found: list[FoundDelivery] = []
         for (member, score), (target, state) in zip(known, replies, strict=True):
-            where = read_target(target)
-            due_ms = int(score or 0) if is_open else None
-            if where is None:
-                found.append(None)
-                continue
-            found.append(
-                FoundDelivery(queue, member, where, read_state(state), state or b"", due_ms)
-            )
+            if where := read_target(target):
+                due_ms = int(score or 0) if is_open else None
+                state = state or b""
+                found.append(FoundDelivery(queue, member, where, read_state(state), state, due_ms))
         return found
 
 
