@@ -177,7 +177,7 @@ async def test_a_receiver_that_fails_is_listed_and_sent_the_end_of_a_group_again
         assert (host["host"], host["pending"], host["last_status"]) == (hook.address, 1, 503)
         hook.behave = lambda _: Reply()
         again = await api.post("/webhooks/redeliver", params={"host": hook.address})
-        assert again.json() == {"redelivered": 1, "refused": 0, "more": False}
+        assert again.json() == {"redelivered": 1, "refused": 0, "cursor": None}
         await eventually(lambda: len(hook.requests) == 2, "it is sent again")
         first, second = hook.requests
         assert (first.webhook_id, first.body) == (second.webhook_id, second.body)

@@ -381,6 +381,38 @@ async def test_a_group_whose_webhook_is_damaged_ends_without_one(
 # --- the cost --------------------------------------------------------------------------------
 
 
+async def test_a_group_that_has_ended_is_found_at_once_behind_many_that_have_not(
+    hands: QueueDriver, groups: ClosedGroups
+) -> None:
+    waiting = [f"w{number}" for number in range(250)]
+    for name in (*waiting, "g"):
+        await hands.submit_one(group=name, delay_seconds=0 if name == "g" else 86_400)
+        await groups.close(TENANT, name, WEBHOOK)
+    await hands.run_all()
+    for name in waiting:
+        make_due(hands, name)
+    assert await groups.follow() == 1
+    assert hands.redis.zcount(keys.closing(Q), 0, hands.now_ms()) == 0
+
+
+async def test_a_look_at_a_group_that_waits_writes_only_when_it_is_due_next(
+    hands: QueueDriver, groups: ClosedGroups
+) -> None:
+    count = 50
+    for number in range(count):
+        await hands.submit_one(group=f"g{number}")
+        await groups.close(TENANT, f"g{number}", WEBHOOK)
+    looks = []
+    for _ in range(3):
+        for number in range(count):
+            make_due(hands, f"g{number}")
+        before = commands_run(hands.redis)
+        assert await groups.count_ended() == ([], False)
+        looks.append(commands_run(hands.redis) - before)
+    # The first one may open connections.
+    assert min(looks) < 3 * count + 15
+
+
 def commands_run(server: Any) -> int:
     """How many commands the server has run, those of scripts among them."""
     stats = server.info("commandstats")

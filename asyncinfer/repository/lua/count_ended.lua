@@ -11,22 +11,21 @@
 -- include: keys job_keys time groups
 
 local DAMAGED_MS = 60000
+local DAY_MS = 24 * 3600 * 1000
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
--- At most 1,000 looks a second, however many groups are followed.
-local next_look_ms = now + math.max(args.look_ms, redis.call('ZCARD', q.closing))
+-- At most 400 looks a second, however many groups are followed.
+local next_look_ms = now + math.max(args.look_ms, 2.5 * redis.call('ZCARD', q.closing))
 local jobs_left, reply = args.max_jobs, { 0 }
 
 -- Reads the jobs of a list from `cursor` on, at most `jobs_left`, up to the first that has not
 -- ended. Returns how many have ended, in all and by status (expired: no longer kept), and whether
--- the next one may have. Most looks find that the first has not, so that is read alone.
+-- the next one may have.
 local function count_from(list, cursor)
   local counts, count = { completed = 0, failed = 0, cancelled = 0, expired = 0 }, 0
-  local first = redis.call('LINDEX', list, cursor)
-  local status = first and redis.call('MGET', job_key(first, 'status'))[1]
-  if not first or (status and not TERMINAL[status]) then return 0, counts, false end
   local ids = redis.call('LRANGE', list, cursor, cursor + jobs_left - 1)
+  if #ids == 0 then return 0, counts, false end
   jobs_left = jobs_left - #ids
   for _, found in ipairs(redis.call('MGET', unpack(job_keys(ids, ':status')))) do
     if found and not TERMINAL[found] then return count, counts, false end
@@ -66,14 +65,52 @@ local function count_group(digest)
   end
 end
 
-local due = { 'ZRANGE', q.closing, '-inf', now, 'BYSCORE', 'LIMIT', 0, args.max_groups }
-for _, digest in ipairs(redis.call(unpack(due))) do
+-- Returns the first job of a group that was not counted; nil if there is none. Keeps the group.
+local function next_job(digest)
+  local list, closed = q['group:' .. digest], q['closed:' .. digest]
+  local cursor = redis.call('HGET', closed, 'cursor')
+  local id = cursor and redis.call('LINDEX', list, cursor)
+  -- Once a day: a look that changes nothing writes as little as can be.
+  if id and redis.call('PTTL', closed) < 1000 * GROUP_SECONDS - DAY_MS then
+    keep_group(list, closed)
+  end
+  return id or nil
+end
+
+-- Splits groups into those whose next job has not ended and others, each a list of digests. Nearly
+-- all looks end here, so the statuses of all are read with one command. A group with a key of
+-- another type is left alone for a while, and holds up no other.
+local function split(digests)
+  local waiting, others, asked, names = {}, {}, {}, {}
+  for _, digest in ipairs(digests) do
+    local is_whole, id = pcall(next_job, digest)
+    if not is_whole then
+      redis.call('ZADD', q.closing, now + DAMAGED_MS, digest)
+    elseif id then
+      asked[#asked + 1], names[#names + 1] = digest, job_key(id, 'status')
+    else
+      others[#others + 1] = digest
+    end
+  end
+  for i, status in ipairs(#names > 0 and redis.call('MGET', unpack(names)) or {}) do
+    local found = status and not TERMINAL[status] and waiting or others
+    found[#found + 1] = asked[i]
+  end
+  return waiting, others
+end
+
+local due = redis.call('ZRANGE', q.closing, '-inf', now, 'BYSCORE', 'LIMIT', 0, args.max_groups)
+if #due == args.max_groups then reply[1] = 1 end
+local waiting, others = split(due)
+local scores = {}
+for i, digest in ipairs(waiting) do scores[2 * i - 1], scores[2 * i] = next_look_ms, digest end
+if #scores > 0 then redis.call('ZADD', q.closing, unpack(scores)) end
+for _, digest in ipairs(others) do
   if jobs_left <= 0 then
     reply[1] = 1
     break
   end
   if not pcall(count_group, digest) then
-    -- A key of another type: the other groups are counted nevertheless.
     redis.call('ZADD', q.closing, now + DAMAGED_MS, digest)
   end
 end
