@@ -177,6 +177,16 @@ async def test_lines_of_which_some_are_refused_leave_the_group_open_and_say_so(
     assert (await submit_to(api)).status_code == 202
 
 
+async def test_lines_that_a_closed_group_refuses_are_not_said_to_have_left_it_open(
+    api: httpx2.AsyncClient,
+) -> None:
+    path = "/predict?group=g&close=true"
+    assert len(await post_lines(api, [GOOD, GOOD], path)) == 2
+    answers = await post_lines(api, [GOOD, GOOD], path)
+    assert [answer["code"] for answer in answers] == ["group_closed"] * 3
+    assert "2 lines were refused, and the group g was closed before" in answers[-1]["detail"]
+
+
 async def test_a_close_whose_reply_is_lost_is_sent_again(proxied_api: ProxiedApi) -> None:
     async with client_of(proxied_api.port) as client:
         await submit_to(client)

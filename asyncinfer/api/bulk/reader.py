@@ -30,6 +30,7 @@ from asyncinfer.api.live.wait import preferred_wait, wait_for_disconnect
 from asyncinfer.api.services import Services
 from asyncinfer.errors import (
     BodyTooLarge,
+    GroupClosed,
     GroupNotClosed,
     InvalidHeader,
     RequestError,
@@ -180,18 +181,24 @@ class BulkReader:
         await self._process(lines.rest())
 
     async def _close_group(self) -> None:
-        """Closes the group of the query if that asks for it. Raises GroupNotClosed unless all lines
-        were accepted, since those that are sent again would be refused; and as `close_group`."""
+        """Closes the group of the query if that asks for it. Unless all lines were accepted, raises
+        GroupNotClosed, since those that are sent again would be refused, or GroupClosed if the
+        group was closed before. Raises as `close_group` does."""
         if not self._request.query.close:
             return
+        group, tenant = group_to_close(self._options), self._request.tenant
         if refused := self._refused_lines + self._submitter.refused_jobs:
             lines = "1 line was" if refused == 1 else f"{refused} lines were"
+            if await self._services.closed_groups.is_closed(tenant, group):
+                raise GroupClosed(
+                    f"{lines} refused, and the group {group} was closed before. Send what can be "
+                    "accepted to another group."
+                )
             raise GroupNotClosed(
                 f"{lines} refused, so the group was not closed. Send again what can be accepted, "
                 "then close the group with POST /group/{group}/close."
             )
-        group = group_to_close(self._options)
-        await close_group(self._services, self._request.tenant, group)
+        await close_group(self._services, tenant, group)
 
     # --- room for long lines ---------------------------------------------------------------
 
