@@ -11,6 +11,13 @@ from asyncinfer.repository.closed_groups import MAX_CLOSING
 from asyncinfer.repository.deliveries import Target
 
 _FULL_RETRY_SECONDS: Final = 30
+_FULL: Final = {
+    "full": f"{MAX_CLOSING:,} closed groups with a webhook, of all tenants together, have jobs "
+    "that have not ended.",
+    "tenant_full": "Your closed groups with a webhook whose jobs have not ended are as many as may "
+    f"still be closed by all tenants: a tenant has half of {MAX_CLOSING:,} at the most, and less "
+    "where others have some.",
+}
 
 
 def group_to_close(options: Options) -> str:
@@ -37,10 +44,9 @@ async def close_group(
             f"The group {group} was closed with another webhook, which stays as it is. Close it "
             "with the same webhook, or with none."
         )
-    if verdict == "full":
+    if verdict in _FULL:
         raise TooManyGroups(
-            f"{MAX_CLOSING:,} closed groups with a webhook have jobs that have not ended. Close "
-            "this one once others have ended, or without a webhook.",
+            f"{_FULL[verdict]} Close this one once others have ended, or without a webhook.",
             retry_after_seconds=_FULL_RETRY_SECONDS,
         )
     if verdict == "webhooks_full":

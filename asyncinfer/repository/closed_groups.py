@@ -36,7 +36,7 @@ _ID_PREFIX: Final = "group"
 
 _DAMAGED_TIME: Final = datetime.fromtimestamp(0, UTC)
 
-CloseVerdict = Literal["closed", "absent", "other", "full", "webhooks_full"]
+CloseVerdict = Literal["closed", "absent", "other", "full", "tenant_full", "webhooks_full"]
 
 _limited_log = LimitedLog(logging.getLogger(__name__))
 
@@ -73,8 +73,9 @@ class GroupWebhook(Struct, frozen=True):
 class ClosedGroups:
     """Closes groups, and follows those with a webhook."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, max_closing: int = MAX_CLOSING) -> None:
         self._store = store
+        self._max_closing = max_closing
         self._outbox = Outbox(store)
 
     async def close(self, tenant: str, name: str, target: Target | None = None) -> CloseVerdict:
@@ -82,12 +83,13 @@ class ClosedGroups:
         ended. Raises as `Store.call` does.
 
         `closed`: now or before. `absent`: there is no such group. `other`: it was closed with
-        another target. `full`: as many groups are followed as may be. `webhooks_full`: there is no
-        room for another webhook.
+        another target. `full`: as many groups are followed as may be. `tenant_full`: the tenant
+        has as many of them as are left for all. `webhooks_full`: there is no room for another
+        webhook.
         """
         arguments = {
             "digest": keys.group_digest(tenant, name),
-            "max_closing": MAX_CLOSING,
+            "max_closing": self._max_closing,
             "tenant": tenant,
             "name": name,
             "webhook": target.text if target else "",
@@ -96,6 +98,11 @@ class ClosedGroups:
         }
         reply = await self._call(script("close_group"), arguments)
         return cast(CloseVerdict, reply.decode())
+
+    async def is_closed(self, tenant: str, name: str) -> bool:
+        """Whether a group takes no more jobs. Raises RedisUnavailable."""
+        closed = keys.closed_group(self._store.queue_name, tenant, name)
+        return bool(await self._store.command("EXISTS", closed))
 
     async def webhook(self, tenant: str, name: str) -> GroupWebhook | None:
         """What became of the webhook of a group so far; None if there is no such group. Raises

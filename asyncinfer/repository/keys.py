@@ -262,6 +262,12 @@ def closing(n: str) -> str:
     return f"{{{n}}}:closing"
 
 
+def closers(n: str) -> str:
+    """Hash, no TTL: by digest the tenant of each group in `closing`, and by ":" and tenant how many
+    it has there."""
+    return f"{{{n}}}:closers"
+
+
 def worker(n: str, worker_id: str) -> str:
     """String, TTL 15 s, renewed by its worker: what the worker says of itself, as JSON."""
     return f"{{{n}}}:worker:{worker_id}"

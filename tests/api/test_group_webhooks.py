@@ -16,6 +16,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.webhooks.config import WebhookConfig
 from tests.faults.harness import eventually
+from tests.queue_driver import QueueDriver
 from tests.webhooks.receiver import Received, Receiver, Reply, receiver
 from tests.webhooks.sending import SECRETS, secrets_file
 
@@ -85,6 +86,20 @@ async def test_a_closed_group_keeps_its_webhook(quiet_api: httpx2.AsyncClient) -
     others: list[dict[str, Any]] = [{}, {"metadata": {"order": 8}}]
     for more in others:
         assert_problem(await close(quiet_api, **more), 409, "group_closed")
+
+
+async def test_a_group_that_is_not_followed_names_whose_bound_it_is(
+    quiet_api: httpx2.AsyncClient, hands: QueueDriver
+) -> None:
+    await submit_to(quiet_api)
+    closing, closers = keys.closing(QUEUE), keys.closers(QUEUE)
+    hands.redis.zadd(closing, {f"{number:x}": 2**52 for number in range(5000)})
+    hands.redis.hset(closers, ":default", 5000)
+    own = assert_problem(await close(quiet_api), 429, "too_many_groups")["detail"]
+    assert own.startswith("Your closed groups")
+    hands.redis.zadd(closing, {f"{number:x}": 2**52 for number in range(10_000)})
+    of_all = assert_problem(await close(quiet_api), 429, "too_many_groups")["detail"]
+    assert "of all tenants together" in of_all
 
 
 async def test_without_room_for_its_webhook_a_group_stays_open(

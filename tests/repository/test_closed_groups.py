@@ -120,6 +120,44 @@ async def test_groups_that_are_followed_are_bounded(
     assert await groups.close(TENANT, "g") == "closed"
 
 
+async def test_a_tenant_leaves_others_as_many_groups_as_it_has(
+    hands: QueueDriver,
+) -> None:
+    groups = ClosedGroups(hands.store, max_closing=10)
+    for tenant in ("acme", "bob"):
+        await hands.submit(*(new_job(group=f"g{n}", tenant=tenant) for n in range(8)))
+
+    async def close_all(tenant: str) -> list[str]:
+        return [await groups.close(tenant, f"g{n}", WEBHOOK) for n in range(8)]
+
+    assert await close_all("acme") == ["closed"] * 5 + ["tenant_full"] * 3
+    assert await close_all("bob") == ["closed"] * 3 + ["tenant_full"] * 5
+    assert await groups.close("acme", "g7") == "closed", "without a webhook it is not followed"
+    await hands.run_all()
+    for digest in hands.redis.zrange(keys.closing(Q), 0, -1):
+        hands.redis.zadd(keys.closing(Q), {digest: 0})
+    assert await groups.follow() == 8
+    assert not hands.redis.exists(keys.closing(Q), keys.closers(Q))
+    assert await groups.close("bob", "g6", WEBHOOK) == "closed"
+
+
+async def test_the_count_of_a_tenant_is_corrected_where_it_was_not_kept(
+    hands: QueueDriver,
+) -> None:
+    groups = ClosedGroups(hands.store, max_closing=10)
+    await hands.submit(*(new_job(group=f"g{n}") for n in range(9)))
+    for number in range(5):
+        assert await groups.close(TENANT, f"g{number}", WEBHOOK) == "closed"
+    # As an older release ends them.
+    hands.redis.zremrangebyrank(keys.closing(Q), 0, 3)
+    assert [await groups.close(TENANT, f"g{n}", WEBHOOK) for n in range(5, 9)] == ["closed"] * 4
+    assert hands.redis.hget(keys.closers(Q), f":{TENANT}") == b"5"
+    hands.redis.delete(keys.closers(Q))
+    hands.redis.rpush(keys.closers(Q), "x")
+    await hands.submit_one(group="h")
+    assert await groups.close(TENANT, "h", WEBHOOK) == "closed"
+
+
 async def test_a_closed_group_is_forgotten_a_week_after_its_close(
     hands: QueueDriver, groups: ClosedGroups
 ) -> None:

@@ -337,7 +337,11 @@ def test_the_words_of_keys_are_those_that_python_builds(server: redis.Redis) -> 
 def test_the_keys_that_scripts_use_are_those_that_are_listed() -> None:
     text = "".join(code_of(source(name)) for name in (*NAMES, *PARTS))
     # `q` and `default_q` hold the keys of a queue.
-    assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {"list", "closing"}
+    assert set(re.findall(r"\b(?:\w+_)?q\.(\w+)", text)) == words_of_keys() | {
+        "list",
+        "closing",
+        "closers",
+    }
     assert set(re.findall(r"\bq\['(\w+):'", text)) == {
         *("claim", "idem", "webhook", "group", "closed"),
     }

@@ -3,8 +3,8 @@
 -- Words   high low wake running leases facts deadlines delayed seq bytes kept keptbytes stale
 --         paused dead log logmarks control reapgate swept hold outbox undelivered
 --         webhooks webhookbytes; in brackets 'claim:' .. token, 'idem:' .. digest,
---         'webhook:' .. id. Of the default model's queue, whose name is N: closing; in brackets
---         'group:' .. digest, 'closed:' .. digest
+--         'webhook:' .. id. Of the default model's queue, whose name is N: closing closers; in
+--         brackets 'group:' .. digest, 'closed:' .. digest
 -- Each word is the key's own name, except `stale`: its key is `ghosts` in every release.
 
 local MAX_QUEUES = 1000

@@ -5,17 +5,20 @@
 --         of the group; webhook is where its delivery goes, "" for none, and bytes what it
 --         reserves; tenant and name are kept with it
 -- Returns "closed", now or before | "absent": there is no such group | "other": it was closed with
---         another webhook | "full": max_closing groups are followed | "webhooks_full"
+--         another webhook | "full": max_closing groups are followed | "tenant_full": its tenant has as
+--         many of them as are left for all | "webhooks_full"
 -- Order   a webhook may be added to a group that was closed without one, also when all have ended
 -- Retry   the second call finds the same webhook
--- include: keys time groups webhook_names webhook_room webhook_reserve
+-- include: keys time groups followed webhook_names webhook_room webhook_reserve
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local list, closed = q['group:' .. args.digest], q['closed:' .. args.digest]
 
 -- Why the webhook of a group that had none is not taken; nil if it is.
 local function refusal()
-  if redis.call('ZCARD', q.closing) >= args.max_closing then return 'full' end
+  local free = args.max_closing - redis.call('ZCARD', q.closing)
+  if free <= 0 then return 'full' end
+  if followed_of(q, args.tenant) >= free then return 'tenant_full' end
   if not take_webhook_room(webhook_room(q, args), args.bytes) then return 'webhooks_full' end
 end
 
@@ -36,7 +39,7 @@ if is_new then
   reserve_webhook(q, round, args.bytes)
   redis.call('HSET', closed, 'webhook', args.webhook, 'tenant', args.tenant, 'name', args.name,
     'cursor', 0)
-  redis.call('ZADD', q.closing, now, args.digest)
+  follow_group(q, args.digest, args.tenant, now)
 end
 keep_group(list, closed)
 return 'closed'

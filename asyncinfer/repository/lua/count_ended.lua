@@ -8,7 +8,7 @@
 --         expired}; ended_ms is when that was first found}
 -- Order   the list of a closed group does not change, so what is counted is not read again
 -- Retry   the second call goes on from what the first one counted
--- include: keys job_keys time groups
+-- include: keys job_keys time groups followed
 
 local DAMAGED_MS = 60000
 local DAY_MS = 24 * 3600 * 1000
@@ -44,7 +44,7 @@ local function count_group(digest)
   local cursor, length = tonumber(fields[9]), redis.call('LLEN', list)
   local is_whole = fields[1] and fields[2] and fields[3] and fields[4] and cursor
   -- One that is no longer kept, as after a loss of data, is not followed.
-  if not is_whole or length == 0 then return redis.call('ZREM', q.closing, digest) end
+  if not is_whole or length == 0 then return unfollow_group(q, digest) end
   local count, counts, may_go_on = count_from(list, cursor)
   local function sum(place, word) return (tonumber(fields[place]) or 0) + counts[word] end
   local completed, failed = sum(5, 'completed'), sum(6, 'failed')

@@ -5,13 +5,13 @@
 -- Returns 1 if this call noted it, else 0
 -- Order   the group leaves those that are followed in the same step, so that it ends once
 -- Retry   the second call finds that the group has ended
--- include: keys groups
+-- include: keys groups followed
 
 local q, args = queue(KEYS[1]), cmsgpack.unpack(ARGV[1])
 local closed = q['closed:' .. args.digest]
 local is_followed = redis.call('ZSCORE', q.closing, args.digest)
 if not is_followed or redis.call('HGET', closed, 'closed_ms') ~= args.closed_ms then return 0 end
-redis.call('ZREM', q.closing, args.digest)
+unfollow_group(q, args.digest)
 redis.call('HSET', closed, 'ended_ms', args.ended_ms)
 keep_group(q['group:' .. args.digest], closed)
 return 1
