@@ -106,6 +106,24 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "a_webhook_that_was_given_up_loses_its_body",
+        f"{_LUA}/note.lua",
+        "if outcome ~= 'given_up' and delivery.field:match('_completed$') then return true end",
+        "if delivery.field:match('_completed$') then return true end",
+        (
+            "tests/webhooks/test_bodies.py::test_what_was_given_up_is_sent_again_with_its_result_though_its_job_is_gone",
+        ),
+    ),
+    Fault(
+        "a_tenant_takes_all_places_of_closed_groups",
+        f"{_LUA}/close_group.lua",
+        "if followed_of(q, args.tenant) >= free then return 'tenant_full' end",
+        "",
+        (
+            "tests/repository/test_closed_groups.py::test_a_tenant_leaves_others_as_many_groups_as_it_has",
+        ),
+    ),
+    Fault(
         "a_closed_group_takes_jobs",
         f"{_LUA}/submit.lua",
         "is_closed(closed_groups, options.group) then return 'closed' end",
@@ -126,7 +144,7 @@ FAULTS: Final = (
     Fault(
         "a_closed_group_ends_again_and_again",
         f"{_LUA}/end_group.lua",
-        "redis.call('ZREM', q.closing, args.digest)",
+        "unfollow_group(q, args.digest)",
         "",
         (
             "tests/repository/test_closed_groups.py::test_a_group_ends_once_however_many_processes_follow_it",
