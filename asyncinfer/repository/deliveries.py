@@ -20,8 +20,8 @@ MAX_BODY_BYTES: Final = 64 << 10
 """Of a kept body. A larger one was written by another program, and is made anew."""
 
 MAX_DONE_BODY_BYTES: Final = 8 << 10
-"""Of a body that is kept with a delivery that is done, to be sent again: without a result none is
-larger."""
+"""Of a body that is kept with a delivery that is done, to be sent again: enough for a job without
+its result, with metadata of any size."""
 
 _OWN_BYTES: Final = 2048
 """Reserved for what a body says besides metadata and result, and for the state."""
