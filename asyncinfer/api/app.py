@@ -20,7 +20,7 @@ from asyncinfer.api.answer_sizes import AnswerSizes
 from asyncinfer.api.audit import note_refusal
 from asyncinfer.api.catalog import Catalog
 from asyncinfer.api.config import ApiConfig
-from asyncinfer.api.figures import SUBMITS_DENIED, RequestFigures
+from asyncinfer.api.figures import RequestFigures
 from asyncinfer.api.guard import Guard
 from asyncinfer.api.http.authority import authority_of
 from asyncinfer.api.http.body import discard
@@ -499,7 +499,6 @@ def figures_of(services: Services) -> Figures:
             "asyncinfer_api_resident_memory_bytes": {(): resident_bytes() or 0},
             "asyncinfer_streams_open": {(): services.feed.count},
             "asyncinfer_waits_open": {(): services.inbox.waiters},
-            SUBMITS_DENIED: {(): int(services.store.denied_submit is not None)},
         },
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from asyncinfer import __version__
-from asyncinfer.api.figures import REQUEST_LABELS, SUBMITS_DENIED
+from asyncinfer.api.figures import REQUEST_LABELS
 from asyncinfer.api.routes import EVERYWHERE, ROUTES
 from asyncinfer.errors import (
     DiskFull,
@@ -145,9 +145,8 @@ _SUMMED: Final = ("_jobs", "_backlog_seconds", "_reserved", "_open", "_due", "_g
 
 def metrics_text(figures: Figures, overview: Overview | None) -> bytes:
     """The metrics of an API in the text format; `overview` is None if Redis did not answer."""
-    is_denied = bool(figures.gauges.get(SUBMITS_DENIED, {}).get((), 0))
     return write_text(
-        (*_process_families(figures), *_redis_families(overview, is_denied), *process_families())
+        (*_process_families(figures), *_redis_families(overview), *process_families())
     )
 
 
@@ -163,9 +162,8 @@ def _process_families(figures: Figures) -> Iterator[Family]:
         yield gauge(name, text, (), figures.gauges.get(name, {(): 0}))
 
 
-def _redis_families(overview: Overview | None, is_denied: bool) -> Iterator[Family]:
-    """What Redis holds, and whether it takes jobs; if it does not answer, only that. `is_denied`:
-    it has denied a process its last submit."""
+def _redis_families(overview: Overview | None) -> Iterator[Family]:
+    """What Redis holds, and whether it takes jobs; if it does not answer, only that."""
     reachable = float(overview is not None)
     yield gauge("asyncinfer_redis_up", "1: Redis answered this request.", (), {(): reachable})
     if overview is None:
@@ -174,7 +172,7 @@ def _redis_families(overview: Overview | None, is_denied: bool) -> Iterator[Fami
         "asyncinfer_accepting",
         "1: Redis takes new jobs; 0: submits are refused.",
         (),
-        {(): overview.is_accepting and not is_denied},
+        {(): overview.is_accepting},
     )
     if overview.memory:
         yield from _memory_families(overview.memory)

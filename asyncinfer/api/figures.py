@@ -8,10 +8,6 @@ from asyncinfer.monitoring.histogram import SECONDS, Histogram
 
 REQUEST_LABELS: Final = ("method", "route", "status", "wait")
 
-SUBMITS_DENIED: Final = "asyncinfer_submits_denied"
-"""Among the gauges of a process, but not shown: whether Redis has denied its user the last submit,
-which another process cannot find out."""
-
 _ABANDONED_STATUS: Final = 499
 """The status of a request whose client has gone before its answer, as proxies log it."""
 

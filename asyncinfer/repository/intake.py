@@ -13,13 +13,9 @@ from asyncinfer.repository.store import Refused, Store, encode_args
 async def call_submit(
     store: Store, queue: str, args: Sequence[Any], before_send: BeforeSend = lambda: None
 ) -> Any:
-    """Calls the script on one queue, and returns its reply. Raises as `Store.call`; notes a denied
-    permission, for `why_no_jobs`."""
-    try:
-        return await _submit(store, queue, args, before_send)
-    except PermissionDenied as error:
-        store.note_denied_submit(error)
-        raise
+    """Calls the script on one queue, and returns its reply. Raises as `Store.call`."""
+    names = [queue, keys.queues(store.queue_name)]
+    return await store.call(script("submit"), names, args, before_send)
 
 
 async def why_no_jobs(store: Store) -> Refused | None:
@@ -28,27 +24,22 @@ async def why_no_jobs(store: Store) -> Refused | None:
     try:
         await submit_without_room(store)
     except PermissionDenied as error:
-        store.note_denied_submit(error)
+        if store.report:
+            store.report.refusal.refused(error.code, error.detail)
         return error
     except (StorageFull, WritesRefused) as error:
         return error
-    # A permission that only a job needs is found missing by real submits alone.
-    if store.denied_submit is None and store.report:
+    if store.report:
         store.report.refusal.ended()
-    return store.denied_submit
+    return None
 
 
 async def submit_without_room(store: Store) -> None:
     """Submits a job to a queue without room, which writes nothing; but the server refuses the
-    script as it refuses that of any other submit. Raises as `Store.call`."""
-    limits = encode_args({**store.policy.capacity_arguments(), "max_queue": 0})
+    script as it refuses that of any other submit, also if it denies this user a command or a key
+    that only a job with options needs. Raises as `Store.call`."""
+    n = store.queue_name
+    limits = {**store.policy.capacity_arguments(), "max_queue": 0, "default_queue": n}
     # No model has this name, so the queue has no keys.
-    queue = keys.queue(store.queue_name, "-", None)
-    await _submit(store, queue, [limits, "probe", b"", b"", b""])
-
-
-async def _submit(
-    store: Store, queue: str, args: Sequence[Any], before_send: BeforeSend = lambda: None
-) -> Any:
-    names = [queue, keys.queues(store.queue_name)]
-    return await store.call(script("submit"), names, args, before_send)
+    queue = keys.queue(n, "-", None)
+    await call_submit(store, queue, [encode_args(limits), "probe", b"", b"", b""])

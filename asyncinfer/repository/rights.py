@@ -10,7 +10,6 @@ from asyncinfer.errors import (
     StorageFull,
     WritesRefused,
 )
-from asyncinfer.repository import keys
 from asyncinfer.repository.intake import submit_without_room
 from asyncinfer.repository.store import Store
 
@@ -27,8 +26,8 @@ async def check_start(store: Store) -> str:
 async def check_rights(store: Store) -> None:
     """Raises ServerRefused if the server's ACL denies this user one of the rights on the page on
     security; RedisUnavailable if it does not answer. Changes nothing."""
-    # Without room a submit ends before its first write, and needs neither transaction nor clock.
-    for call in (submit_without_room, _write_nothing):
+    # A submit without room shows all but the rights to a transaction and to commands beside it.
+    for call in (submit_without_room, _read_the_clock):
         try:
             with denial_as_start_error():
                 await call(store)
@@ -46,5 +45,5 @@ def denial_as_start_error() -> Iterator[None]:
         raise ServerRefused(error.detail) from error
 
 
-async def _write_nothing(store: Store) -> None:
-    await store.transaction(("SREM", keys.queues(store.queue_name), ""), ("TIME",))
+async def _read_the_clock(store: Store) -> None:
+    await store.transaction(("TIME",))

@@ -56,9 +56,6 @@ _LEAVE_SECONDS: Final = 0.5
 """The shortest time between two disconnections from a server that is no primary: each ends calls of
 others, which are sent once more, and some of them it would have answered."""
 
-_DENIED_SECONDS: Final = 30.0
-"""For so long after a submit that Redis denied none is expected to be taken, unless one is."""
-
 _SKIP_SECONDS: Final = 30.0
 """How long a blocking call leaves out a key of the wrong type."""
 
@@ -190,9 +187,6 @@ class Store:
         self._lanes = Lanes(self._client)
         self._link = new_link(self._client, self._lanes.open_ahead)
         self._clock_behind_ms: float | None = None
-        self._denied_submit: PermissionDenied | None = None
-        """The error of the last submit, if Redis denied it to this user."""
-        self._denied_at = 0.0
         self._left_at = -_LEAVE_SECONDS
 
     @classmethod
@@ -297,18 +291,6 @@ class Store:
         except WrongKeyType:
             _log.warning(WRONG_TYPE_WARNING.format(repr(command[1])))
             return otherwise
-
-    @property
-    def denied_submit(self) -> PermissionDenied | None:
-        """Why Redis denied this user the last submit, for 30 s; None if it took one since."""
-        is_recent = time.monotonic() - self._denied_at < _DENIED_SECONDS
-        return self._denied_submit if is_recent else None
-
-    def note_denied_submit(self, error: PermissionDenied | None) -> None:
-        """Notes that Redis denied this user a submit, or with None that it took one."""
-        self._denied_submit, self._denied_at = error, time.monotonic()
-        if error and self.report:
-            self.report.refusal.refused(error.code, error.detail)
 
     async def types_of(self, names: Sequence[str]) -> list[str]:
         """The type of each key in the words of TYPE; `none` for a key that does not exist."""

@@ -217,7 +217,6 @@ class Submissions:
                 pack_options(script_options(job, self._store.queue_name)),
             )
         reply = await call_submit(self._store, queue, args, before_send)
-        self._store.note_denied_submit(None)
         self.accepted.add((jobs[0].record.model,), reply.count(b"ok"))
         return [_parse_submit(job, verdict) for job, verdict in zip(jobs, reply, strict=True)]
 

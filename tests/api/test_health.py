@@ -209,6 +209,18 @@ async def test_a_right_that_the_redis_user_lost_is_named_to_those_who_may_read(
             assert (await anyone.get("/health/ready")).json() == READY
 
 
+async def test_a_redis_user_who_may_not_write_is_found_before_a_submit_and_forgotten_at_once(
+    api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    rules = (("ACL", "SETUSER", "default", right) for right in ("-@write", "+@all"))
+    with refusing(server, *rules):
+        named = await reason_of_no_jobs(api, {})
+        assert "no permission to run MSET (NOPERM). Give it +@read +@write" in named
+        refused = await api.post("/predict", json={"data": ROW})
+        assert_problem(refused, 503, "redis_permission_denied")
+    assert (await api.get("/health/ready?for=submit")).json() == READY
+
+
 async def test_an_api_whose_redis_user_may_not_read_the_state_of_redis_names_the_right(
     config: ApiConfig, server: redis.Redis, redis_url: str
 ) -> None:

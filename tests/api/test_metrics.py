@@ -295,22 +295,6 @@ async def test_a_redis_that_may_lose_jobs_takes_none_by_the_metrics(
     assert (found("asyncinfer_accepting"), found("asyncinfer_redis_up")) == (0, 1)
 
 
-async def test_a_permission_that_only_jobs_need_is_missed_also_by_the_port_of_another_process(
-    config: ApiConfig, store: Store, server: redis.Redis
-) -> None:
-    await announce(store, "iris", default="iris")
-    denied = ("ACL", "SETUSER", "default", "resetkeys", "%R~*", "~*:*", "~{*")
-    allowed = ("ACL", "SETUSER", "default", "allkeys")
-    async with measured_api(config, store) as measured:
-        with refusing(server, denied, allowed):
-            assert (await measured.scrape())("asyncinfer_accepting") == 1
-            refused = await measured.client.post("/predict", json={"data": ROW})
-            assert_problem(refused, 503, "redis_permission_denied")
-            assert (await measured.new_scrape())("asyncinfer_accepting") == 0
-        await submit(measured.client)
-        assert (await measured.new_scrape())("asyncinfer_accepting") == 1
-
-
 async def test_a_redis_whose_state_may_not_be_read_is_up_and_takes_no_jobs_by_the_metrics(
     measured: Measured, server: redis.Redis
 ) -> None:

@@ -772,12 +772,12 @@ FAULTS: Final = (
         ),
     ),
     Fault(
-        "a_permission_that_another_process_lacks_is_not_in_the_metrics",
-        "asyncinfer/api/families.py",
-        "overview.is_accepting and not is_denied",
-        "overview.is_accepting",
+        "a_right_that_only_jobs_need_is_found_missing_by_jobs_alone",
+        "asyncinfer/repository/lua/submit.lua",
+        "if not redis.acl_check_cmd(unpack(call)) then redis.call(unpack(call)) end",
+        "",
         (
-            "tests/api/test_metrics.py::test_a_permission_that_only_jobs_need_is_missed_also_by_the_port_of_another_process",
+            "tests/repository/test_rights.py::test_each_command_of_a_submit_that_is_denied_is_found_without_a_job",
         ),
     ),
     Fault(

@@ -3,15 +3,17 @@
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import redis
 
-from asyncinfer.errors import ServerRefused
+from asyncinfer.errors import PermissionDenied, ServerRefused
 from asyncinfer.repository import keys
+from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.rights import check_start
+from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store
 from tests.queue_driver import Q, QueueDriver
 from tests.redis_server import running_server
@@ -73,7 +75,7 @@ async def test_the_table_of_rights_names_each_right_of_the_line() -> None:
     ("rights", "words"),
     [
         (("~*", "+@all", "-@scripting"), "permission to run EVALSHA (NOPERM). Give it +@scripting"),
-        (("~*", "+@all", "-@write"), "permission to run SREM (NOPERM). Give it +@read +@write"),
+        (("~*", "+@all", "-@write"), "permission to run MSET (NOPERM). Give it +@read +@write"),
         (
             ("%R~*", "+@all"),
             "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*",
@@ -95,16 +97,67 @@ async def test_a_user_who_lacks_a_right_is_refused_at_the_start_with_its_name(
     assert "another type" not in refused.value.detail
 
 
+def commands_of_a_submit() -> set[str]:
+    called = set(re.findall(r"redis\.p?call\('([A-Z]+)'", script("submit").text))
+    assert {"MSET", "XADD", "TIME"} < called
+    return called
+
+
+async def test_each_command_of_a_submit_that_is_denied_is_found_without_a_job(
+    server: redis.Redis, redis_url: str
+) -> None:
+    acl: Any = server
+    with restricted_user(server, redis_url, "~*", "+@all") as url:
+        async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+            for command in commands_of_a_submit():
+                assert await why_no_jobs(store) is None
+                acl.execute_command("ACL", "SETUSER", "restricted", f"-{command}")
+                assert isinstance(await why_no_jobs(store), PermissionDenied), command
+                acl.execute_command("ACL", "SETUSER", "restricted", "+@all")
+    assert server.keys() == []
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ("~job:*", "~*:*", "~{*"),
+        ("~job:*", f"~{Q}", "~{*"),
+        ("~job:*", "~p*", f"~{{{Q}:*"),
+        ("~job:*", "~p*", f"~{{{Q}}}*"),
+        ("~job:*", "~p*", "%R~{*"),
+        ("~p*", "~{*", "%R~job:*"),
+    ],
+)
+async def test_keys_of_a_submit_that_are_denied_are_found_without_a_job(
+    patterns: tuple[str, ...], server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, "+@all", *patterns) as url:
+        async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+            assert isinstance(await why_no_jobs(store), PermissionDenied)
+
+
+async def test_looking_whether_jobs_are_taken_writes_nothing(
+    server: redis.Redis, store: Store
+) -> None:
+    def changes() -> int:
+        found: Any = server.info("persistence")
+        return int(found["rdb_changes_since_last_save"])
+
+    assert await why_no_jobs(store) is None
+    before = changes()
+    assert await why_no_jobs(store) is None
+    assert changes() == before
+
+
 @pytest.mark.system("redis-server")
 @pytest.mark.parametrize(
     ("removed", "words"),
     [
         ("+@scripting", "permission to run EVALSHA (NOPERM). Give it +@scripting"),
-        (
-            "+@read",
-            "permission to run a command that a script needs (NOPERM). Give it +@read +@write",
+        *(
+            (right, "to run a command that a script needs (NOPERM). Give it +@read +@write")
+            for right in ("+@read", "+@write")
         ),
-        ("+@write", "permission to run SREM (NOPERM). Give it +@read +@write"),
         ("~job:*", "permission to use a key that asyncinfer needs (NOPERM). Give it ~job:*"),
         ("+info", "permission to run INFO (NOPERM). Give it +info"),
         (None, None),

@@ -2,11 +2,12 @@
 -- submit: takes new jobs into one queue, each whole or not at all.
 -- KEYS    1 queue, 2 the set of all queues
 -- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds, max_webhooks,
---         max_webhook_bytes} the last two only if a job has a webhook; then per job: id, data, meta
---         without seq, options: "" or {idempotency_key (its digest) and fingerprint, priority,
---         ttl_seconds, inbox, group (the list of its ids), start_within_ms, finish_within_ms,
---         delay_ms, webhook_events (the sum of 1 for completed, 2 for failed, 4 for cancelled),
---         webhook_round (none for 1), webhook_bytes (to reserve), webhook_target}
+--         max_webhook_bytes, default_queue} the two before the last only if a job has a webhook, the
+--         last, that list, only to probe;
+--         then per job: id, data, meta without seq, options: "" or {idempotency_key (its digest) and
+--         fingerprint, priority, ttl_seconds, inbox, group (the list of its ids), start_within_ms,
+--         finish_within_ms, delay_ms, webhook_events (the sum of 1 for completed, 2 for failed, 4
+--         for cancelled), webhook_round (none for 1), webhook_bytes (to reserve), webhook_target}
 -- Returns per job "ok" | "exists" | "closed": its group takes no more jobs | "full" | "kept_full":
 --         ended jobs keep max_kept_bytes | "webhooks_full" | {"dup", job_id, fingerprint}
 -- Order   the idempotency key is checked before the id, the id before the group, the group before
@@ -90,6 +91,24 @@ for i = 2, #ARGV, 4 do
     places[taken], options_of[taken] = i, options or false
   end
   verdicts[(i + 2) / 4] = verdict
+end
+if args.default_queue then
+  -- Whatever a submit may call, on a key of each kind: by the first call that this user may not make
+  -- the server itself refuses the script. Nothing is written, so nothing is replicated.
+  local lists, key = { KEYS[1], args.default_queue }, job_key(ARGV[2], 'data')
+  local calls = {
+    { 'TIME' }, { 'HLEN', key }, { 'HMGET', key, '' }, { 'HVALS', key }, { 'SCARD', key },
+    { 'ZCARD', key }, { 'MSET', key, '' }, { 'SET', key, '' }, { 'DEL', key }, { 'EXPIRE', key, 1 },
+    { 'PERSIST', key }, { 'HSET', key, '', '' }, { 'LPUSH', key, '' }, { 'RPUSH', key, '' },
+    { 'LTRIM', key, 0, -1 }, { 'SADD', key, '' }, { 'ZADD', key, 0, '' },
+    { 'XADD', key, '*', '', '' }, { 'INCRBY', key, 0 }, { 'INCRBY', KEYS[2], 0 },
+  }
+  for _, list in ipairs(lists) do
+    calls[#calls + 1], calls[#calls + 2] = { 'INCRBY', list, 0 }, { 'INCRBY', queue(list).seq, 0 }
+  end
+  for _, call in ipairs(calls) do
+    if not redis.acl_check_cmd(unpack(call)) then redis.call(unpack(call)) end
+  end
 end
 if taken == 0 then return verdicts end
 
