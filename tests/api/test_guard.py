@@ -14,6 +14,7 @@ from asyncinfer.errors import KeyFileRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 
+from .conftest import KEYS
 from .harness import (
     QUEUE,
     ROW,
@@ -149,6 +150,24 @@ async def test_every_route_needs_its_scope(two_tenant_port: int) -> None:
     async with client_of(two_tenant_port, **bearer("sender")) as sender:
         await submit(sender)
         assert_problem(await sender.get("/jobs"), 403, "forbidden")
+
+
+OF_OTHERS = ("?tenant=*", "?tenant=bob")
+
+
+@pytest.mark.parametrize("key", [name for name, _, _ in KEYS])
+async def test_no_route_fails_for_a_key_without_its_scope(two_tenant_port: int, key: str) -> None:
+    (scopes,) = (words.split(",") for name, _, words in KEYS if name == key)
+    async with client_of(two_tenant_port, **bearer(key)) as client:
+        for route in ROUTES:
+            if route.scope is None or route.scope in scopes:
+                continue
+            for query in ("", "?unknown=1", *(() if "operator" in scopes else OF_OTHERS)):
+                reply = await client.request(route.method, _example(route) + query)
+                assert reply.status_code in (400, 403), (route.method, route.path, query)
+                code = {400: "invalid_query", 403: "forbidden"}[reply.status_code]
+                assert_problem(reply, reply.status_code, code)
+                assert code == "forbidden" or query, (route.method, route.path)
 
 
 async def test_a_key_comes_in_either_header_and_a_tenant_may_have_two(two_tenant_port: int) -> None:
