@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from typing import Any, NamedTuple, TypeVar, cast
@@ -208,15 +210,27 @@ def assert_problem(reply: httpx2.Response, status: int, code: str) -> dict[str, 
     return body
 
 
-async def raw_exchange(port: int, sent: bytes, seconds: float = 20.0) -> bytes:
-    """Sends bytes; returns everything the server answers until it closes the connection."""
+async def raw_exchange(
+    port: int, sent: bytes, seconds: float = 20.0, *, half_close: bool = False
+) -> bytes:
+    """Sends bytes, and with `half_close` their end; returns everything the server answers until it
+    closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         async with asyncio.timeout(seconds):
             writer.write(sent)
+            if half_close:
+                writer.write_eof()
             return await reader.read()
     finally:
         writer.close()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Closes both directions of the connection at once, so that the server knows of both."""
+    taken = writer.get_extra_info("socket")
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 def count_waiters() -> int:

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-import socket
-import struct
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -33,13 +32,16 @@ from .harness import (
     ManualWorker,
     announce,
     client_of,
+    count_waiters,
     hosted,
     raw_exchange,
+    reset,
     running,
     running_server,
     submit,
 )
 
+ONE_ROW = b'{"data":[[1,2,3,4]]}'
 GET = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -391,7 +393,68 @@ async def api_with_jobs(
         yield ApiWithJobs(server, port, await submit(client), result_id)
 
 
-@pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.soak)])
+WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(ONE_ROW) + ONE_ROW
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        pytest.param(GET + b"\r\n", [200], id="read"),
+        pytest.param(WHOLE, [202], id="submit"),
+        pytest.param(WHOLE * 3, [202] * 3, id="submits"),
+        pytest.param(WHOLE + WHOLE[:-1], [202], id="submit and a part"),
+        pytest.param(GET + b"\r\n" + b"GET /jo", [200], id="read and a part"),
+        pytest.param(GET + b"\r\n" + b"Bad\r\n\r\n", [200, 400], id="read and malformed"),
+        pytest.param(WHOLE[:-1], [], id="a part"),
+        pytest.param(b"GET /jo", [], id="a part of a head"),
+        pytest.param(b"", [], id="nothing"),
+        pytest.param(WHOLE.replace(b"json", b"x-ndjson", 1), [200], id="lines"),
+    ],
+)
+async def test_a_client_that_closes_its_sending_side_gets_its_answers(
+    strict_port: int, sent: bytes, statuses: list[int]
+) -> None:
+    answer = await raw_exchange(strict_port, sent, half_close=True)
+    assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", answer)] == statuses
+    if b"ndjson" in sent:
+        assert answer.endswith(b"\r\n0\r\n\r\n")
+
+
+async def test_who_has_closed_the_sending_side_gets_the_end_of_a_job_that_ends_soon(
+    api_with_jobs: ApiWithJobs, manual_worker: ManualWorker
+) -> None:
+    api = api_with_jobs
+    wait = f"GET /job/{api.job_id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    answer = asyncio.create_task(raw_exchange(api.port, wait * 2, half_close=True))
+    await eventually(lambda: count_waiters() == 1, "the first request waits")
+    await manual_worker.complete()
+    assert (await answer).count(b'"status":"completed"') == 2
+
+
+async def test_who_has_closed_the_sending_side_waits_and_follows_for_two_seconds_at_most(
+    api_with_jobs: ApiWithJobs,
+) -> None:
+    """Such a client may as well be gone."""
+    api = api_with_jobs
+    wait = f"GET /job/{api.job_id}?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    waiting_submit = WHOLE.replace(b"Host", b"Prefer: wait=30\r\nHost")
+    events = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    began = time.monotonic()
+    sent = (wait * 2, waiting_submit, events, waiting_submit.replace(b"json", b"x-ndjson", 1))
+    waits, submitted, followed, lines = await asyncio.gather(
+        *(raw_exchange(api.port, request, half_close=True) for request in sent)
+    )
+    assert 1.9 <= time.monotonic() - began < 6
+    assert waits.count(b"HTTP/1.1 200 ") == waits.count(b'"status":"pending"') == 2
+    assert submitted.startswith(b"HTTP/1.1 202 ")
+    assert b'"job_id"' in submitted
+    assert followed.startswith(b"HTTP/1.1 200 ")
+    assert lines.startswith(b"HTTP/1.1 200 ")
+    await eventually(lambda: not count_waiters(), "nothing waits")
+    await eventually(lambda: not api.server.server_state.tasks, "nothing runs")
+
+
+@pytest.mark.parametrize("is_reset", [False, pytest.param(True, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "sent",
     [
@@ -424,23 +487,25 @@ async def api_with_jobs(
     ],
 )
 async def test_a_client_that_disconnects_in_the_middle_is_no_error(
-    api_with_jobs: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, reset: bool
+    api_with_jobs: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, is_reset: bool
 ) -> None:
     api = api_with_jobs
     request = sent.replace(b"JOB", api.job_id.encode()).replace(b"RESULT", api.result_id.encode())
     state = api.server.server_state
+    clients = []
     for known in (False, True):
         _, writer = await asyncio.open_connection("127.0.0.1", api.port)
         client = writer.get_extra_info("sockname")
         writer.write(request)
         if known:
             await eventually(lambda: is_held(api.server, client), "it is accepted")  # noqa: B023
-        if reset:
-            taken = writer.get_extra_info("socket")
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if is_reset:
+            reset(writer)
         writer.close()
         # A later connection is accepted after this one.
         await first_answer(api.port, GET + b"\r\n")
+        clients.append(client)
+    for client in clients:
         await eventually(lambda: not is_held(api.server, client), "it is closed")  # noqa: B023
     await eventually(lambda: not state.tasks, "no task of a disconnected client is left", 10)
     assert [

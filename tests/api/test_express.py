@@ -25,7 +25,7 @@ from tests.faults.harness import eventually
 from tests.faults.proxy import proxied
 from tests.queue_driver import new_job
 
-from .harness import QUEUE, announce, client_of, hosted, running_server, submit
+from .harness import QUEUE, announce, client_of, hosted, reset, running_server, submit
 from .http_shapes import ALIVE, BODY, CHUNKED, CHUNKS, HOST, JSON, LENGTH, POST, SHAPES
 
 CRLF: Final = b"\r\n"
@@ -135,10 +135,17 @@ class TwoApis:
         """Returns the answer. The bytes are sent in one packet, and again in two, cut after the
         first head."""
         cut = sent.find(b"\r\n\r\n") + 4
-        for parts in ((sent + LAST,), (sent[:cut], sent[cut:] + LAST)):
-            answers = (self._answer(*api, parts) for api in self._servers)
-            short, ordinary = await asyncio.gather(*answers)
-            assert short == ordinary, parts
+        await self._assert_equal_answers(sent + LAST)
+        return await self._assert_equal_answers(sent[:cut], sent[cut:] + LAST)
+
+    async def assert_equal_answers_after_the_end(self, sent: bytes) -> None:
+        """As `assert_equal_answers`, to a client that closes its sending side behind the bytes."""
+        await self._assert_equal_answers(sent, b"")
+
+    async def _assert_equal_answers(self, *parts: bytes) -> bytes:
+        answers = (self._answer(*api, parts) for api in self._servers)
+        short, ordinary = await asyncio.gather(*answers)
+        assert short == ordinary, parts
         return short
 
     async def leave_after(self, sent: bytes) -> None:
@@ -162,14 +169,17 @@ class TwoApis:
         return short
 
     async def _answer(self, server: Server, port: int, parts: tuple[bytes, ...]) -> bytes:
-        """All that the API answers, without dates and ids."""
+        """All that the API answers, without dates and ids; an empty part ends what is sent."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         name = name_of(writer)
         answer = asyncio.create_task(reader.read())
         try:
             for place, part in enumerate(parts):
-                writer.write(part)
-                if place + 1 < len(parts):
+                if part:
+                    writer.write(part)
+                else:
+                    writer.write_eof()
+                if place + 1 < len(parts) and parts[-1]:
                     await eventually(
                         lambda: answer.done() or _has_read_a_head(server, name), "the head is read"
                     )
@@ -233,6 +243,7 @@ async def test_both_ways_give_the_same_answers_byte_by_byte(two_apis: TwoApis) -
     async def compare(sent: bytes) -> None:
         async with slots:
             await two_apis.assert_equal_answers(sent)
+            await two_apis.assert_equal_answers_after_the_end(sent)
 
     async with asyncio.TaskGroup() as group:
         for sent in _corpus():
@@ -357,7 +368,7 @@ async def test_a_submit_whose_client_has_left_is_stored_once(
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(USUAL)
             await eventually(lambda: _has_read_a_head(api, name_of(writer)), "it is read")
-            writer.transport.abort()
+            reset(writer)
             await eventually(lambda: len(connections(api)) == 1, "the client has left")
             proxy.restore()
             await eventually(lambda: server.llen(QUEUE) == 2, "the job is stored")

@@ -201,13 +201,11 @@ def _waiting_for_again(services: Services, stored: StoredJob, now_ms: int) -> Wa
 async def _wait(
     services: Services, request: Request[Any], stored: StoredJob, seconds: float
 ) -> StoredJob:
-    """The job once it has ended, or as it is after `seconds` or when the API stops. Raises
-    JobExpired or JobNotFound if it was deleted meanwhile or the client has disconnected,
-    Unauthorized or Forbidden if its key is revoked, and RedisUnavailable."""
+    """The job once it has ended, or as it is after `seconds`, when the API stops or the client has
+    disconnected. Raises JobExpired or JobNotFound if it was deleted meanwhile, Unauthorized or
+    Forbidden if its key is revoked, and RedisUnavailable."""
     latest = await while_client_stays(request, services.inbox.wait(stored, seconds))
-    if latest is None:
-        raise job_absent_error(services, stored.job_id)
-    return latest
+    return latest or await find_job(services, request)
 
 
 def _job_reply(services: Services, request: Request[Any], status: int, stored: StoredJob) -> Reply:

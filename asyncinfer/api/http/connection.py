@@ -85,6 +85,10 @@ _MAX_BUFFERED_BYTES: Final = 65_536
 """How much of a body may wait for its handler before reading is paused."""
 
 _DISCARD_SECONDS: Final = 2.0
+_HALF_CLOSED_SECONDS: Final = 2.0
+"""How long a client that has closed its sending side may wait for the end of a job, or be sent a
+stream: it may as well be gone."""
+
 _SMALL_BYTES: Final = 64 << 10
 """An answer of up to this size is copied into one packet."""
 _LAST_BYTES_SECONDS: Final = 1.0
@@ -146,6 +150,9 @@ class Connection(asyncio.Protocol):
         """The exchange that is being answered, or was last."""
         self._waiting: deque[Exchange] = deque()
         """Exchanges of requests that were sent ahead, in the order in which they came."""
+        self._is_half_closed = False
+        """Whether the client has closed its sending side."""
+        self._half_closed_timer: asyncio.TimerHandle | None = None
         self._is_ended = False
         """Whether the last answer of this connection was given."""
         self._limits = limits
@@ -255,11 +262,33 @@ class Connection(asyncio.Protocol):
         ]
         return b"".join((method, b" ", self._target, b" HTTP/", version, b"\r\n", *lines, b"\r\n"))
 
+    def eof_received(self) -> bool:
+        """Returns whether to keep our side open: the client sends nothing more, but RFC 9112, 9.5,
+        does not let that mean that it reads no answer either. Requests that came whole are
+        answered; a part of another is dropped."""
+        if self._waiting and not self._waiting[-1].is_received:
+            self._waiting.pop().abandon()
+        answering = self._answering
+        if answering is None or not answering.is_open:
+            return False
+        if not self._is_half_closed:
+            self._is_half_closed = True
+            self._disarm()
+            self._half_closed_timer = self._loop.call_later(
+                _HALF_CLOSED_SECONDS, self._take_for_gone
+            )
+        return True
+
+    def _take_for_gone(self) -> None:
+        """Ends waits and streams of a client that has closed its sending side."""
+        for exchange in self._open_exchanges():
+            exchange.take_for_gone()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels all timers and lets every open request's application see that the client is
         gone."""
         self._disarm()
-        for timer in (self._reserved_timer, self._idle_timer):
+        for timer in (self._reserved_timer, self._idle_timer, self._half_closed_timer):
             if timer:
                 timer.cancel()
         self._abandon_all()
@@ -646,6 +675,8 @@ class Connection(asyncio.Protocol):
                 self._pause_reading()
         elif self._pending_refusal:
             self._send_refusal(self._pending_refusal)
+        elif self._is_half_closed:
+            self._close()
         else:
             self._idle_since = self._loop.time()
             if self._idle_timer is None:
@@ -663,6 +694,8 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             self._latest.keep_alive = False
+        if self._is_half_closed:
+            self._take_for_gone()
         if self._awaited == "body":
             self._loop.call_later(_LAST_BYTES_SECONDS, self._stop_reading)
 
@@ -705,6 +738,9 @@ class Connection(asyncio.Protocol):
         """Ends our side now, and closes after reading and dropping incoming bytes for 2 s: a socket
         closed with unread bytes is reset, and the client may lose the answer with it. Returns at
         once."""
+        if self._is_half_closed:
+            self._close()
+            return
         self.resume_reading()
         self._transport.write_eof()
         self._loop.call_later(_DISCARD_SECONDS, self._close)

@@ -61,6 +61,8 @@ class Exchange:
         "is_abandoned",
         "is_answered",
         "is_begun",
+        "is_gone",
+        "is_read",
         "is_received",
         "keep_alive",
         "scope",
@@ -79,11 +81,15 @@ class Exchange:
         """Bytes of the body that the application has not received yet."""
         self.is_received = False
         """Whether the whole body was received."""
+        self.is_read = False
+        """Whether the application has received the whole body too."""
         self.is_begun = False
         """Whether the answer has begun."""
         self.is_answered = False
         self.is_abandoned = False
         """Whether nobody waits for the answer any more; what is sent is dropped."""
+        self.is_gone = False
+        """Whether the application sees a client that has disconnected, and is still answered."""
         self.changed = asyncio.Event()
         """Wakes `receive`."""
         self._channel = channel
@@ -126,22 +132,39 @@ class Exchange:
             self.is_abandoned = True
         self.changed.set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the request came whole, and its answer is not complete."""
+        return self.is_received and not (self.is_answered or self.is_abandoned)
+
+    def take_for_gone(self) -> None:
+        """Makes the application see that the client has disconnected, once it has read the body;
+        its answer is sent all the same."""
+        self.is_gone = True
+        self.changed.set()
+
     async def receive(self) -> Message:
         """Waits for bytes of the body, or for the client to disconnect."""
         if self.expects_continue:
             self.expects_continue = False
             self._channel.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not (self.is_abandoned or self.is_answered):
+        if not self._is_over:
             self._channel.resume_reading()
             await self.changed.wait()
             self.changed.clear()
-        if self.is_abandoned or self.is_answered:
+        if self._is_over:
             return {"type": "http.disconnect"}
+        self.is_read = self.is_received
         return {
             "type": "http.request",
             "body": self.take_body(),
             "more_body": not self.is_received,
         }
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the application is told that the client has disconnected."""
+        return self.is_abandoned or self.is_answered or (self.is_gone and self.is_read)
 
     def reply(self, reply: Reply) -> None:
         """Writes a whole answer at once, also while writing is paused; drops it if the exchange is
