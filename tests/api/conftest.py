@@ -16,7 +16,7 @@ from tests.faults.proxy import proxied
 from tests.queue_driver import QueueDriver
 from tests.tracebacks import no_traceback as no_traceback
 
-from .harness import ManualWorker, ProxiedApi, announce, client_of, hosted, running
+from .harness import KEYS, ManualWorker, ProxiedApi, announce, client_of, hosted, running
 
 _BOTH_WAYS = ("test_predict", "test_http_shapes", "test_server", "test_express")
 """Modules whose tests run with and without the short way in the default suite; those of the others
@@ -49,17 +49,6 @@ async def api(config: ApiConfig, store: Store) -> AsyncIterator[httpx2.AsyncClie
     await announce(store, "iris", "digits", default="iris")
     async with hosted(running(config)) as port, client_of(port) as client:
         yield client
-
-
-KEYS = (
-    ("alice", "alice", "submit,read,admin"),
-    ("alice-2", "alice", "submit,read"),
-    ("reader", "alice", "read"),
-    ("sender", "alice", "submit"),
-    ("bob", "bob", "submit,read"),
-    ("ops", "ops", "operator"),
-)
-"""Each key, its tenant and its scopes."""
 
 
 @pytest.fixture

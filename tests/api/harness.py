@@ -31,6 +31,15 @@ T = TypeVar("T")
 
 QUEUE = "predict_queue"
 ROW = [[5.1, 3.5, 1.4, 0.2]]
+KEYS = (
+    ("alice", "alice", "submit,read,admin"),
+    ("alice-2", "alice", "submit,read"),
+    ("reader", "alice", "read"),
+    ("sender", "alice", "submit"),
+    ("bob", "bob", "submit,read"),
+    ("ops", "ops", "operator"),
+)
+"""Each API key of the fixtures, its tenant and its scopes."""
 RESULT = {"prediction": 0, "class_name": "setosa", "probabilities": [1.0, 0.0, 0.0]}
 COLUMNS = {"iris": 4, "digits": 64}
 

@@ -40,6 +40,23 @@ async def nothing_queued(server: redis.Redis) -> AsyncIterator[None]:
 MALFORMED = {
     "empty body": (b"", "empty"),
     "cut off": (b'{"data": [[1, 2', "truncated"),
+    "cut off, and where": (b'{"data": [[1, 2', "truncated (byte 15)"),
+    **{
+        f"half a surrogate pair: {name}": (
+            b'{"data": [[1, 2, 3, 4]], "options": {"webhook": {"metadata": {%b}}}}' % member,
+            f"the escape {escape} is half of a surrogate pair, and no character by itself "
+            f"(byte {place})",
+        )
+        for name, member, escape, place in (
+            ("first", rb'"a": "\ud800"', r"\ud800", 68),
+            ("second", rb'"a": "\udc00"', r"\udc00", 68),
+            ("as a name", rb'"\uD800": 1', r"\uD800", 63),
+            ("before a letter", rb'"a": "\ud800\u0041"', r"\ud800", 68),
+            ("twice", rb'"a": "\ud800\ud800"', r"\ud800", 68),
+            ("after a pair", rb'"a": "\ud83d\ude00\\ud800\udfff"', r"\udfff", 87),
+            ("a backslash after it", rb'"a": "\ud800\\udc00"', r"\ud800", 68),
+        )
+    },
     "trailing comma": (b'{"data": [[1, 2, 3, 4,]]}', "byte 22"),
     "two values": (b'{"data": [[1, 2, 3, 4]]} {}', "byte 26"),
     "NaN": (b'{"data": [[NaN, 2, 3, 4]]}', "byte 11"),

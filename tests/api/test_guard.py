@@ -14,8 +14,8 @@ from asyncinfer.errors import KeyFileRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.store import Store
 
-from .conftest import KEYS
 from .harness import (
+    KEYS,
     QUEUE,
     ROW,
     ManualWorker,

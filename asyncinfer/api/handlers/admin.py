@@ -2,7 +2,7 @@
 
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgspec
 
@@ -10,6 +10,7 @@ from asyncinfer import jobs
 from asyncinfer.api.audit import audited
 from asyncinfer.api.handlers.jobs import criteria_of
 from asyncinfer.api.http.body import read_body
+from asyncinfer.api.http.json_text import parse_problem
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import reject_input
@@ -174,19 +175,16 @@ def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
             "A body names the jobs, so the query may have no other parameter than `tenant`; send "
             "either a body or a query."
         )
+    body = body.removeprefix(BOM_UTF8)
     try:
-        return list(dict.fromkeys(_decode_retry(body.removeprefix(BOM_UTF8)).job_ids))
+        return list(dict.fromkeys(_decode_retry(body).job_ids))
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, RetryRequest), error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        _reject_json(error)
-
-
-def _reject_json(error: Exception) -> NoReturn:
-    """Raises InvalidJSON for a body that cannot be parsed."""
-    raise InvalidJSON(
-        f'The body is not JSON ({error}); send `{{"job_ids": [...]}}`, or a query instead.'
-    ) from error
+        raise InvalidJSON(
+            f"The body is not JSON: {parse_problem(error, body)}. "
+            'Send `{"job_ids": [...]}`, or a query instead.'
+        ) from error
 
 
 async def _jobs_by_id(

@@ -9,6 +9,7 @@ from asyncinfer.api import group_closing
 from asyncinfer.api.audit import audited
 from asyncinfer.api.group_lookup import group_not_found_error, group_of
 from asyncinfer.api.http.body import read_body
+from asyncinfer.api.http.json_text import parse_problem
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.api.inputs.envelope import check_metadata, reject_input, reject_repeated_members
@@ -74,8 +75,8 @@ def _target(body: bytes, tenant: str) -> Target | None:
         reject_input(fault_of(error, CloseGroupRequest), error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJSON(
-            f'The body is not JSON ({error}); send `{{"webhook": {{"url": "https://..."}}}}`, or '
-            "nothing."
+            f"The body is not JSON: {parse_problem(error, body)}. "
+            'Send `{"webhook": {"url": "https://..."}}`, or nothing.'
         ) from error
     if webhook is None:
         return None

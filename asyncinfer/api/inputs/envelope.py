@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import msgspec
 from msgspec import Raw, Struct
 
+from asyncinfer.api.http.json_text import parse_problem
 from asyncinfer.api.http.validation_errors import fault_of
 from asyncinfer.errors import InputError, InvalidInput, InvalidJSON
 from asyncinfer.jobs import MAX_WEBHOOK_URL
@@ -201,8 +202,8 @@ def _utf8_text(body: bytes) -> bytes:
 
 
 def _parse_error_message(error: msgspec.DecodeError, body: bytes) -> str:
-    """The error's message, with a hint if it stopped at a bare NaN or Infinity."""
-    message = str(error).removeprefix("JSON is malformed: ")
+    """What is wrong and where, with a hint if the parser stopped at a bare NaN or Infinity."""
+    message = parse_problem(error, body)
     place = _AT_BYTE.search(message)
     is_non_finite = place and _BARE_NON_FINITE.match(body, int(place[1]))
     hint = f" {_NON_FINITE_HINT}" if is_non_finite else ""
