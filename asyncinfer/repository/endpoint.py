@@ -34,7 +34,7 @@ class Endpoint(Struct, frozen=True):
     def parse(cls, url: str) -> "Endpoint":
         """Raises InvalidSetting for a URL of no known form."""
         parsed = redis_url.parse(url)
-        for option in parsed.tls.keys() - inspect.signature(SSLConnection).parameters:
+        for option in sorted(parsed.tls.keys() - inspect.signature(SSLConnection).parameters):
             raise InvalidSetting(
                 f"REDIS_URL has the option {option}, which redis-py {redis.__version__} does not "
                 "have. Install a newer redis-py, or leave the option out."

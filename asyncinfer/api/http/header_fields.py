@@ -35,7 +35,8 @@ def _join(lines: Sequence[Header]) -> Mapping[bytes, bytes]:
     values: dict[bytes, list[bytes]] = {}
     for name, value in lines:
         values.setdefault(name, []).append(value)
-    for name in values.keys() & _SINGLE:
-        if len(values[name]) > 1:
+    # In the order in which they were sent: that of a set differs from process to process.
+    for name, sent in values.items():
+        if len(sent) > 1 and name in _SINGLE:
             raise InvalidHeader(f"`{name.decode()}` is sent more than once; send it once.")
     return {name: b", ".join(field_values) for name, field_values in values.items()}
