@@ -140,6 +140,10 @@ class _Connection(asyncio.Protocol):
         elif len(self._head) > _MAX_HEAD_BYTES:
             self._send_problem(HeadersTooLarge(f"A request may have {_MAX_HEAD_BYTES} bytes."))
 
+    def eof_received(self) -> bool:
+        """Keeps the connection open for the answer to a client that sends nothing more."""
+        return self._answering is not None
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the deadline and the answer, and no longer counts the connection as open."""
         self._deadline.cancel()

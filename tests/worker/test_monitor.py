@@ -92,6 +92,25 @@ async def test_bytes_that_are_no_request_are_refused_in_time(
     assert bool(raw) == bool(status)
 
 
+async def test_a_client_that_closes_its_sending_side_gets_its_answer(
+    listener: socket, port: int
+) -> None:
+    release = asyncio.Event()
+
+    async def page() -> Answer:
+        await release.wait()
+        return Answer(200, b"page")
+
+    async with serve_pages(listener, {"/": page}):
+        request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        answer = asyncio.create_task(raw_exchange(port, request, half_close=True))
+        assert await raw_exchange(port, request[:-1], half_close=True) == b""
+        # The end of the first request came before this one.
+        assert_problem(await send_request(port, "/other"), 404, "route_not_found")
+        release.set()
+        assert (await answer).endswith(b"\r\n\r\npage")
+
+
 @pytest.mark.usefixtures("monitor")
 async def test_silent_connections_do_not_keep_a_probe_out(port: int) -> None:
     """The connection that is silent for longest is closed at once."""
