@@ -756,6 +756,24 @@ FAULTS: Final = (
         ),
     ),
     Fault(
+        "who_closes_the_sending_side_gets_no_answer",
+        "asyncinfer/api/http/connection.py",
+        "if answering is None or not answering.is_open:",
+        "if True:",
+        (
+            "tests/api/test_connection.py::test_a_client_that_closes_its_sending_side_gets_its_answers",
+        ),
+    ),
+    Fault(
+        "who_is_gone_is_waited_for_as_long_as_it_asked",
+        "asyncinfer/api/http/connection.py",
+        "exchange.take_for_gone()",
+        "pass",
+        (
+            "tests/api/test_connection.py::test_who_has_closed_the_sending_side_waits_and_follows_for_two_seconds_at_most",
+        ),
+    ),
+    Fault(
         "errors_of_requests_are_not_counted",
         "asyncinfer/api/app.py",
         "self.request_figures.refused(error.code)",
