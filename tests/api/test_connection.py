@@ -199,6 +199,15 @@ async def test_bytes_that_are_not_http_are_400(strict_port: int, sent: bytes) ->
     assert_refused(await raw_exchange(strict_port, sent), 400, "malformed_request")
 
 
+async def test_the_refusal_of_a_head_has_no_body(strict_port: int) -> None:
+    for line in (b"HEAD /jobs#x HTTP/1.1", b"HEAD /jobs HTTP/2.0"):
+        answer = await raw_exchange(strict_port, line + b"\r\nHost: localhost\r\n\r\n")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 ")
+        assert b"content-length: " in head
+        assert body == b""
+
+
 async def test_a_request_without_a_host_is_400(strict_port: int) -> None:
     answer = await raw_exchange(strict_port, b"GET / HTTP/1.0\r\n\r\n")
     assert_refused(answer, 400, "invalid_header")

@@ -618,7 +618,8 @@ class Connection(asyncio.Protocol):
         self._limits.on_refusal(error.code)
         reply = problem_reply(error)
         head = head_of(reply.status, (*header_block(reply), CONNECTION_CLOSE))
-        self._send(head, reply.body)
+        is_head = self._request_begun and self._parser.get_method() == b"HEAD"
+        self._send(head, b"" if is_head else reply.body)
         self._close_after_discarding()
 
     def _close_reserved(self) -> None:
