@@ -6,6 +6,8 @@ import random
 import time
 from typing import Final
 
+import anyio
+
 from asyncinfer.errors import RedisUnavailable, StorageFull
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository.failed_jobs_log import FailedJobsLog
@@ -30,7 +32,9 @@ async def reap_forever(store: Store, failed_jobs: FailedJobsLog) -> None:
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
-            await _sweep(maintenance, failed_jobs)
+            # A process that ends in the middle of one would neither count nor log what it has done.
+            with anyio.CancelScope(shield=True):
+                await _sweep(maintenance, failed_jobs)
             if time.monotonic() - tidied_at > ROUND_SECONDS:
                 tidied_at = time.monotonic()
                 for name in await libraries.tidy():

@@ -57,8 +57,14 @@ def test_help_shows_every_setting_with_its_flag_variable_and_default(
 
     for knob in settings.knobs():
         assert f" {knob.flag}" in shown
-        default = knob.unset if knob.default in (None, ()) else knob.unit
+        default = knob.unset if knob.default in (None, ()) else _unit(knob)
         assert f"{default}. [{knob.variable}]" in shown
+
+
+def _unit(knob: settings.Knob) -> str:
+    """The unit of its default."""
+    singular = {"processes": "process", "seconds": "second"}
+    return singular.get(knob.unit, knob.unit) if knob.default == 1 else knob.unit
 
 
 def test_a_wrong_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,8 @@ class Connection(asyncio.Protocol):
         self._is_half_closed = False
         """Whether the client has closed its sending side."""
         self._half_closed_timer: asyncio.TimerHandle | None = None
+        self._is_stopping = False
+        """Whether the server stops, and waits for no client that may be gone."""
         self._is_ended = False
         """Whether the last answer of this connection was given."""
         self._limits = limits
@@ -274,9 +276,8 @@ class Connection(asyncio.Protocol):
         if not self._is_half_closed:
             self._is_half_closed = True
             self._disarm()
-            self._half_closed_timer = self._loop.call_later(
-                _HALF_CLOSED_SECONDS, self._take_for_gone
-            )
+            seconds = 0 if self._is_stopping else _HALF_CLOSED_SECONDS
+            self._half_closed_timer = self._loop.call_later(seconds, self._take_for_gone)
         return True
 
     def _take_for_gone(self) -> None:
@@ -691,6 +692,7 @@ class Connection(asyncio.Protocol):
         """Called when the server stops. Open requests are still answered; a body that is still
         being received is refused after a second, since it would otherwise be cut off at the end of
         the grace period."""
+        self._is_stopping = True
         if self._latest is None or self._latest.is_answered:
             self._transport.close()
         else:
