@@ -32,9 +32,7 @@ async def reap_forever(store: Store, failed_jobs: FailedJobsLog) -> None:
     while True:
         await asyncio.sleep(tick_seconds * random.uniform(0.5, 1.5))
         try:
-            # A process that ends in the middle of one would neither count nor log what it has done.
-            with anyio.CancelScope(shield=True):
-                await _sweep(maintenance, failed_jobs)
+            await _sweep(maintenance, failed_jobs)
             if time.monotonic() - tidied_at > ROUND_SECONDS:
                 tidied_at = time.monotonic()
                 for name in await libraries.tidy():
@@ -58,4 +56,6 @@ async def _sweep(maintenance: Maintenance, failed_jobs: FailedJobsLog) -> None:
     if swept.put_back or swept.dead:
         _log.warning("Lost workers: %d jobs put back, %d dead letters.", swept.put_back, swept.dead)
     if swept.failed:
-        await failed_jobs.note_failed_by_script(swept.failed)
+        # Nobody else knows of them, if this process ends meanwhile.
+        with anyio.CancelScope(shield=True):
+            await failed_jobs.note_failed_by_script(swept.failed)
