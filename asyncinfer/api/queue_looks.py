@@ -27,7 +27,7 @@ _MAX_AGE_SECONDS: Final = 5.0
 """A submit is answered from a look of at most this age, and does not wait for a newer one."""
 
 _STALL_SECONDS: Final = 2.0
-"""An idle worker takes a job in a moment, and at most within BRPOP_TIMEOUT, 1 s. So a queue whose
+"""An idle worker takes a job in a moment, or if a bell is lost within BRPOP_TIMEOUT. A queue whose
 jobs have waited for longer, and of which none runs, waits for its workers' slots."""
 
 _MAX_QUEUES: Final = 100
@@ -50,6 +50,16 @@ RUNS_ON: Final = frozenset({"retry", "storage_full"})
 _log = LimitedLog(logging.getLogger(__name__))
 
 
+class Stall(Struct, frozen=True):
+    """Workers have the model of a queue, and take no job of it."""
+
+    seconds: float
+    """For how long jobs have waited and none has run."""
+    workers: int
+    isolating: int
+    """Those of them that run one job alone."""
+
+
 class Whereabouts(Struct, frozen=True):
     """Where an unfinished job is; None for what does not apply or is not known."""
 
@@ -59,20 +69,10 @@ class Whereabouts(Struct, frozen=True):
     """An estimate of the seconds until a waiting job has ended."""
     deliveries: int = 0
     """How many workers were lost with a waiting job that is next in turn."""
-    stall: "Stall | None" = None
+    stall: Stall | None = None
     """Of a waiting job whose queue is served by workers that have no free slot."""
     loss: Loss | None = None
     """Of a running job whose worker is lost."""
-
-
-class Stall(Struct, frozen=True):
-    """Workers have the model of a queue, and take no job of it."""
-
-    seconds: float
-    """For how long jobs have waited and none has run."""
-    workers: int
-    isolating: int
-    """Those of them that run one job alone."""
 
 
 class _Seen(Struct):
