@@ -14,7 +14,7 @@ import msgspec
 import redis
 
 from asyncinfer.repository import keys
-from asyncinfer.repository.announcements import decode_worker_announcement
+from asyncinfer.repository.announcements import decode_worker_announcement, upcoming_models
 from asyncinfer.repository.policy import Policy
 from asyncinfer.schemas.operations import public_worker_name
 from asyncinfer.worker.held_claim import Step
@@ -123,11 +123,11 @@ class WorkerChild:
         return self.process.poll() is not None
 
     def is_announced(self, client: redis.Redis) -> bool:
-        """Whether it has announced that all its models are loaded."""
+        """Whether it has announced that it claims the jobs of all models in its folder."""
         pattern = keys.worker("predict_queue", f"*-{self.process.pid}-*")
         bodies = [client.get(key) for key in client.scan_iter(pattern, count=1000)]
         workers = [decode_worker_announcement(body) for body in bodies if isinstance(body, bytes)]
-        return any(worker.models and not worker.loading for worker in workers)
+        return any(worker.models and not upcoming_models(worker) for worker in workers)
 
     def name(self, client: redis.Redis) -> str:
         """Its name in logs and answers, from its announcement, which it may have left behind."""
