@@ -39,7 +39,7 @@ def scrapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Scrape, 
         METRICS_PORT=str(api_port),
         MONITOR_PORT=str(worker_port),
     ) as serve:
-        eventually_sync(lambda: "iris" in str(serve.get("/models")), "iris is served")
+        eventually_sync(lambda: bool(serve.get("/models")["models"]), "iris is served")
         request = urllib.request.Request(
             serve.banner["URL"] + "/predict",
             b'{"data": [[5.1, 3.5, 1.4, 0.2]]}',

@@ -62,6 +62,12 @@ class Connection:
         self._http.close()
 
 
+def models_of(connection: Connection) -> list[dict[str, Any]]:
+    """The models that are served, without those that a worker is loading."""
+    models: list[dict[str, Any]] = connection.request("GET", "/models")["models"]
+    return models
+
+
 def holders(port: int, pids: list[int]) -> dict[int, int]:
     """{client's port: pid of the process that holds its connection to `port`}."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -247,7 +253,8 @@ def test_ctrl_c_answers_waiting_clients_and_leaves_no_process(tmp_path: Path) ->
         url = valkey.running_url(tmp_path) or ""
         with redis.Redis.from_url(url) as client, service.both() as (first, second):
             eventually_sync(
-                lambda: "iris" in str(first.request("GET", "/models")), "a worker has announced it"
+                lambda: "iris" in (listed["model"] for listed in models_of(first)),
+                "a worker has announced it",
             )
             job_id = second.request("POST", "/predict/iris", later)["job_id"]
             for connection in (first, second):
