@@ -140,13 +140,13 @@ class Worker:
         self._answered_at = time.monotonic()
         self._started_ms = now_ms()
         self._spans = JobSpans(tracing, self.worker_id) if tracing else None
-        runs = QueueConsumer(store, self.worker_id)
+        consumer = QueueConsumer(store, self.worker_id)
         self._loop = asyncio.get_running_loop()
         self._renewer = LeaseRenewer(store, self._on_renewal)
         self._held = HeldClaims(self._renewer)
         self._waiter = ClaimWaiter(
             store,
-            runs,
+            consumer,
             self._held,
             brpop_timeout_seconds=config.brpop_timeout_seconds,
             on_step=on_step,
@@ -157,7 +157,7 @@ class Worker:
         # Batching adds nothing to the memory that the result of a single job may take.
         output_sizes = OutputSizes(config.max_result_bytes)
         self._claimer = Claimer(
-            runs,
+            consumer,
             self._held,
             self._waiter,
             output_sizes,
@@ -179,7 +179,7 @@ class Worker:
             spans=self._spans,
         )
         self.finisher = Finisher(
-            runs,
+            consumer,
             self._held,
             self._claimer,
             self._builder,

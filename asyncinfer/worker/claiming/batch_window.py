@@ -47,7 +47,11 @@ class BatchWindows:
     """
 
     def __init__(
-        self, store: Store, runs: QueueConsumer, is_idle: Callable[[], bool], check_seconds: float
+        self,
+        store: Store,
+        consumer: QueueConsumer,
+        is_idle: Callable[[], bool],
+        check_seconds: float,
     ) -> None:
         """`is_idle` tells whether a slot waits for jobs; `check_seconds` is the longest time
         between two checks of the queues themselves, in case a doorbell token was lost."""
@@ -58,7 +62,7 @@ class BatchWindows:
         self.any_due = asyncio.Event()
         """Set while `due` is not empty."""
         self._store = store
-        self._runs = runs
+        self._consumer = consumer
         self._is_idle = is_idle
         self._check_seconds = check_seconds
         self._checked_at = 0.0
@@ -179,7 +183,7 @@ class BatchWindows:
         RedisUnavailable."""
         self._checked_at = time.monotonic()
         names = list(self.queues)
-        return names if names and await self._runs.has_work(names) else []
+        return names if names and await self._consumer.has_work(names) else []
 
     async def _count_waiting(self, queue: str) -> int:
         """The length of the queue's lists, of all priorities: stale entries count, delayed jobs do

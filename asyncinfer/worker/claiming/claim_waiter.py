@@ -54,7 +54,7 @@ class ClaimWaiter:
     def __init__(
         self,
         store: Store,
-        runs: QueueConsumer,
+        consumer: QueueConsumer,
         held: HeldClaims,
         *,
         brpop_timeout_seconds: float,
@@ -72,7 +72,7 @@ class ClaimWaiter:
         """Whether the last claim found the queues empty. The doorbell rings for every job that came
         after it, and for those that it left behind: to claim again at once found nothing, and cost
         a waiting client half its time."""
-        self.windows = BatchWindows(store, runs, self._is_idle, brpop_timeout_seconds)
+        self.windows = BatchWindows(store, consumer, self._is_idle, brpop_timeout_seconds)
         self._held = held
         self._brpop_timeout_seconds = brpop_timeout_seconds
         self._on_step = on_step

@@ -40,7 +40,7 @@ class Claimer:
 
     def __init__(
         self,
-        runs: QueueConsumer,
+        consumer: QueueConsumer,
         held: HeldClaims,
         waiter: ClaimWaiter,
         output_sizes: OutputSizes,
@@ -56,7 +56,7 @@ class Claimer:
         self.claim_lock = asyncio.Lock()
         """Held during each call that may claim: with two under way, a poison job could come with
         one of them while the other brings jobs that would then be lost with it."""
-        self._runs = runs
+        self._consumer = consumer
         self._held = held
         self._waiter = waiter
         self._windows = waiter.windows
@@ -128,7 +128,9 @@ class Claimer:
         self._waiter.seen_empty = True
         queues = self._claimable_queues(rang)
         if len(queues) > MAX_QUEUES_PER_CLAIM and not rang:
-            has_work = await self._retry_until_answered(lambda: self._runs.has_work(queues), False)
+            has_work = await self._retry_until_answered(
+                lambda: self._consumer.has_work(queues), False
+            )
             if not has_work:
                 self._windows.clear_due(queues)
                 return None
@@ -160,7 +162,7 @@ class Claimer:
             request = self._new_request(queues, bool(self._held.by_token))
             try:
                 reply = await self._retry_until_answered(
-                    lambda: self._runs.claim(request), ClaimReply(None)
+                    lambda: self._consumer.claim(request), ClaimReply(None)
                 )
             except RedisRefused:
                 self._windows.clear_due(queues)
@@ -179,7 +181,7 @@ class Claimer:
         rounds = self._claims_made // len(known)
         return ClaimRequest(
             tuple(queues),
-            self._runs.new_token(),
+            self._consumer.new_token(),
             is_holding,
             self._max_batch,
             low_first=rounds % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1,

@@ -44,7 +44,7 @@ class Finisher:
 
     def __init__(
         self,
-        runs: QueueConsumer,
+        consumer: QueueConsumer,
         held: HeldClaims,
         claimer: Claimer,
         builder: OutcomeBuilder,
@@ -60,7 +60,7 @@ class Finisher:
         self.verdict_counts: Counter[str] = Counter(completed=0, failed=0, cancelled=0)
         """How many outcomes this worker has stored since its start, by verdict; of these,
         "completed", "failed", "dead" and "cancelled" ended a job."""
-        self._runs = runs
+        self._consumer = consumer
         self._held = held
         self._claimer = claimer
         self._builder = builder
@@ -124,7 +124,7 @@ class Finisher:
         if outcomes := self._builder.released(held, held.open_jobs.values(), "stopping"):
             held.open_jobs.clear()
             with contextlib.suppress(RedisUnavailable):
-                await self._runs.finish(held.claim, outcomes, last=not held.early_tasks)
+                await self._consumer.finish(held.claim, outcomes, last=not held.early_tasks)
 
     def apply_renewal(self, renewal: Renewal) -> None:
         """Ends jobs that were cancelled or have expired, and stops renewing claims that were lost,
@@ -181,7 +181,7 @@ class Finisher:
         start_ns = time.time_ns() if self._spans else 0
         while True:
             try:
-                verdicts, claimed = await self._runs.finish(
+                verdicts, claimed = await self._consumer.finish(
                     held.claim, outcomes, last=last, following=following
                 )
             except RedisRefused as error:
