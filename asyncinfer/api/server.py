@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
@@ -17,10 +16,9 @@ from asyncinfer.api.express import Express
 from asyncinfer.api.http.connection import Connection, ConnectionLimits
 from asyncinfer.api.http.sockets import listen
 from asyncinfer.errors import StartError
+from asyncinfer.processes import tuning
 
 _log = logging.getLogger(__name__)
-
-_SWITCH_SECONDS: Final = 0.0005
 
 _GRACE_SECONDS: Final = 5
 """The time for slow clients to read their answers; waiting clients are answered at once."""
@@ -93,8 +91,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Calls `on_ready` once connections are accepted. Sets this process's thread switch
         interval."""
-        # A thread that reads a long request must not hold up the event loop for 5 ms (the default).
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        tuning.switch_threads_sooner()
         await super().startup(sockets)
         self._on_ready()
 

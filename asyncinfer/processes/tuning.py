@@ -9,6 +9,7 @@ from typing import Final
 
 _OBJECTS_OF_A_START: Final = 200_000
 _YOUNG_OBJECTS: Final = 20_000
+_SWITCH_SECONDS: Final = 0.0005
 
 
 def tune_for_start() -> None:
@@ -30,6 +31,12 @@ def tune_for_serving() -> None:
     release_freed_memory()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
+
+
+def switch_threads_sooner() -> None:
+    """Lets another thread run after 0.5 ms of Python instead of 5 ms: a thread that reads a long
+    request, or renders results, must not hold up the event loop for longer."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def release_freed_memory() -> None:

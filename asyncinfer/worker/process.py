@@ -19,6 +19,7 @@ from asyncinfer.errors import RedisUnavailable, StartError, StorageFull
 from asyncinfer.models.folder import default_model
 from asyncinfer.monitoring.page import MetricsPage, WriteText
 from asyncinfer.monitoring.port import open_listener
+from asyncinfer.processes import tuning
 from asyncinfer.processes.outage import report_of
 from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
@@ -45,7 +46,6 @@ _CALL_SECONDS: Final = 10.0
 _CONNECT_PAUSE_SECONDS: Final = 0.05
 _SECOND_SIGNAL_EXIT: Final = 130
 _FAILED_EXIT: Final = 1
-_SWITCH_SECONDS: Final = 0.0005
 
 
 class WorkerProcessConfig(Struct, frozen=True, kw_only=True):
@@ -90,8 +90,7 @@ def run(config: WorkerProcessConfig, on_step: Callable[[Step], None] = lambda _:
         cache = EngineCache(figures.measured(guard), config.bounds)
         library = Library(config.source, cache, allow_custom_ops=config.allow_custom_ops)
         library.open()
-        # With the default of 5 ms a thread that renders results delays the loop's next call.
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        tuning.switch_threads_sooner()
         code = _exit_code(_work(config, library, figures, listener, on_step))
     if config.tracing:
         config.tracing.close()
