@@ -27,8 +27,8 @@ _MAX_AGE_SECONDS: Final = 5.0
 """A submit is answered from a look of at most this age, and does not wait for a newer one."""
 
 _STALL_SECONDS: Final = 2.0
-"""An idle worker takes a job in a moment, or if a bell is lost within BRPOP_TIMEOUT. A queue whose
-jobs have waited for longer, and of which none runs, waits for its workers' slots."""
+"""An idle worker takes a job in a moment, or within BRPOP_TIMEOUT if a doorbell token is lost. A
+queue whose jobs have waited for longer, and of which none runs, waits for its workers' slots."""
 
 _MAX_QUEUES: Final = 100
 """The bound of looks that are kept: one has up to 3,000 ids."""

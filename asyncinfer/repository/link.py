@@ -318,8 +318,8 @@ class _Channel(asyncio.Protocol):
         if silent_seconds >= first.silence_seconds or overdue:
             self.end(TimeoutError())
         elif len(self._waiting) == 1 and not self._seen_unsent_bytes:
-            # An idle worker waits like this for its bell, and ten looks a second were two fifths of
-            # its CPU time.
+            # An idle worker waits like this for a doorbell token, and ten looks a second were two
+            # fifths of its CPU time.
             self._look_in(first.silence_seconds - silent_seconds, is_late=True)
         else:
             self._look_in(_LOOK_SECONDS)

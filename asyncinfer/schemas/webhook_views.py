@@ -61,7 +61,7 @@ class GroupWebhook(Struct, frozen=True, kw_only=True):
 
 
 class WebhookHost(Struct, frozen=True, kw_only=True):
-    """What is to be told to a host, or was not."""
+    """The deliveries to a host that are to come or were given up."""
 
     host: str
     pending: Annotated[int, Meta(description="Deliveries to come.")]

@@ -1,4 +1,4 @@
-"""The bodies of webhooks: what a receiver is told of a job's end."""
+"""The bodies of webhooks, which tell receivers of the ends of jobs."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -37,22 +37,22 @@ class Bodies:
 
     def of(self, delivery: Delivery, now_ms: int) -> tuple[bytes, bytes]:
         """The body for a delivery, and a shorter one for where that has no room: without the
-        result. Of a job that is gone or was retried only little is told. `now_ms` is the time of
-        an end whose own is not known."""
+        result. Of a job that is gone or was retried it has the id and the status alone. `now_ms`
+        is the time of an end whose own is not known."""
         at = _at(delivery.state.ended_ms or now_ms)
         if delivery.job is None:
-            body = self._brief(delivery, at)
+            body = self._without_job(delivery, at)
             return body, body
         view = self._view(delivery.job)
-        shorter = self._told(delivery, msgspec.structs.replace(view, result=UNSET), at)
+        shorter = self._with_job(delivery, msgspec.structs.replace(view, result=UNSET), at)
         if len(shorter) > MAX_BODY_BYTES:
-            shorter = self._brief(delivery, at)
+            shorter = self._without_job(delivery, at)
         # The result of a completed job is none if it was too large to be read.
         is_inside = view.status != "completed" or 0 < _size(view.result) <= MAX_RESULT_BYTES
-        body = self._told(delivery, view, at) if is_inside else shorter
+        body = self._with_job(delivery, view, at) if is_inside else shorter
         return (body if len(body) <= MAX_BODY_BYTES else shorter), shorter
 
-    def _told(self, delivery: Delivery, view: Job, at: datetime) -> bytes:
+    def _with_job(self, delivery: Delivery, view: Job, at: datetime) -> bytes:
         has_result_elsewhere = view.result is UNSET and view.status == "completed"
         event = WebhookEvent(
             type=f"job.{delivery.event}",
@@ -63,7 +63,7 @@ class Bodies:
         )
         return _encode(event)
 
-    def _brief(self, delivery: Delivery, at: datetime) -> bytes:
+    def _without_job(self, delivery: Delivery, at: datetime) -> bytes:
         job_id, status, metadata = delivery.job_id, delivery.event, delivery.target.metadata
         event_type = f"job.{status}"
         if delivery.is_retried:

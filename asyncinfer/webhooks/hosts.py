@@ -14,7 +14,7 @@ from asyncinfer.webhooks.url_rules import Target
 
 MAX_HOSTS: Final = 1000
 FIRST_LIMIT: Final = 2
-LAST_LIMIT: Final = 16
+MAX_LIMIT: Final = 16
 """Tries to one host at a time, in one process: two at first, one more after each that is answered,
 and half as many after each failure."""
 
@@ -36,9 +36,9 @@ _MAX_SLOW_PAUSE_SECONDS: Final = 60.0
 _FAILURES: Final = 3
 """Failures in a row after which a host gets one try at a time, with pauses between."""
 _FIRST_PAUSE_SECONDS: Final = 10.0
-_LAST_PAUSE_SECONDS: Final = 300.0
-_NEWEST: Final = 0.2
-"""The weight of the last try in the average time of a try."""
+_MAX_PAUSE_SECONDS: Final = 300.0
+_LAST_TRY_WEIGHT: Final = 0.2
+"""In the average time of a try."""
 
 Standing = Literal["proven", "new", "slow"]
 """Of a host: it has answered, and quickly; it has not answered yet; it hung the last time, or needs
@@ -177,6 +177,7 @@ class Hosts:
         self._clock = clock
         self._hosts: OrderedDict[tuple[str, str, int], Host] = OrderedDict()
         self._tenants: Counter[str] = Counter()
+        # Their places and those of `_late` are 64, as many as `posting.py` has connections.
         self._shares: dict[Standing, Share] = {
             "proven": Share(24, 18, max_waiting=650, tenant_waiting=500),
             "new": Share(16, 12, max_waiting=200, tenant_waiting=20),
@@ -333,20 +334,21 @@ class Hosts:
             return  # nothing was sent
         seconds = answer.duration_ms / 1000
         hung = answer.failure == "timeout" or (not answer.status and seconds >= OVERDUE_SECONDS)
-        average_seconds = host.try_seconds + _NEWEST * (max(seconds, 0.001) - host.try_seconds)
+        change_seconds = max(seconds, 0.001) - host.try_seconds
+        average_seconds = host.try_seconds + _LAST_TRY_WEIGHT * change_seconds
         is_known = host.is_known or not answer.blames_host
         self._set(host, is_hanging=hung, try_seconds=average_seconds, is_known=is_known)
         if not answer.blames_host:
             host.failures = 0
             host.closed_until = 0.0
-            host.limit = min(host.limit + 1, LAST_LIMIT)
+            host.limit = min(host.limit + 1, MAX_LIMIT)
             return
         host.failures += 1
         host.limit = max(1, host.limit // 2)
         if (beyond := host.failures - _FAILURES) >= 0:
             host.limit = 1
-            pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(beyond, 10), _LAST_PAUSE_SECONDS)
-            host.closed_until = self._clock() + pause
+            pause_seconds = min(_FIRST_PAUSE_SECONDS * 2 ** min(beyond, 10), _MAX_PAUSE_SECONDS)
+            host.closed_until = self._clock() + pause_seconds
 
     def _set(
         self,

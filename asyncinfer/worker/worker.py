@@ -61,7 +61,8 @@ _log = logging.getLogger(__name__)
 EXIT_HUNG: Final = 70
 """Exit code after a run that did not stop: the supervisor then starts a new process."""
 
-_FAREWELL_SECONDS: Final = 1.0
+_LAST_CALLS_SECONDS: Final = 1.0
+"""For what a worker still tells Redis when it ends; leases do the rest if Redis is away."""
 
 _ELSEWHERE_DELAY_MS: Final = (20, 200)
 """Delay before a job this worker cannot serve becomes visible again, so that another worker
@@ -224,7 +225,7 @@ class Worker:
         self._failed_jobs.flush()
         await self._renewer.close()
         with contextlib.suppress(RedisUnavailable, StorageFull, TimeoutError):
-            async with asyncio.timeout(_FAREWELL_SECONDS):
+            async with asyncio.timeout(_LAST_CALLS_SECONDS):
                 await self._announcer.retract()
         self._library.cache.close()
         self.runner.close(wait=not self.is_hung)
@@ -375,7 +376,7 @@ class Worker:
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
         if stuck:
             self.is_hung = True
-            with anyio.move_on_after(_FAREWELL_SECONDS):
+            with anyio.move_on_after(_LAST_CALLS_SECONDS):
                 async with anyio.create_task_group() as group:
                     for held in self._held.by_token.values():
                         group.start_soon(self.finisher.release, held)

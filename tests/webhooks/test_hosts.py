@@ -3,7 +3,7 @@
 from asyncinfer.repository.deliveries import DeliveryState, Member, Target
 from asyncinfer.repository.outbox import Delivery
 from asyncinfer.webhooks.answers import Answer
-from asyncinfer.webhooks.hosts import FIRST_LIMIT, LAST_LIMIT, MAX_HOSTS, Held, Host, Hosts, Trial
+from asyncinfer.webhooks.hosts import FIRST_LIMIT, MAX_HOSTS, MAX_LIMIT, Held, Host, Hosts, Trial
 from asyncinfer.webhooks.url_rules import Target as Receiver
 
 TIME_OUT = Answer(0, "timeout", 15_000)
@@ -133,11 +133,11 @@ def test_a_host_that_answers_gets_more_tries_at_a_time_and_one_that_fails_fewer(
         hosts.note(host, good())
     host_of(hosts, "a.example", waiting=90)
     trials += begin(hosts)
-    assert len(trials) == LAST_LIMIT
+    assert len(trials) == MAX_LIMIT
     hosts.note(host, Answer(500, "", 10))
     for trial in trials:
         hosts.end(trial)
-    assert len(begin(hosts)) == LAST_LIMIT // 2
+    assert len(begin(hosts)) == MAX_LIMIT // 2
 
 
 def test_what_waits_for_a_host_is_bounded_by_its_speed() -> None:
@@ -146,7 +146,7 @@ def test_what_waits_for_a_host_is_bounded_by_its_speed() -> None:
     for _ in range(40):
         hosts.note(slow, good(4.0))
         hosts.note(fast, good(0.01))
-    assert slow.room == LAST_LIMIT * 5 // 4
+    assert slow.room == MAX_LIMIT * 5 // 4
     assert fast.room == 500
     assert fill(hosts, slow) == slow.limit * 5 // 4
     assert hosts.pause_seconds(slow) > 3

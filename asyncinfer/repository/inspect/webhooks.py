@@ -1,4 +1,4 @@
-"""Webhooks that are to be told or were given up: by host, and those that a filter selects."""
+"""Deliveries that are to come or were given up: by host, and those that a filter selects."""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
@@ -77,7 +77,7 @@ class FoundDeliveries(Struct, frozen=True):
 
 
 class HostDeliveries(Struct, frozen=True):
-    """What is to be told to a host, or was not."""
+    """The deliveries to a host that are to come or were given up."""
 
     host: str
     open: int
@@ -221,13 +221,13 @@ class WebhookInspection:
 
 
 def _sum_up(host: str, deliveries: Iterable[FoundDelivery]) -> HostDeliveries:
-    is_open = [one for one in deliveries if one.due_ms is not None]
+    to_come = [one for one in deliveries if one.due_ms is not None]
     attempts = [one.state.attempts[-1] for one in deliveries if one.state.attempts]
     return HostDeliveries(
         host=host,
-        open=len(is_open),
-        failing=sum(one.is_failing for one in is_open),
+        open=len(to_come),
+        failing=sum(one.is_failing for one in to_come),
         given_up=sum(one.due_ms is None for one in deliveries),
         last_attempt=max(attempts, key=lambda one: one.at_ms, default=None),
-        next_ms=min((one.due_ms for one in is_open if one.due_ms is not None), default=None),
+        next_ms=min((one.due_ms for one in to_come if one.due_ms is not None), default=None),
     )

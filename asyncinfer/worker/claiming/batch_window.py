@@ -22,7 +22,7 @@ from asyncinfer.timeouts import pause_before_retry, set_within
 
 _log = LimitedLog(logging.getLogger(__name__))
 
-_FAREWELL_SECONDS: Final = 1.0
+_LAST_CALLS_SECONDS: Final = 1.0
 
 
 class QueueBatching(Struct, frozen=True):
@@ -126,7 +126,7 @@ class BatchWindows:
             end_early.set()
         self.clear_due(unclaimed)
         with contextlib.suppress(RedisUnavailable, TimeoutError):
-            async with asyncio.timeout(_FAREWELL_SECONDS):
+            async with asyncio.timeout(_LAST_CALLS_SECONDS):
                 for queue in unclaimed:
                     await self._doorbell.ring(queue)
 
