@@ -278,14 +278,12 @@ class Api:
     @property
     def store(self) -> Store:
         """The connections to Redis, within the lifespan."""
-        assert self._services is not None, "the lifespan has not been started"
-        return self._services.store
+        return self.services.store
 
     def figures(self) -> Figures:
         """What this process has counted since its start, and what it holds now. Call it within the
         lifespan, in the event loop."""
-        assert self._services is not None, "the lifespan has not been started"
-        return figures_of(self._services)
+        return figures_of(self.services)
 
     async def stop_waiting(self) -> None:
         """Answers every client that waits for a job with the job as it is now, and ends all event

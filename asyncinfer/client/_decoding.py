@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from asyncinfer.client._encoding import JSON_LENGTH_HEADER
-from asyncinfer.client._errors import reject_unreadable
+from asyncinfer.client._errors import reject_unreadable_result
 from asyncinfer.client._protocol import Response
 from asyncinfer.tensors.missing_values import NONFINITE_WORDS
 
@@ -21,7 +21,7 @@ def decode_result(value: Any) -> Any:
     """
     if not (isinstance(value, dict) and isinstance(value.get("outputs"), list)):
         return list(map(_with_numbers, value)) if isinstance(value, list) else _with_numbers(value)
-    with reject_unreadable("A result"):
+    with reject_unreadable_result():
         return unwrap_single(
             {tensor["name"]: _parse_json_tensor(tensor) for tensor in value["outputs"]}
         )
@@ -43,12 +43,12 @@ def decode_binary_result(response: Response) -> Any:
 
     Raises NotAsyncinfer if it cannot be read.
     """
-    with reject_unreadable("A result"):
+    with reject_unreadable_result():
         return _parse_binary_tensors(response)
 
 
 def _parse_binary_tensors(response: Response) -> Any:
-    """The array, or a dict of arrays by name; raises errors that `reject_unreadable` turns."""
+    """The array, or a dict of arrays by name; raises what `reject_unreadable_result` turns."""
     at = int(response.headers[JSON_LENGTH_HEADER])
     arrays = {}
     view = memoryview(response.content)

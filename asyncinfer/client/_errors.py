@@ -197,8 +197,8 @@ def retry_reason(reply: Response | Lost, url: str) -> WaitingFor:
 
 
 @contextmanager
-def reject_unreadable(subject: str) -> Iterator[None]:
-    """Turns errors of decoding in its block into NotAsyncinfer; `subject` begins the message.
+def reject_unreadable_result() -> Iterator[None]:
+    """Turns errors of decoding a result in its block into NotAsyncinfer.
 
     These are ArithmeticError, AttributeError, LookupError, TypeError and ValueError.
     """
@@ -206,7 +206,7 @@ def reject_unreadable(subject: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise NotAsyncinfer(
-            f"{subject} has a form that this release of asyncinfer cannot read "
+            "A result has a form that this release of asyncinfer cannot read "
             f"({type(error).__name__}). Give the address that `asyncinfer serve` shows as its "
             "URL, or install the server's release."
         ) from error

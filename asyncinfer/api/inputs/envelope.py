@@ -81,7 +81,7 @@ def read_envelope(body: bytes) -> ParsedBody:
     request."""
     body = _utf8_text(body)
     envelope = _decode(body, _decode_envelope, _Envelope)
-    if _has_only_data(envelope) and _occurs_once(body, b'"data"'):
+    if _has_only_data(envelope) and _has_one_data(body):
         return ParsedBody(bytes(envelope.data), _NO_OPTIONS)
     present = _present(envelope)
     reject_repeated_keys(body, present)
@@ -95,7 +95,7 @@ def read_line_envelope(line: bytes) -> ParsedBody:
     line = _utf8_text(line)
     envelope = _decode(line, _decode_line, _LineEnvelope)
     key = _read_key(envelope.idempotency_key)
-    if _has_only_data(envelope) and _occurs_once(line, b'"data"'):
+    if _has_only_data(envelope) and _has_one_data(line):
         if key is None:
             return ParsedBody(bytes(envelope.data), _NO_OPTIONS)
         if line.count(b'"idempotency_key"') == 1:
@@ -122,10 +122,10 @@ def _decode(
         raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
 
 
-def _occurs_once(body: bytes, name: bytes) -> bool:
-    """Whether the name, in quotes, is there once in a text without escapes: then the key is not
-    repeated. False may also mean that this is not certain."""
-    return body.count(name) == 1 and b"\\" not in body
+def _has_one_data(body: bytes) -> bool:
+    """Whether `"data"` is there once in a text without escapes: then the key is not repeated. False
+    may also mean that this is not certain."""
+    return body.count(b'"data"') == 1 and b"\\" not in body
 
 
 def _read_key(text: Raw) -> str | None:

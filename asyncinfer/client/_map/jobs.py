@@ -14,7 +14,7 @@ from asyncinfer.client._errors import (
     CannotSend,
     job_failed_error,
     problem_error,
-    reject_unreadable,
+    reject_unreadable_result,
 )
 from asyncinfer.client._flows import operations, submitting, waiting
 from asyncinfer.client._flows.jobs import retry_job
@@ -333,7 +333,7 @@ def _run_halves(
 
 def rows_of_result(value: Any, plan: MapPlan, count: int) -> list[Any]:
     """A job's decoded result, row by row; raises NotAsyncinfer unless it has `count` rows."""
-    with reject_unreadable("A result"):
+    with reject_unreadable_result():
         rows = _rows_of_result(value, plan, count)
         if len(rows) != count:
             raise ValueError(f"{len(rows)} rows of {count}")
