@@ -91,6 +91,28 @@ local function return_existing_claim(q, args, now, packed_ids)
   return { now, q.list, 0, false, unpack(job_fields(held, {}, metas, packed)) }
 end
 
+-- Notes in `chosen` what becomes of an id of this class that a claim does not take; `counted` is
+-- what its input has of the waiting bytes.
+local function set_aside(chosen, id, class, status, counted, facts, now)
+  -- A longer id is dropped without an entry in the log, which would have to hold it.
+  local max_logged_id_bytes, ends = 1024, chosen.ends
+  if class == 'invalid' and status == 'pending' and #id <= max_logged_id_bytes then
+    ends[#ends + 1] = failed_job(
+      id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.', nil, now)
+  elseif class == 'input_lost' then
+    ends[#ends + 1] = failed_job(
+      id, 'input_lost', 'The input is gone from Redis; submit the job again.', facts, now)
+  elseif class == 'expired' then
+    ends[#ends + 1] = failed_job(
+      id, 'expired', 'The deadline passed while the job waited.', facts, now)
+    chosen.freed_bytes = chosen.freed_bytes + counted
+  elseif class == 'absent' then
+    chosen.absent[#chosen.absent + 1] = id
+  elseif class == 'not_pending' and status ~= 'processing' then
+    chosen.ended[#chosen.ended + 1] = id
+  end
+end
+
 -- Decides, without a write, what a claim does with the ids at the serving ends of `lists` (keys, in
 -- the order served); `first_ids` are the next ones of the first list if the caller has read them,
 -- else false. Takes at most `args.max_jobs` jobs and `args.max_bytes` of input, but one job of any
@@ -103,9 +125,7 @@ local function select_jobs(q, args, now, lists, first_ids, with_inputs)
     ids = {}, inputs = {}, metas = {}, packed = {}, decoded = {},
     ends = {}, absent = {}, ended = {}, cuts = {}, bytes = 0, freed_bytes = 0,
   }
-  -- A longer id is dropped without an entry in the log, which would have to hold it.
-  local max_skipped, max_logged_id_bytes = 1000, 1024
-  local taken, is_full, seen, skipped = 0, false, {}, 0
+  local max_skipped, taken, is_full, seen, skipped = 1000, 0, false, {}, 0
   for _, list in ipairs(lists) do
     local cut, is_read = 0, false
     while taken < args.max_jobs and not is_full and not is_read and skipped < max_skipped do
@@ -139,21 +159,7 @@ local function select_jobs(q, args, now, lists, first_ids, with_inputs)
           if is_full then break end
         else
           skipped = skipped + 1
-        end
-        if class == 'invalid' and status == 'pending' and #id <= max_logged_id_bytes then
-          chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'invalid_id', 'A job id has 1 to 128 bytes and no control characters.', nil, now)
-        elseif class == 'input_lost' then
-          chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'input_lost', 'The input is gone from Redis; submit the job again.', facts, now)
-        elseif class == 'expired' then
-          chosen.ends[#chosen.ends + 1] = failed_job(
-            id, 'expired', 'The deadline passed while the job waited.', facts, now)
-          chosen.freed_bytes = chosen.freed_bytes + counted
-        elseif class == 'absent' then
-          chosen.absent[#chosen.absent + 1] = id
-        elseif class == 'not_pending' and status ~= 'processing' then
-          chosen.ended[#chosen.ended + 1] = id
+          set_aside(chosen, id, class, status, counted, facts, now)
         end
       end
     end

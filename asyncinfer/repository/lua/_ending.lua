@@ -62,8 +62,8 @@ end
 
 -- Ends jobs: stores their outcomes with TTLs, deletes the inputs of completed ones (unless
 -- `args.keep_input`) and those for which there is no room, counts what is kept, removes the jobs
--- from the tables, and notifies log, inboxes and webhooks. The caller takes them off the lists and adjusts
--- the waiting bytes.
+-- from the tables, and notifies log, inboxes and webhooks. The caller takes them off the lists and
+-- adjusts the waiting bytes.
 -- `ends` is a list of {id, status, body, meta, facts, digest}: a terminal status; body, the result or
 -- the JSON for the key `error`, or nil; meta, the new record, or nil to keep the one there is; unpacked
 -- facts or nil; the digest of its idempotency key, nil if it has none or only its facts may have it.
@@ -72,7 +72,8 @@ end
 -- nothing is done: `spent` is not deleted either.
 local function end_jobs(q, ends, args, spent)
   if #ends == 0 then return end
-  local ids, moved, notices, by_ttl, kept, owners, told, room = {}, {}, {}, {}, {}, {}, {}, nil
+  local ids, moved, notices, by_ttl, kept, owners, with_webhook = {}, {}, {}, {}, {}, {}, {}
+  local room
   spent = spent or {}
   for i, ended in ipairs(ends) do
     local id, status, facts = ended.id, ended.status, ended.facts
@@ -109,7 +110,7 @@ local function end_jobs(q, ends, args, spent)
       notices[inbox] = notices[inbox] or {}
       table.insert(notices[inbox], ended)
     end
-    if facts and facts[WEBHOOK_EVENTS] then told[#told + 1] = ended end
+    if facts and facts[WEBHOOK_EVENTS] then with_webhook[#with_webhook + 1] = ended end
     local moving = moved[status] or {}
     moved[status] = moving
     moving[#moving + 1] = id
@@ -122,7 +123,7 @@ local function end_jobs(q, ends, args, spent)
   if #owners > 0 then expire_idempotency_keys(q, owners) end
   if #spent > 0 then redis.call('DEL', unpack(spent)) end
   remove_from_tables(q, ids)
-  if #told > 0 then end_webhooks(q, told, args.failed_ttl_seconds) end
+  if #with_webhook > 0 then end_webhooks(q, with_webhook, args.failed_ttl_seconds) end
   log_transitions(q, moved)
   notify_inboxes(notices)
 end

@@ -1,5 +1,5 @@
 -- include: time fact_names webhook_names webhook_release webhook_settle
--- The outbox: what webhooks are to be told of jobs that have ended.
+-- The ends of jobs, as deliveries in the outbox.
 
 local EVENT_BITS = { completed = 1, failed = 2, cancelled = 4 }
 

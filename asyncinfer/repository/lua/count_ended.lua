@@ -81,20 +81,20 @@ end
 -- all looks end here, so the statuses of all are read with one command. A group with a key of
 -- another type is left alone for a while, and holds up no other.
 local function split(digests)
-  local waiting, others, asked, names = {}, {}, {}, {}
+  local waiting, others, candidates, names = {}, {}, {}, {}
   for _, digest in ipairs(digests) do
     local is_whole, id = pcall(next_job, digest)
     if not is_whole then
       redis.call('ZADD', q.closing, now + DAMAGED_MS, digest)
     elseif id then
-      asked[#asked + 1], names[#names + 1] = digest, job_key(id, 'status')
+      candidates[#candidates + 1], names[#names + 1] = digest, job_key(id, 'status')
     else
       others[#others + 1] = digest
     end
   end
   for i, status in ipairs(#names > 0 and redis.call('MGET', unpack(names)) or {}) do
     local found = status and not TERMINAL[status] and waiting or others
-    found[#found + 1] = asked[i]
+    found[#found + 1] = candidates[i]
   end
   return waiting, others
 end

@@ -2,12 +2,13 @@
 -- submit: takes new jobs into one queue, each whole or not at all.
 -- KEYS    1 queue, 2 the set of all queues
 -- ARGV    1 {max_queue, max_bytes, max_kept_bytes, idempotency_ttl_seconds, max_webhooks,
---         max_webhook_bytes, default_queue} the two before the last only if a job has a webhook, the
---         last, that list, only to probe;
---         then per job: id, data, meta without seq, options: "" or {idempotency_key (its digest) and
---         fingerprint, priority, ttl_seconds, inbox, group (the list of its ids), start_within_ms,
---         finish_within_ms, delay_ms, webhook_events (the sum of 1 for completed, 2 for failed, 4
---         for cancelled), webhook_round (none for 1), webhook_bytes (to reserve), webhook_target}
+--         max_webhook_bytes, default_queue}: max_webhooks and max_webhook_bytes only if a job has a
+--         webhook; default_queue, the list of the default model, only to find out without a job
+--         whether this user has all rights; then per job: id, data, meta without seq, options: "" or
+--         {idempotency_key (its digest) and fingerprint, priority, ttl_seconds, inbox, group (the
+--         list of its ids), start_within_ms, finish_within_ms, delay_ms, webhook_events (the sum of
+--         1 for completed, 2 for failed, 4 for cancelled), webhook_round (none for 1), webhook_bytes
+--         (to reserve), webhook_target}
 -- Returns per job "ok" | "exists" | "closed": its group takes no more jobs | "full" | "kept_full":
 --         ended jobs keep max_kept_bytes | "webhooks_full" | {"dup", job_id, fingerprint}
 -- Order   the idempotency key is checked before the id, the id before the group, the group before
@@ -49,9 +50,8 @@ end
 
 -- Returns the verdict on a new job: ok, exists, closed, full, kept_full, webhooks_full, or a table
 -- that names an earlier job (see `duplicate`); stores nothing, but takes from `room` what an ok job
--- needs. `options` are unpacked or nil, `size` is the bytes of the input, `free` and `free_bytes` what
--- the queue can still take.
-local function verdict_of(id, options, size, free, free_bytes)
+-- needs. `options` are unpacked or nil, `size` is the bytes of the input.
+local function verdict_of(id, options, size)
   local dup = options and options.idempotency_key and duplicate(options.idempotency_key)
   if dup then return dup end
   if exists(id) then return 'exists' end
@@ -79,7 +79,7 @@ local accepted_bytes = 0
 for i = 2, #ARGV, 4 do
   local id, data, options = ARGV[i], ARGV[i + 1], ARGV[i + 3]
   options = options ~= '' and cmsgpack.unpack(options) or nil
-  local verdict = verdict_of(id, options, #data, free, free_bytes)
+  local verdict = verdict_of(id, options, #data)
   if verdict == 'ok' then
     by_id[id] = true
     if options and options.idempotency_key then
