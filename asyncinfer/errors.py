@@ -7,8 +7,10 @@ AsyncinferError
 |   |-- Unauthorized          401
 |   |-- Forbidden, HostRefused, OriginRefused                                             403
 |   |-- RouteNotFound, JobNotFound, ModelNotFound, VersionNotFound, GroupNotFound         404
+|   |-- WebhookNotFound       404
 |   |-- MethodNotAllowed, NotAcceptable, RequestTimeout                         405, 406, 408
 |   |-- JobFinished, JobNotFinished, JobCancelled, JobNotRetryable                        409
+|   |-- GroupClosed, GroupNotClosed                                                       409
 |   |-- JobExpired, ResultDamaged                                                         410
 |   |-- BodyTooLarge          413
 |   |-- MediaTypeRefused, EncodingRefused                                                 415
@@ -17,6 +19,7 @@ AsyncinferError
 |   |-- QueueFull, HeadersTooLarge                                                   429, 431
 |   |   |-- KeptFull          429
 |   |   `-- WebhooksFull      429
+|   |-- TooManyGroups         429
 |   |-- ServerStopping, TooManyConnections, TooManyStreams, TooManyUploads              503
 |   |-- TooManyDownloads, NotReady, StorageFull                                         503
 |   |-- RedisUnavailable      503
