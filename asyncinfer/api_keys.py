@@ -89,10 +89,6 @@ class Keyring:
                 entries[entry.digest] = entry
         return cls(tuple(entries.values()), broken)
 
-    def identify(self, key: str) -> Caller | None:
-        """The caller with this key; None if it is unknown. Takes the same time for every key."""
-        return self.caller_of(digest_of(key))
-
     def caller_of(self, digest: str) -> Caller | None:
         """The caller whose key has this SHA-256 in hex digits; None if there is none. Takes the
         same time for every digest."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer import api_keys
-from asyncinfer.api_keys import Caller, Keyring
+from asyncinfer.api_keys import Caller, Keyring, digest_of
 from asyncinfer.errors import KeyFileRefused
 
 DIGEST = hashlib.sha256(b"a").hexdigest()
@@ -35,7 +35,7 @@ def test_a_key_names_its_tenant_and_scopes(tmp_path: Path) -> None:
     key = api_keys.new_key()
     path = key_file(tmp_path, "# keys", "", f"{line(key, 'acme', 'read,submit')} the laptop's")
 
-    caller = Keyring.load(path).identify(key)
+    caller = Keyring.load(path).caller_of(digest_of(key))
 
     assert caller == Caller("acme", frozenset({"submit", "read"}))
 
@@ -48,7 +48,7 @@ def test_the_file_does_not_hold_the_key() -> None:
 
 
 def test_admin_brings_no_other_scope(tmp_path: Path) -> None:
-    caller = Keyring.load(key_file(tmp_path, line("k", scopes="admin"))).identify("k")
+    caller = Keyring.load(key_file(tmp_path, line("k", scopes="admin"))).caller_of(digest_of("k"))
 
     assert caller is not None
     assert caller.scopes == {"admin"}
@@ -58,12 +58,12 @@ def test_a_tenant_changes_its_key_without_a_gap(tmp_path: Path) -> None:
     old, new = api_keys.new_key(), api_keys.new_key()
     keyring = Keyring.load(key_file(tmp_path, line(old), line(new)))
 
-    assert keyring.identify(old) == keyring.identify(new)
+    assert keyring.caller_of(digest_of(old)) == keyring.caller_of(digest_of(new))
 
 
 @pytest.mark.parametrize("key", ["", "ai_", "ai_\xff\udcff", DIGEST, "a" * 100_000])
 def test_an_unknown_key_has_no_caller(tmp_path: Path, key: str) -> None:
-    assert Keyring.load(key_file(tmp_path, line("a"))).identify(key) is None
+    assert Keyring.load(key_file(tmp_path, line("a"))).caller_of(digest_of(key)) is None
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_only_a_broken_line_is_ignored_and_it_is_named_by_its_number(
     assert [broken.number for broken in keyring.broken] == [2]
     assert keyring.broken[0].reason.startswith(reason)
     assert "ai_" not in keyring.broken[0].reason
-    assert keyring.identify("a") is None
+    assert keyring.caller_of(digest_of("a")) is None
     for key in ("b", "c"):
-        assert keyring.identify(key) == Caller("acme", frozenset({"submit", "read"}))
+        assert keyring.caller_of(digest_of(key)) == Caller("acme", frozenset({"submit", "read"}))
 
 
 def test_bytes_that_are_not_utf8_break_only_their_own_line(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_bytes_that_are_not_utf8_break_only_their_own_line(tmp_path: Path) -> No
 
     keyring = Keyring.load(path)
 
-    assert keyring.identify("a") is not None
+    assert keyring.caller_of(digest_of("a")) is not None
     assert [(broken.number, broken.reason) for broken in keyring.broken] == [(2, "it is not UTF-8")]
 
 
@@ -111,7 +111,7 @@ def test_a_file_without_keys_lets_nobody_in(tmp_path: Path, content: bytes) -> N
     keyring = Keyring.load(path)
 
     assert len(keyring) == 0
-    assert keyring.identify("") is None
+    assert keyring.caller_of(digest_of("")) is None
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

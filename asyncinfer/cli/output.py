@@ -1,7 +1,7 @@
 """Output for people and programs: tables, JSON, lines on stdout and stderr, values with units."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -165,11 +165,11 @@ def rate(value: float | None) -> str | None:
     return None if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def ago(moment: datetime | None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:
+def ago(moment: datetime | None) -> str:
     """The time since a moment, as `12 s ago`; a dash for None."""
     if moment is None:
         return "-"
-    return f"{seconds(max(0.0, (now() - moment).total_seconds()))} ago"
+    return f"{seconds(max(0.0, (datetime.now(UTC) - moment).total_seconds()))} ago"
 
 
 def utc(moment: datetime | None) -> str:

@@ -129,13 +129,13 @@ def is_final_loss(reply: Response | Lost, losses: int) -> bool:
     )
 
 
-def fetch_json(server: RemoteServer, request: Request, *, until: float = math.inf) -> Flow[Any]:
+def fetch_json(server: RemoteServer, request: Request) -> Flow[Any]:
     """Sends a request as `fetch` does, and returns the decoded JSON of its response.
 
     Raises the error that the response stands for if its status is 400 or above, NotAsyncinfer if it
     is not JSON, and what `fetch` raises.
     """
-    response = yield from fetch(server, request, until=until)
+    response = yield from fetch(server, request)
     return decode_json(server, response)
 
 

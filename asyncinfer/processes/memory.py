@@ -21,11 +21,10 @@ def usable_bytes(root: Path = _ROOT) -> int:
     return min(machine, group_limit_bytes(root) or machine)
 
 
-def resident_bytes(root: Path = _ROOT) -> int | None:
-    """The memory of this process that is in RAM; None where the system does not say. `root` is as
-    in `usable_bytes`."""
+def resident_bytes() -> int | None:
+    """The memory of this process that is in RAM; None where the system does not say."""
     try:
-        pages = int((root / "proc/self/statm").read_text().split()[1])
+        pages = int((_ROOT / "proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.api.key_file import KeyFile
-from asyncinfer.api_keys import entry_of
+from asyncinfer.api_keys import digest_of, entry_of
 from asyncinfer.errors import KeyFileRefused
 
 GONE = KeyFileRefused("Cannot read the API keys in keys: No such file or directory.")
@@ -34,7 +34,7 @@ class FollowedFile:
             self.file.update(content)
 
     def lets_in(self, *keys: str) -> bool:
-        return all(self.file.keyring.identify(key) for key in keys)
+        return all(self.file.keyring.caller_of(digest_of(key)) for key in keys)
 
 
 @pytest.fixture

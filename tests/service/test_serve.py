@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from asyncinfer import __version__, settings
-from asyncinfer.api_keys import Caller, Keyring
+from asyncinfer.api_keys import Caller, Keyring, digest_of
 from asyncinfer.cli import main
 from tests import zoo
 from tests.faults.harness import eventually_sync
@@ -218,7 +218,7 @@ def test_a_new_key_is_accepted_with_its_line_in_the_key_file(
     key = next(word for word in shown.split() if word.startswith("ai_"))
     (tmp_path / "keys").write_text(line)
 
-    caller = Keyring.load(tmp_path / "keys").identify(key)
+    caller = Keyring.load(tmp_path / "keys").caller_of(digest_of(key))
 
     assert caller is not None
     assert caller == Caller("acme", frozenset({"submit", "read"}))
