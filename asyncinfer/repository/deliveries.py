@@ -72,8 +72,6 @@ class DeliveryState(Struct, frozen=True, array_like=True):
     """The newest, at most `MAX_ATTEMPTS`."""
     tries: int = 0
     """Attempts since the delivery began, or was started anew."""
-    next_ms: int = 0
-    """When the next try is due, as noted with the last one; 0 if there was none."""
     outcome: Outcome | None = None
     """None for a delivery to come."""
     restarted_ms: int = 0
@@ -134,9 +132,7 @@ def pack_state(state: DeliveryState) -> bytes:
     return _encode(state)
 
 
-def after_attempt(
-    state: DeliveryState, attempt: Attempt, next_ms: int | None, outcome: Outcome | None
-) -> DeliveryState:
+def after_attempt(state: DeliveryState, attempt: Attempt, outcome: Outcome | None) -> DeliveryState:
     """The state after one more attempt. An attempt that it has already changes nothing. Once one
     was delivered, it stays so, whatever a try that came late says."""
     if attempt in state.attempts:
@@ -145,11 +141,10 @@ def after_attempt(
         state,
         attempts=(*state.attempts, attempt)[-MAX_ATTEMPTS:],
         tries=state.tries + 1,
-        next_ms=next_ms or 0,
         outcome=outcome if outcome == "delivered" else state.outcome or outcome,
     )
 
 
 def restarted(state: DeliveryState, now_ms: int) -> DeliveryState:
     """The state of a delivery whose tries start anew; its attempts are remembered."""
-    return msgspec.structs.replace(state, tries=0, next_ms=0, outcome=None, restarted_ms=now_ms)
+    return msgspec.structs.replace(state, tries=0, outcome=None, restarted_ms=now_ms)

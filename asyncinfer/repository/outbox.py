@@ -179,7 +179,7 @@ class Outbox:
         with `outcome`. The same attempt may be noted again. Raises RedisUnavailable."""
         packed = delivery.packed_state
         for _ in range(_MAX_TRIES):
-            state = after_attempt(read_state(packed), attempt, next_ms, outcome)
+            state = after_attempt(read_state(packed), attempt, outcome)
             entry = _Note(delivery, packed, pack_state(state), next_ms, state.outcome)
             (reply,) = await self._note(delivery.queue, [entry])
             if not isinstance(reply, list):
