@@ -46,7 +46,6 @@ class CountedGroup(Struct, frozen=True, kw_only=True):
 
     digest: str
     closed_ms: str
-    tenant: str
     name: str
     target: Target | None
     """Where its webhook goes; None if another program has damaged it."""
@@ -190,7 +189,6 @@ def _delivered_id(tenant: str, name: str) -> str:
 def _parse_counted(
     digest: bytes,
     closed_ms: bytes,
-    tenant: bytes,
     name: bytes,
     webhook: bytes,
     ended_ms: int,
@@ -199,7 +197,6 @@ def _parse_counted(
     return CountedGroup(
         digest=decoding.text(digest),
         closed_ms=decoding.text(closed_ms),
-        tenant=decoding.text(tenant),
         name=decoding.text(name),
         target=read_target(webhook),
         ended_ms=ended_ms,

@@ -107,7 +107,7 @@ async def test_a_webhook_may_be_given_after_the_close(
     assert await ended_groups(groups) == []
     assert await groups.close(TENANT, "g", WEBHOOK) == "closed"
     (ended,) = await ended_groups(groups)
-    assert (ended.name, ended.tenant, ended.target) == ("g", TENANT, WEBHOOK)
+    assert (ended.name, ended.target) == ("g", WEBHOOK)
 
 
 async def test_groups_that_are_followed_are_bounded(

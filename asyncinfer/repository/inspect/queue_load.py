@@ -61,7 +61,6 @@ class QueueDepth(Struct, frozen=True, kw_only=True):
 class QueueDepths(Struct, frozen=True):
     """The depths of queues, and the ids of the workers that announced themselves lately."""
 
-    now_ms: int
     depths: tuple[QueueDepth | None, ...]
     """None for a queue with a key of the wrong type."""
     worker_ids: tuple[str, ...]
@@ -161,7 +160,7 @@ async def read_starved_models(store: Store, queues: Sequence[str]) -> list[str]:
 async def read_depths(store: Store, queues: Sequence[str]) -> QueueDepths:
     """Reads the depths of queues, 40 queues a call."""
     depths: list[QueueDepth | None] = []
-    now_ms, raw_ids = 0, []
+    raw_ids: Sequence[bytes] | None = None
     for start in range(0, len(queues), _QUEUES_PER_CALL):
         part = queues[start : start + _QUEUES_PER_CALL]
         now_ms, raw_ids, replies = await store.call(
@@ -169,9 +168,7 @@ async def read_depths(store: Store, queues: Sequence[str]) -> QueueDepths:
         )
         depths += [reply and parse_depth(now_ms, *reply) for reply in replies]
     worker_ids = (decoding.name(raw_id) for raw_id in raw_ids or ())
-    return QueueDepths(
-        now_ms, tuple(depths), tuple(name for name in worker_ids if name is not None)
-    )
+    return QueueDepths(tuple(depths), tuple(name for name in worker_ids if name is not None))
 
 
 async def workers_and_paces(

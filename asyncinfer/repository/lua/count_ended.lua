@@ -4,8 +4,8 @@
 -- ARGV    1 {max_groups, max_jobs, look_ms}: the bounds of this call, and how long a group is left
 --         alone after it was looked at
 -- Returns {1 if more can be counted at once, else 0; then of each group whose jobs have all ended
---         {digest, closed_ms, tenant, name, webhook, ended_ms, completed, failed, cancelled,
---         expired}; ended_ms is when that was first found}
+--         {digest, closed_ms, name, webhook, ended_ms, completed, failed, cancelled, expired};
+--         ended_ms is when that was first found}
 -- Order   the list of a closed group does not change, so what is counted is not read again
 -- Retry   the second call goes on from what the first one counted
 -- include: keys job_keys time groups followed
@@ -60,8 +60,8 @@ local function count_group(digest)
   if may_go_on then reply[1] = 1 end
   if cursor >= length then
     redis.call('HSETNX', closed, 'counted_ms', now)
-    reply[#reply + 1] = { digest, fields[1], fields[2], fields[3], fields[4],
-      tonumber(fields[10]) or now, completed, failed, cancelled, expired }
+    reply[#reply + 1] = { digest, fields[1], fields[3], fields[4], tonumber(fields[10]) or now,
+      completed, failed, cancelled, expired }
   end
 end
 

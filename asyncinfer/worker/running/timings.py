@@ -1,6 +1,5 @@
 """Measured seconds per job and per run of each model."""
 
-from collections.abc import Mapping
 from typing import Final
 
 _HALF_LIFE_SECONDS: Final = 60.0
@@ -34,6 +33,7 @@ class RunTimes:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[int, tuple[int, float]]] = {}
+        """By model and highest number of rows: how many runs, and their total seconds."""
 
     def add(self, model: str, rows: int, seconds: float) -> None:
         """Adds a run, under its number of rows rounded up to a power of two."""
@@ -41,11 +41,6 @@ class RunTimes:
         bucket = 1 << (max(rows, 1) - 1).bit_length()
         count, total = sums.get(bucket, (0, 0.0))
         sums[bucket] = (count + 1, total + seconds)
-
-    def sums(self) -> Mapping[str, Mapping[int, tuple[int, float]]]:
-        """By model and highest number of rows (a power of two): how many runs, and their total
-        seconds. Not a copy."""
-        return self._sums
 
     def view(self) -> dict[str, dict[int, float]]:
         """By model and highest number of rows (a power of two): the mean seconds of a run."""
