@@ -52,7 +52,6 @@ class Request(Generic[Query]):
     has a reservation in `uploads`."""
 
     __slots__ = (
-        "_scope",
         "admission",
         "downloads",
         "headers",
@@ -60,6 +59,7 @@ class Request(Generic[Query]):
         "reach",
         "receive",
         "reservation",
+        "scope",
         "tenant",
         "trace",
         "uploads",
@@ -77,7 +77,7 @@ class Request(Generic[Query]):
         uploads: ByteBudget,
         downloads: ByteBudget,
     ) -> None:
-        self._scope = scope
+        self.scope = scope
         self.receive = receive
         self.headers = headers
         self.query = query
@@ -91,11 +91,6 @@ class Request(Generic[Query]):
         self.trace: TraceContext | None = None
         """The context that the request's jobs get; None if their trace is not recorded."""
 
-    @property
-    def scope(self) -> Scope:
-        """The ASGI scope, for what a span says of the request."""
-        return self._scope
-
     def release_body(self) -> None:
         """Gives back what the body takes of the budget: call it once the body is in memory no more.
         Does nothing without a reservation, or the second time."""
@@ -105,23 +100,23 @@ class Request(Generic[Query]):
     @property
     def request_id(self) -> str:
         """The client's X-Request-ID, or the one that was made for it."""
-        text: str = self._scope.get(REQUEST_ID, "")
+        text: str = self.scope.get(REQUEST_ID, "")
         return text
 
     def note_wait(self) -> None:
         """Notes, for who counts it, that the request asks to be answered when a job has ended."""
-        self._scope[_WAITS] = True
+        self.scope[_WAITS] = True
 
     def path(self, name: str) -> str | None:
         """The path parameter `name`, decoded, or None if the route has none of that name."""
-        part: str | None = self._scope["path_params"].get(name)
+        part: str | None = self.scope["path_params"].get(name)
         return part
 
     def keep_body_open(self) -> None:
         """Lifts the deadline of this request's body; its handler must itself notice a client that
         sends nothing. The connection closes after the answer if the body has not ended."""
-        if keep := self._scope.get("state", {}).get(KEEP_BODY_OPEN):
-            keep(self._scope)
+        if keep := self.scope.get("state", {}).get(KEEP_BODY_OPEN):
+            keep(self.scope)
 
     def header(self, name: bytes) -> str | None:
         """The value of a header (name in lower case), None without it; several lines are joined
@@ -134,7 +129,7 @@ class Request(Generic[Query]):
         empty without it."""
         if name not in self.headers:
             return []
-        return [value.decode("latin-1") for key, value in self._scope["headers"] if key == name]
+        return [value.decode("latin-1") for key, value in self.scope["headers"] if key == name]
 
 
 def asked_to_wait(scope: Scope) -> bool:
