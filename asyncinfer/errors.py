@@ -259,7 +259,7 @@ class KeptFull(QueueFull):
 
 
 class WebhooksFull(QueueFull):
-    """The queue has as many webhooks to tell as it may; it takes jobs without one."""
+    """The queue has as many webhooks to deliver as it may; it takes jobs without one."""
 
     code, title = "webhooks_full", "Too many webhooks are to be told"
 

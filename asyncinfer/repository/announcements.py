@@ -78,20 +78,21 @@ def decode_worker_announcement(body: bytes) -> WorkerAnnouncement:
     return _read_worker(body) or WorkerAnnouncement()
 
 
-def upcoming_models(says: WorkerAnnouncement) -> set[str]:
+def upcoming_models(worker: WorkerAnnouncement) -> set[str]:
     """Models whose jobs a worker will claim but does not claim yet: they lie in its folder, or are
     loaded and about to be announced. Empty for a worker that drains or hangs."""
-    if says.state not in ("starting", "ready"):
+    if worker.state not in ("starting", "ready"):
         return set()
-    return {*says.loading, *says.versions} - {*says.models}
+    return {*worker.loading, *worker.versions} - {*worker.models}
 
 
 def models_to_come(workers: Iterable[WorkerAnnouncement], announced: Container[str]) -> set[str]:
     """Models that will be served soon: `upcoming_models`, and those that a worker claims jobs of
     while the reader has not seen their announcement, which is written at the same time."""
-    living = [says for says in workers if says.state in ("starting", "ready")]
-    upcoming = {model for says in living for model in upcoming_models(says)}
-    return upcoming | {model for says in living for model in says.models if model not in announced}
+    living = [worker for worker in workers if worker.state in ("starting", "ready")]
+    upcoming = {model for worker in living for model in upcoming_models(worker)}
+    claimed = {model for worker in living for model in worker.models}
+    return upcoming | {model for model in claimed if model not in announced}
 
 
 def serves_or_loads(worker: WorkerAnnouncement, model: str) -> bool:

@@ -186,7 +186,7 @@ def webhook(q: str, job_id: str) -> str:
 
 
 def webhooks(q: str) -> str:
-    """Hash, no TTL: the bytes reserved by each round whose end a webhook is to be told."""
+    """Hash, no TTL: the bytes reserved by each round whose end a webhook is to deliver."""
     return f"{{{q}}}:webhooks"
 
 

@@ -311,7 +311,7 @@ class Outbox:
 
 
 class _Note(Struct, frozen=True):
-    """What the script is told of one delivery."""
+    """The arguments of the script for one delivery."""
 
     delivery: Delivery
     expected: bytes

@@ -58,7 +58,7 @@ class SubmitReply(Struct, frozen=True):
 
     `ok`: the job is stored. `exists`: it was already. `closed`: its group takes no more jobs.
     `full`: the queue is full. `kept_full`: the queue's ended jobs keep as much as they may.
-    `webhooks_full`: the queue has as many webhooks to tell as it may. `dup`: its Idempotency-Key
+    `webhooks_full`: the queue has as many webhooks to deliver as it may. `dup`: its Idempotency-Key
     belongs to the job `job_id`, which was submitted with `fingerprint`.
     """
 

@@ -34,7 +34,7 @@ from asyncinfer.webhooks.door import WebhookDoor
 _STORAGE_FULL_RETRY_SECONDS: Final = 5
 _WEBHOOKS_FULL_RETRY_SECONDS: Final = 5
 """The same for all: room comes when a receiver answers 2xx, and no one knows which will. When the
-next try is due says nothing, since most tries fail where so many are to be told."""
+next try is due says nothing, since most tries fail where so many are to be delivered."""
 _KEPT_FULL_RETRY_SECONDS: Final = 30
 """Half a minute: kept bytes are counted by the minute in which they expire."""
 
@@ -194,7 +194,7 @@ def kept_full_error(policy: Policy) -> KeptFull:
 
 
 def webhooks_full_error(policy: Policy) -> WebhooksFull:
-    """Makes the error for a queue that has as many webhooks to tell as it may."""
+    """Makes the error for a queue that has as many webhooks to deliver as it may."""
     return WebhooksFull(
         f"The model's queue has {policy.max_webhooks} webhooks, or {policy.max_webhook_bytes} "
         "bytes of them, to tell once their jobs have ended. Retry later or submit without a "

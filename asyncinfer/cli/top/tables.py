@@ -175,7 +175,7 @@ def _relevant(queues: Sequence["Queue"]) -> list["Queue"]:
 
 
 def _webhooks_of(queues: Sequence["Queue"]) -> "SafeText | None":
-    """A line on the webhooks of all queues; None if none is to be told and none was given up."""
+    """A line on the webhooks of all queues; None if none is to be delivered or was given up."""
     counts = [queue.webhooks for queue in queues]
     pending, due = (sum(one.pending for one in counts), sum(one.due for one in counts))
     given_up = sum(one.given_up for one in counts)

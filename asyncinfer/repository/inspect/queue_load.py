@@ -20,7 +20,7 @@ _QUEUES_PER_CALL: Final = 40
 
 
 class WebhookCounts(Struct, frozen=True):
-    """How many webhooks a queue has to tell."""
+    """How many webhooks a queue has to deliver."""
 
     reserved: int = 0
     """Unfinished jobs with a webhook, and deliveries to come."""
@@ -52,7 +52,7 @@ class QueueDepth(Struct, frozen=True, kw_only=True):
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether the queue has no jobs, not even dead letters, nothing to tell a webhook, and is
+        """Whether the queue has no jobs, not even dead letters, no webhook to deliver, and is
         not paused."""
         has_jobs = any(self.waiting) or self.delayed or self.running or self.dead
         return not (has_jobs or self.webhooks.open or self.paused)

@@ -167,27 +167,27 @@ def _run_times(records: Sequence[Record]) -> Iterator[float]:
             yield max(0, record.finished_ms - record.started_ms) / 1000
 
 
-def _worker(name: str, says: WorkerAnnouncement, now_ms: int, seen_at: float) -> Worker:
-    started_at = decoding.time(says.started_ms)
+def _worker(name: str, announced: WorkerAnnouncement, now_ms: int, seen_at: float) -> Worker:
+    started_at = decoding.time(announced.started_ms)
     return Worker(
         worker=name,
-        state=says.state,
-        host=says.host,
-        pid=says.pid,
-        slots=says.concurrency,
-        busy=says.busy,
-        isolating=says.isolating,
+        state=announced.state,
+        host=announced.host,
+        pid=announced.pid,
+        slots=announced.concurrency,
+        busy=announced.busy,
+        isolating=announced.isolating,
         started_at=started_at,
         uptime_seconds=(
             None if started_at is None else max(0.0, now_ms / 1000 - started_at.timestamp())
         ),
         heard_seconds=max(0.0, now_ms / 1000 - seen_at),
-        jobs_done=says.jobs_done,
-        models=list(says.models),
-        versions=says.versions,
-        served=says.served,
-        loaded=list(says.loaded),
-        problems=says.problems,
-        seconds_per_job=says.seconds_per_job,
-        run_times=says.run_times,
+        jobs_done=announced.jobs_done,
+        models=list(announced.models),
+        versions=announced.versions,
+        served=announced.served,
+        loaded=list(announced.loaded),
+        problems=announced.problems,
+        seconds_per_job=announced.seconds_per_job,
+        run_times=announced.run_times,
     )

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- close_group: lets no more jobs join a group, and notes who is told when all of them have ended.
+-- close_group: lets no more jobs join a group, and notes where the end of all of them is delivered.
 -- KEYS    1 the queue of the default model
 -- ARGV    1 {digest, max_closing, tenant, name, webhook, bytes, max_webhooks, max_webhook_bytes}:
 --         of the group; webhook is where its delivery goes, "" for none, and bytes what it

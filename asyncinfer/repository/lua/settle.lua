@@ -13,7 +13,7 @@ local MAX_LOOKS = 200
 
 local q, args, released = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), 0
 
--- Whether a job is unfinished in this round, and its end will be told.
+-- Whether a job is unfinished in this round, and its end will be delivered.
 local function is_expected(id, round)
   local status = redis.call('MGET', job_key(id, 'status'))[1]
   if status ~= 'pending' and status ~= 'processing' then return false end
@@ -21,7 +21,7 @@ local function is_expected(id, round)
   return facts and facts[WEBHOOK_EVENTS] and (facts[WEBHOOK_ROUND] or 1) == round
 end
 
--- Whether `id` is that of a closed group whose end will be told.
+-- Whether `id` is that of a closed group whose end will be delivered.
 local function is_followed(id)
   local digest = id:match('^group(%x+)$')
   return digest and redis.call('ZSCORE', q.closing, digest)

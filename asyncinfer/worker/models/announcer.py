@@ -155,7 +155,7 @@ class Announcer:
         its next announcement, and its jobs must not fail meanwhile.
         """
         await self._read_others()
-        versions = [says.versions.get(model, {}) for says, _ in self._last_seen.values()]
+        versions = [other.versions.get(model, {}) for other, _ in self._last_seen.values()]
         return any(bool(theirs) if version is None else version in theirs for theirs in versions)
 
     def _compare_folders(self, others: Sequence[WorkerAnnouncement], status: WorkerStatus) -> bool:
@@ -185,7 +185,7 @@ class Announcer:
         if (
             default
             and default not in models
-            and not any(serves_or_loads(says, default) for says in others)
+            and not any(serves_or_loads(other, default) for other in others)
         ):
             _log.warning(
                 "No worker that is alive has the default model %r, so requests that name no model "
@@ -234,11 +234,11 @@ class Announcer:
         others.pop(self._worker_id, None)
         now = time.monotonic()
         lately = {
-            worker_id: (says, seen_at)
-            for worker_id, (says, seen_at) in self._last_seen.items()
+            worker_id: (other, seen_at)
+            for worker_id, (other, seen_at) in self._last_seen.items()
             if now - seen_at < _EXPIRY_SECONDS
         }
-        self._last_seen = lately | {worker_id: (says, now) for worker_id, says in others.items()}
+        self._last_seen = lately | {worker_id: (other, now) for worker_id, other in others.items()}
         return list(others.values())
 
     # --- versions in the folder ------------------------------------------------------------------
@@ -298,7 +298,7 @@ class Announcer:
         finished = []
         removed = self._table.seconds_since_removal(time.monotonic())
         for (model, version), seconds in removed.items():
-            elsewhere = any(model in says.versions for says in others)
+            elsewhere = any(model in other.versions for other in others)
             if await self._may_drop(model, seconds, elsewhere=elsewhere):
                 finished.append((model, version))
         if finished:
@@ -315,7 +315,7 @@ class Announcer:
             # Other workers are read after the check: one that was just started with this version
             # has announced itself by then.
             if await self._announcements.is_announced(model, version) and not any(
-                version in says.versions.get(model, {}) for says in await self._read_others()
+                version in other.versions.get(model, {}) for other in await self._read_others()
             ):
                 await self._announcements.retract_version(model, version)
 
@@ -366,7 +366,7 @@ def _conflict(stored: bytes, ours: Signature, others: Sequence[WorkerAnnouncemen
     sha256 = theirs.sha256
     if sha256 == ours.sha256:
         return ""
-    if not any(says.versions.get(ours.model, {}).get(ours.version) == sha256 for says in others):
+    if not any(other.versions.get(ours.model, {}).get(ours.version) == sha256 for other in others):
         return ""
     return (
         f"another worker serves another file as this version (sha256 {sha256[:12]}…, here "
