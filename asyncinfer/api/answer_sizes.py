@@ -26,12 +26,12 @@ class AnswerSizes:
             return _FIRST_JOBS
         return max(1, min(_MAX_JOBS, int(_BYTES_AT_A_TIME / self._bytes[queue])))
 
-    def note(self, queue: str, jobs: int, size: int) -> None:
-        """Records that the answers of `jobs` jobs had `size` bytes together; does nothing for no
+    def note(self, queue: str, jobs: int, size_bytes: int) -> None:
+        """Records that the answers of `jobs` jobs had `size_bytes` together; does nothing for no
         jobs. An answer smaller than earlier ones lowers the estimate by at most a tenth: a job that
         has not ended has no result in its answer."""
         if not jobs:
             return
         if len(self._bytes) >= _MAX_QUEUES:
             self._bytes.clear()
-        self._bytes[queue] = max(size / jobs, 0.9 * self._bytes.get(queue, 0.0), 1.0)
+        self._bytes[queue] = max(size_bytes / jobs, 0.9 * self._bytes.get(queue, 0.0), 1.0)

@@ -81,8 +81,8 @@ def fetch(
         reply = yield from exchange(request)
         if isinstance(reply, Response) and not _is_retryable(server, reply):
             return reply
-        pause = _pause_seconds(attempt, reply)
-        due = time.monotonic() + pause
+        pause_seconds = _pause_seconds(attempt, reply)
+        due = time.monotonic() + pause_seconds
         reason = retry_reason(reply, server.url)
         is_full = isinstance(reply, Response) and reply.status == 429 and due < queue_full_until
         if not (is_full or (server.waits_for_models and reason.code == ModelLoading.code)):
@@ -91,7 +91,7 @@ def fetch(
             break
         if until < min(due, server.until):
             break
-        yield from wait_before_retry(server, pause, reason, begun_at)
+        yield from wait_before_retry(server, pause_seconds, reason, begun_at)
     if isinstance(reply, Lost):
         raise connection_failed_error(reply, server.url)
     return reply

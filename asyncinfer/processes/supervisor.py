@@ -251,11 +251,11 @@ class Restarter:
         _log.error("%s (pid %d) ended with %s.", self._name, self.child.pid, _describe_exit(code))
         return time.monotonic() - started_at
 
-    async def _restart(self, pause: float) -> bool:
-        """Starts the child again after `pause` seconds. Returns False if it does not start, which
+    async def _restart(self, seconds: float) -> bool:
+        """Starts the child again after `seconds`. Returns False if it does not start, which
         is logged."""
-        _log.info("%s is started again in %.1f s.", self._name, pause)
-        await anyio.sleep(pause)
+        _log.info("%s is started again in %.1f s.", self._name, seconds)
+        await anyio.sleep(seconds)
         try:
             self.child = await self._start()
         except (StartError, OSError) as error:

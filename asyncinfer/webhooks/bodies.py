@@ -48,7 +48,7 @@ class Bodies:
         if len(shorter) > MAX_BODY_BYTES:
             shorter = self._without_job(delivery, at)
         # The result of a completed job is none if it was too large to be read.
-        is_inside = view.status != "completed" or 0 < _size(view.result) <= MAX_RESULT_BYTES
+        is_inside = view.status != "completed" or 0 < _size_bytes(view.result) <= MAX_RESULT_BYTES
         body = self._with_job(delivery, view, at) if is_inside else shorter
         return (body if len(body) <= MAX_BODY_BYTES else shorter), shorter
 
@@ -78,8 +78,8 @@ class Bodies:
         return f"{self._public_url}/job/{quote(job_id, safe='')}/result"
 
 
-def _size(result: object) -> int:
-    """The bytes of a result as JSON; 0 without one."""
+def _size_bytes(result: object) -> int:
+    """The size of a result as JSON; 0 without one."""
     return len(bytes(result)) if isinstance(result, Raw) else 0
 
 

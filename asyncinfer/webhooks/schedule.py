@@ -39,5 +39,6 @@ def verdict(tries: int, answer: Answer, jitter: float | None = None) -> Verdict:
     if tries >= MAX_TRIES:
         return Verdict("given_up")
     shift = random.uniform(-1, 1) if jitter is None else jitter
-    pause = PAUSES_SECONDS[tries - 1] * (1 + _JITTER * shift)
-    return Verdict(None, max(pause, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)))
+    pause_seconds = PAUSES_SECONDS[tries - 1] * (1 + _JITTER * shift)
+    requested_seconds = min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
+    return Verdict(None, max(pause_seconds, requested_seconds))

@@ -74,23 +74,23 @@ class LeaseRenewer:
     def _run(self) -> None:
         """Renews three times per lease, when it is due at once, and sooner after a failure, until
         closed; not while the event loop shows no sign of life."""
-        pause = self._lease_seconds / 3
+        pause_seconds = self._lease_seconds / 3
         while True:
-            self._is_due.wait(pause)
+            self._is_due.wait(pause_seconds)
             if self._closed:
                 return
             self._is_due.clear()
-            pause = self._lease_seconds / 3
+            pause_seconds = self._lease_seconds / 3
             if time.monotonic() - self._loop_alive_at > 2 * self._lease_seconds:
                 continue
             try:
                 self._renew()
             except RedisUnavailable:
-                pause = self._lease_seconds / 10 * random.uniform(0.5, 1.5)
+                pause_seconds = self._lease_seconds / 10 * random.uniform(0.5, 1.5)
             except Exception as error:
                 # Without this thread every long run would be given to a second worker.
                 _log.unexpected("A renewal failed.", error)
-                pause = self._lease_seconds / 10
+                pause_seconds = self._lease_seconds / 10
 
     def _renew(self) -> None:
         """Renews all leases in one call, and calls `on_renewal` if that found something to do. Does

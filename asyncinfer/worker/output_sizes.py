@@ -48,12 +48,19 @@ class OutputSizes:
         return self._fitting(learned) if learned else None
 
     def note_run(
-        self, queue: str, signature: Signature, input_bytes: int, *, jobs: int, rows: int, size: int
+        self,
+        queue: str,
+        signature: Signature,
+        input_bytes: int,
+        *,
+        jobs: int,
+        rows: int,
+        size_bytes: int,
     ) -> None:
-        """Records that these jobs of a queue, at least one, gave results of `size` bytes; the input
+        """Records that these jobs of a queue, at least one, gave results of `size_bytes`; the input
         of a row had `input_bytes`."""
-        _note(self._row_bytes, _kind(signature, input_bytes), size / max(rows, 1))
-        _note(self._job_bytes, queue, size / jobs)
+        _note(self._row_bytes, _kind(signature, input_bytes), size_bytes / max(rows, 1))
+        _note(self._job_bytes, queue, size_bytes / jobs)
 
     def _fitting(self, each_bytes: float) -> int:
         return max(1, int(self.max_bytes / each_bytes))
@@ -63,10 +70,10 @@ def _kind(signature: Signature, input_bytes: int) -> tuple[str, str, int]:
     return signature.model, signature.version, input_bytes.bit_length()
 
 
-def _note(known: dict[K, float], key: K, size: float) -> None:
+def _note(known: dict[K, float], key: K, size_bytes: float) -> None:
     if len(known) >= _MAX_KNOWN:
         known.clear()
-    known[key] = max(size, 0.9 * known.get(key, 0.0), 1.0)
+    known[key] = max(size_bytes, 0.9 * known.get(key, 0.0), 1.0)
 
 
 def _declared_row_bytes(signature: Signature) -> float:

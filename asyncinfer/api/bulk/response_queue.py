@@ -29,8 +29,8 @@ class ResponseBlock(Struct, frozen=True):
     until: float
     """When to stop waiting for the jobs, by the monotonic clock."""
 
-    def size(self) -> int:
-        """Bytes in memory, roughly."""
+    def size_bytes(self) -> int:
+        """Its size in memory, roughly."""
         return sum(
             len(answer) if isinstance(answer, bytes) else _JOB_BYTES for answer in self.answers
         )
@@ -54,9 +54,9 @@ class ResponseQueue:
 
     def add(self, block: ResponseBlock) -> None:
         """Adds a block and wakes `peek`. Does not wait: call `wait_for_room` before."""
-        size = block.size()
-        self._blocks.append((block, size))
-        self._bytes += size
+        size_bytes = block.size_bytes()
+        self._blocks.append((block, size_bytes))
+        self._bytes += size_bytes
         self._added.set()
 
     def end(self) -> None:

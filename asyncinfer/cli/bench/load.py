@@ -129,16 +129,16 @@ class _LoadRunner:
         async with asyncio.TaskGroup() as group:
             for _ in range(self._connections):
                 group.create_task(self._send_requests(until, headers, counts))
-        elapsed = time.perf_counter() - started
+        elapsed_seconds = time.perf_counter() - started
         load = LoadResult(
             requests=len(counts.seconds),
-            per_second=round(len(counts.seconds) / elapsed, 1),
+            per_second=round(len(counts.seconds) / elapsed_seconds, 1),
             latency_ms=latency(counts.seconds),
             refused_full=counts.full,
             errors=counts.errors,
-            seconds=round(elapsed, 3),
+            seconds=round(elapsed_seconds, 3),
         )
-        return load, (time.process_time() - cpu) / elapsed
+        return load, (time.process_time() - cpu) / elapsed_seconds
 
     async def _send_requests(self, until: float, headers: str, counts: _LoadCounts) -> None:
         """Sends requests over one connection until a time of `perf_counter`; adds to `counts`.

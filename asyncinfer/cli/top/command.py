@@ -58,8 +58,8 @@ def top(
 
     Press q or Ctrl-C to leave. Rates (IN/s, OUT/s, FAIL/s) are jobs per second over the last minute
     or less. WAIT and RUN p50 p95 are percentiles of the jobs that ended last. AGE is how long the
-    oldest job has waited. Queues without a worker, a job, a dead letter or a webhook to tell are
-    left out. Webhooks that are to come, due or given up are counted in a line. With --json each
+    oldest job has waited. Queues without a worker, a job, a dead letter or a webhook to deliver
+    are left out. Webhooks that are to come, due or given up are counted in a line. With --json each
     snapshot is one line, with all queues.
     """
     from asyncinfer.cli.top.live import api_reader, redis_reader, watch

@@ -72,32 +72,34 @@ async def _read_snapshot(statistics: "Statistics", source: str) -> Snapshot:
     return Snapshot(at, source, await statistics.queues(), await statistics.workers())
 
 
-def watch(read_snapshot: ReadSnapshot, interval: float, *, once: bool, as_json: bool) -> None:
+def watch(
+    read_snapshot: ReadSnapshot, interval_seconds: float, *, once: bool, as_json: bool
+) -> None:
     """Prints snapshots on stdout: one (`once`, or in a pipe), JSON lines, or the live view.
 
-    `interval` is in seconds. Returns after one snapshot, or when the user presses q or Ctrl-C in
-    the live view; JSON lines end only with an exception. Raises the error of a read; the live view
-    shows it instead, unless the first read fails.
+    Returns after one snapshot, or when the user presses q or Ctrl-C in the live view; JSON lines
+    end only with an exception. Raises the error of a read; the live view shows it instead, unless
+    the first read fails.
     """
     if as_json:
-        _print_lines(read_snapshot, interval, once=once)
+        _print_lines(read_snapshot, interval_seconds, once=once)
     elif once or not sys.stdout.isatty():
         tables.say(read_snapshot())
     else:
         with contextlib.suppress(KeyboardInterrupt):
-            _run_live(read_snapshot, interval)
+            _run_live(read_snapshot, interval_seconds)
 
 
-def _print_lines(read_snapshot: ReadSnapshot, interval: float, *, once: bool) -> None:
-    """Prints a snapshot as a line of JSON every `interval` seconds; returns only if `once`."""
+def _print_lines(read_snapshot: ReadSnapshot, interval_seconds: float, *, once: bool) -> None:
+    """Prints a snapshot as a line of JSON every `interval_seconds`; returns only if `once`."""
     say_json_line(read_snapshot())
     while not once:
-        time.sleep(interval)
+        time.sleep(interval_seconds)
         say_json_line(read_snapshot())
 
 
-def _run_live(read_snapshot: ReadSnapshot, interval: float) -> None:
-    """Redraws the screen every `interval` seconds, or at any key, until q or Ctrl-D is pressed.
+def _run_live(read_snapshot: ReadSnapshot, interval_seconds: float) -> None:
+    """Redraws the screen every `interval_seconds`, or at any key, until q or Ctrl-D is pressed.
 
     Raises the error of the first read. Later it shows the last snapshot with the error, and tries
     again.
@@ -116,7 +118,7 @@ def _run_live(read_snapshot: ReadSnapshot, interval: float) -> None:
             except AsyncinferError as error:
                 error_text = error.detail
             live.update(tables.screen(snapshot, live.console, error_text), refresh=True)
-            if wait_for_key(interval) in ("q", "Q", "\x04"):
+            if wait_for_key(interval_seconds) in ("q", "Q", "\x04"):
                 return
 
 

@@ -73,5 +73,6 @@ def _ended_ms(store: Store, stored: StoredJob, expires_ms: int) -> int | None:
     if not stored.has_ended or stored.record or expires_ms <= 0:
         return None
     policy = store.policy
-    ttl = policy.failed_ttl_seconds if stored.status == "failed" else policy.job_ttl_seconds
-    return expires_ms - ttl * 1000
+    has_failed = stored.status == "failed"
+    ttl_seconds = policy.failed_ttl_seconds if has_failed else policy.job_ttl_seconds
+    return expires_ms - ttl_seconds * 1000

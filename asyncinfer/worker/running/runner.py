@@ -159,7 +159,7 @@ class BatchRunner:
             input_bytes,
             jobs=len(bodies),
             rows=sum(done.rows),
-            size=sum(map(len, bodies)),
+            size_bytes=sum(map(len, bodies)),
         )
         return [
             self._builder.completed(held, job, body, run)
