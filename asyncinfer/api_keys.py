@@ -1,13 +1,12 @@
 """API keys: the file of keys, and the tenant and scopes of a caller."""
 
-import codecs
 import hashlib
 import hmac
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,6 +14,8 @@ from msgspec import Struct
 
 from asyncinfer.errors import KeyFileRefused
 from asyncinfer.jobs import NAME_PATTERN
+from asyncinfer.untrusted.entry_lines import BrokenLine, numbered_lines, three_words
+from asyncinfer.untrusted.file_access import open_without_blocking
 
 SCOPES: Final = ("submit", "read", "admin", "operator")
 """Each scope stands alone: `admin` does not include the others."""
@@ -48,14 +49,6 @@ class Entry(Struct, frozen=True):
         return f"{self.caller.tenant} {scopes} {self.digest}"
 
 
-class BrokenLine(Struct, frozen=True):
-    """A line of the key file that is ignored; `number` counts from 1. Its text is not kept, because
-    it may be a key."""
-
-    number: int
-    reason: str
-
-
 class Keyring:
     """The valid keys. A tenant may have several, so that it can replace one without a gap."""
 
@@ -78,9 +71,9 @@ class Keyring:
         file: otherwise a key that was removed in the same edit would stay valid."""
         entries: dict[str, Entry] = {}
         broken: list[BrokenLine] = []
-        for number, line in _lines(content):
+        for number, line in numbered_lines(content):
             try:
-                entry = _read_entry(line)
+                entry = _entry(*three_words(line))
                 if entry.digest in entries:
                     raise ValueError("it repeats the key of an earlier line, which counts")
             except ValueError as error:
@@ -103,7 +96,7 @@ def read_key_file(path: Path) -> bytes:
     """The content of the key file; raises KeyFileRefused unless it is a readable regular file of at
     most MAX_FILE_BYTES. Never waits, not even on a named pipe."""
     try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
+        with open(path, "rb", opener=open_without_blocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise KeyFileRefused(f"Cannot read the API keys in {path}: it is not a file.")
             content = file.read(MAX_FILE_BYTES + 1)
@@ -115,11 +108,6 @@ def read_key_file(path: Path) -> bytes:
             f"Cannot read the API keys in {path}: it has more than {MAX_FILE_BYTES} bytes."
         )
     return content
-
-
-def _open_without_blocking(path: str, flags: int) -> int:
-    """Opens the file; a blocking open of a named pipe would wait for a writer."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def new_key() -> str:
@@ -150,23 +138,6 @@ def _entry(tenant: str, scopes: str, digest: str) -> Entry:
     if not _DIGEST.fullmatch(digest):
         raise ValueError("the third word must be the key's SHA-256, 64 lower-case hex digits")
     return Entry(Caller(tenant, names), digest)
-
-
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines that are neither empty nor comments, with their numbers from 1."""
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith(b"#"):
-            yield number, line
-
-
-def _read_entry(line: bytes) -> Entry:
-    """The entry of a line, of which the words after the third are a comment; raises ValueError."""
-    try:
-        words = line.decode().split()
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    tenant, scopes, digest, *_ = [*words, "", "", ""]
-    return _entry(tenant, scopes, digest)
 
 
 KeyScope = Literal["submit", "read", "admin", "operator"]

@@ -16,7 +16,6 @@ _KINDS: Final[tuple[tuple[Callable[[int], bool], str], ...]] = (
     (stat.S_ISCHR, "is a device, not a file"),
 )
 _O_NONBLOCK: Final = getattr(os, "O_NONBLOCK", 0)
-_O_BINARY: Final = getattr(os, "O_BINARY", 0)
 _UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -96,6 +95,11 @@ class UnreadableFile(OSError):
         self.reason = reason
 
 
+def open_without_blocking(path: str, flags: int) -> int:
+    """The `opener` of an `open` that may meet a FIFO, whose open would wait for a writer."""
+    return os.open(path, flags | _O_NONBLOCK)
+
+
 def read(path: Path, max_bytes: int) -> bytes:
     """The content of a file of at most `max_bytes`. Raises UnreadableFile if it has more or cannot
     be read; never waits, not even on a FIFO."""
@@ -103,7 +107,7 @@ def read(path: Path, max_bytes: int) -> bytes:
         raise UnreadableFile(problem)
     try:
         # Opened without blocking, in case it has become a FIFO since.
-        with open(os.open(path, os.O_RDONLY | _O_NONBLOCK | _O_BINARY), "rb") as file:
+        with open(path, "rb", opener=open_without_blocking) as file:
             content = file.read(max_bytes + 1) or b""
     except OSError as error:
         raise UnreadableFile(os_error_reason(error)) from error

@@ -1,23 +1,22 @@
 """The file of webhook secrets, which is read again when it changes."""
 
 import asyncio
-import codecs
 import logging
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
-
-from msgspec import Struct
 
 from asyncinfer.errors import SecretsFileRefused, WebhookRefused
 from asyncinfer.jobs import NAME_PATTERN
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.timeouts import done_within
+from asyncinfer.untrusted.entry_lines import BrokenLine, numbered_lines, three_words
+from asyncinfer.untrusted.file_access import open_without_blocking
 from asyncinfer.webhook_signatures import signing_key
 from asyncinfer.webhooks.url_rules import normal_host
 
@@ -34,13 +33,6 @@ _TENANT = re.compile(NAME_PATTERN)
 
 _log = logging.getLogger(__name__)
 _limited_log = LimitedLog(_log)
-
-
-class BrokenLine(Struct, frozen=True):
-    """A line that is ignored; `number` counts from 1. Its text is not kept: it has a secret."""
-
-    number: int
-    reason: str
 
 
 class Secrets:
@@ -70,7 +62,7 @@ class Secrets:
         signatures of all tenants."""
         keys: dict[tuple[str, str], tuple[bytes, ...]] = {}
         broken: list[BrokenLine] = []
-        for number, line in _lines(content):
+        for number, line in numbered_lines(content):
             try:
                 place, key = _read_entry(line)
                 known = keys.get(place, ())
@@ -144,7 +136,7 @@ def read_secrets_file(path: Path) -> bytes:
     at most MAX_FILE_BYTES that only its owner may read, who is this process's user; or root, whose
     file a group may read too, as Kubernetes mounts secrets. Never waits, not even on a FIFO."""
     try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
+        with open(path, "rb", opener=open_without_blocking) as file:
             _check_file(path, os.fstat(file.fileno()))
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -153,10 +145,6 @@ def read_secrets_file(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise _refused(path, f"it has more than {MAX_FILE_BYTES} bytes.")
     return content
-
-
-def _open_without_blocking(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_file(path: Path, found: os.stat_result) -> None:
@@ -176,20 +164,9 @@ def _refused(path: Path, reason: str) -> SecretsFileRefused:
     return SecretsFileRefused(f"Cannot use the webhook secrets in {path}: {reason}")
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines that are neither empty nor comments, with their numbers from 1."""
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith(b"#"):
-            yield number, line
-
-
 def _read_entry(line: bytes) -> tuple[tuple[str, str], bytes]:
     """Tenant and host of a line, and its key; raises ValueError, which does not repeat the line."""
-    try:
-        words = line.decode().split()
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    tenant, host, secret, *_ = [*words, "", "", ""]
+    tenant, host, secret = three_words(line)
     if not _TENANT.fullmatch(tenant):
         raise ValueError("a tenant is up to 64 letters, digits, `_`, `.` and `-`")
     try:
