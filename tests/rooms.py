@@ -66,7 +66,7 @@ INSIDE = {
         ("addresses", "answers", "bodies", "config", "network"),
         ("figures", "resolver", "schedule", "url_rules"),
         ("hosts", "posting", "secrets_file"),
-        ("door",),
+        ("checks",),
         ("sender",),
     ),
     "cli": (

@@ -86,7 +86,7 @@ from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
 from asyncinfer.repository.unserved_models import UnservedModels
-from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.checks import WebhookChecks
 from asyncinfer.webhooks.figures import WebhookFigures
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,9 @@ class Api:
     def __init__(self, config: ApiConfig) -> None:
         self.config = config
         self._guard = Guard(config)
-        self._webhooks = WebhookDoor(config.webhooks, needs_secret=config.api_keys is not None)
+        self._webhook_checks = WebhookChecks(
+            config.webhooks, needs_secret=config.api_keys is not None
+        )
         self._services: Services | None = None
         self.request_figures = RequestFigures()
         self.clock = time.monotonic
@@ -249,7 +251,7 @@ class Api:
             report=report_of(config.redis_url),
         ) as store:
             await _check_redis(store, config.default_model)
-            self._services = _services(store, config, self.request_figures, self._webhooks)
+            self._services = _services(store, config, self.request_figures, self._webhook_checks)
             self.clock = asyncio.get_running_loop().time
             await self._services.catalog.refresh()
             await self._services.worker_snapshot.refresh()
@@ -431,7 +433,7 @@ async def _check_redis(store: Store, default_model: str | None) -> None:
 
 
 def _services(
-    store: Store, config: ApiConfig, request_figures: RequestFigures, webhooks: WebhookDoor
+    store: Store, config: ApiConfig, request_figures: RequestFigures, webhook_checks: WebhookChecks
 ) -> Services:
     """Makes the services of one API process; connects to nothing and starts no task."""
     submissions = Submissions(store)
@@ -465,7 +467,7 @@ def _services(
         feed=Feed(store),
         event_texts=EventTexts(catalog, wait_reasons),
         answer_sizes=AnswerSizes(),
-        webhooks=webhooks,
+        webhook_checks=webhook_checks,
         webhook_figures=WebhookFigures(),
         long_reads=anyio.CapacityLimiter(1),
         catalog=catalog,

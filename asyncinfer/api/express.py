@@ -77,11 +77,12 @@ class Express:
             request: Request[SubmitQuery]
             request = self._api.admit(_ROUTE, scope, headers, exchange.receive)
             check_scope(_ROUTE, request)
-            served = self._api.services.catalog.find_known(model.decode() or None)
+            services = self._api.services
+            served = services.catalog.find_known(model.decode() or None)
             if served is None:
                 return None
-            door, max_ttl_seconds = self._api.services.webhooks, self._api.config.max_ttl_seconds
-            head = job_head(request, _NO_OPTIONS, served, None, max_ttl_seconds, door)
+            max_ttl_seconds, checks = self._api.config.max_ttl_seconds, services.webhook_checks
+            head = job_head(request, _NO_OPTIONS, served, None, max_ttl_seconds, checks)
         except Exception:
             # Whatever it is, the ordinary way meets it too, and answers or logs it.
             return None

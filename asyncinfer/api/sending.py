@@ -21,8 +21,8 @@ async def sending_webhooks(services: Services) -> AsyncIterator[None]:
     """Sends webhooks within the block, if this process does, and reads the file of secrets again
     when it changes. At the end it waits up to 2 s for tries that run."""
     async with anyio.create_task_group() as group:
-        if services.webhooks.file:
-            group.start_soon(services.webhooks.file.run)
+        if services.webhook_checks.file:
+            group.start_soon(services.webhook_checks.file.run)
         sender = _sender(services) if services.config.webhooks.sends else None
         if sender:
             group.start_soon(sender.run)
@@ -41,7 +41,9 @@ def _sender(services: Services) -> Sender:
     def open_poster() -> "Poster":
         from asyncinfer.webhooks.posting import Poster
 
-        return Poster(services.webhooks.rules, Resolver(), proxy_url=config.proxy_url)
+        return Poster(services.webhook_checks.rules, Resolver(), proxy_url=config.proxy_url)
 
     bodies = Bodies(lambda stored: job_view(stored, catalog.default_model), config.public_url)
-    return Sender(services.store, services.webhooks, open_poster, bodies, services.webhook_figures)
+    return Sender(
+        services.store, services.webhook_checks, open_poster, bodies, services.webhook_figures
+    )

@@ -28,7 +28,7 @@ from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.outbox import Outbox
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
-from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.checks import WebhookChecks
 from asyncinfer.webhooks.figures import WebhookFigures
 
 
@@ -61,7 +61,7 @@ class Services(Struct, frozen=True, kw_only=True):
     wait_reasons: WaitReasons
     queue_looks: QueueLooks
     answer_sizes: AnswerSizes
-    webhooks: WebhookDoor
+    webhook_checks: WebhookChecks
     """Checks webhooks at a submit."""
     webhook_figures: WebhookFigures
     long_reads: CapacityLimiter

@@ -23,7 +23,7 @@ from asyncinfer.timeouts import pause_before_retry, set_within
 from asyncinfer.webhook_signatures import signed_headers
 from asyncinfer.webhooks.answers import TRY_SECONDS, Answer
 from asyncinfer.webhooks.bodies import MAX_RESULT_BYTES, Bodies
-from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.checks import WebhookChecks
 from asyncinfer.webhooks.figures import WebhookFigures
 from asyncinfer.webhooks.hosts import (
     DRAIN_SECONDS,
@@ -73,7 +73,7 @@ class Sender:
     def __init__(
         self,
         store: Store,
-        door: WebhookDoor,
+        checks: WebhookChecks,
         open_poster: "Callable[[], Poster]",
         bodies: Bodies,
         figures: WebhookFigures,
@@ -84,7 +84,7 @@ class Sender:
         the system's certificates takes a tenth of a second, which most APIs never need."""
         self._store = store
         self._outbox = Outbox(store)
-        self._door = door
+        self._checks = checks
         self._open_poster = open_poster
         self._poster: Poster | None = None
         self._bodies = bodies
@@ -123,7 +123,7 @@ class Sender:
         return random.uniform(*(_BUSY_SECONDS if is_busy else _IDLE_SECONDS))
 
     def _is_busy(self, now: float) -> bool:
-        return now - max(self._busy_at, self._door.passed_at) < _BUSY_FOR_SECONDS
+        return now - max(self._busy_at, self._checks.passed_at) < _BUSY_FOR_SECONDS
 
     # --- taking ------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Sender:
 
     def _target_of(self, delivery: Delivery) -> Target | None:
         try:
-            return self._door.rules.check(delivery.target.url)
+            return self._checks.rules.check(delivery.target.url)
         except WebhookRefused:
             return None
 
@@ -251,8 +251,8 @@ class Sender:
         assert held.target is not None
         assert self._poster is not None
         delivery = held.delivery
-        keys = self._door.keys_of(delivery.target.tenant, held.target.host)
-        if self._door.needs_secret and not keys:
+        keys = self._checks.keys_of(delivery.target.tenant, held.target.host)
+        if self._checks.needs_secret and not keys:
             return Answer(0, "no_secret")
         body = delivery.body or await self._keep_body(held)
         if body is None:

@@ -866,8 +866,8 @@ FAULTS: Final = (
     Fault(
         "a_webhook_without_a_secret_is_sent",
         f"{_WEBHOOKS}/sender.py",
-        "if self._door.needs_secret and not keys:",
-        "if self._door.needs_secret and keys is None:",
+        "if self._checks.needs_secret and not keys:",
+        "if self._checks.needs_secret and keys is None:",
         (
             "tests/webhooks/test_sender.py::test_where_keys_are_in_use_nothing_is_sent_without_a_secret",
         ),

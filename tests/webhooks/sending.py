@@ -14,8 +14,8 @@ from asyncinfer.jobs import Webhook
 from asyncinfer.repository.store import Store
 from asyncinfer.webhooks.answers import TRY_SECONDS
 from asyncinfer.webhooks.bodies import Bodies
+from asyncinfer.webhooks.checks import WebhookChecks
 from asyncinfer.webhooks.config import WebhookConfig
-from asyncinfer.webhooks.door import WebhookDoor
 from asyncinfer.webhooks.figures import WebhookFigures
 from asyncinfer.webhooks.posting import Poster
 from asyncinfer.webhooks.resolver import Resolver, look_up
@@ -45,9 +45,9 @@ def webhook(url: str, **options: Any) -> Webhook:
 class RunningSender:
     """A sender that runs, and what it counts."""
 
-    def __init__(self, sender: Sender, door: WebhookDoor, figures: WebhookFigures) -> None:
+    def __init__(self, sender: Sender, checks: WebhookChecks, figures: WebhookFigures) -> None:
         self.sender = sender
-        self.door = door
+        self.checks = checks
         self.figures = figures
 
     def tries(self) -> dict[tuple[str, ...], int]:
@@ -68,23 +68,23 @@ async def running_sender(
     """Runs a sender that may call these receivers; it is closed at the end of the block."""
     allow = tuple(f"{host}:{each.port}" for each in receivers for host in each.names)
     config = WebhookConfig(secrets=secrets, allow=allow)
-    door, figures = (
-        WebhookDoor(config, needs_secret=needs_secret, look_seconds=0.05),
+    checks, figures = (
+        WebhookChecks(config, needs_secret=needs_secret, look_seconds=0.05),
         WebhookFigures(),
     )
-    door.passed_at = 0.0
+    checks.passed_at = 0.0
 
     def open_poster() -> Poster:
-        return Poster(door.rules, Resolver(resolve), try_seconds=try_seconds)
+        return Poster(checks.rules, Resolver(resolve), try_seconds=try_seconds)
 
     bodies = Bodies(lambda stored: job_view(stored, None), public_url)
-    sender = Sender(store, door, open_poster, bodies, figures, lease_seconds=lease_seconds)
+    sender = Sender(store, checks, open_poster, bodies, figures, lease_seconds=lease_seconds)
     async with anyio.create_task_group() as group:
         group.start_soon(sender.run)
-        if door.file:
-            group.start_soon(door.file.run)
+        if checks.file:
+            group.start_soon(checks.file.run)
         try:
-            yield RunningSender(sender, door, figures)
+            yield RunningSender(sender, checks, figures)
         finally:
             with anyio.CancelScope(shield=True):
                 await sender.close()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from asyncinfer.errors import SecretsFileRefused, WebhookRefused
+from asyncinfer.webhooks.checks import WebhookChecks
 from asyncinfer.webhooks.config import WebhookConfig
-from asyncinfer.webhooks.door import WebhookDoor
 from asyncinfer.webhooks.secrets_file import Secrets, SecretsFile, read_secrets_file
 from tests.faults.harness import eventually
 
@@ -134,14 +134,14 @@ def test_a_file_that_is_still_being_written_is_not_used(tmp_path: Path) -> None:
 def test_where_keys_are_in_use_a_webhook_needs_a_secret(tmp_path: Path) -> None:
     path = write(tmp_path / "secrets", f"acme hooks.example.com {SECRETS[0]}\n")
     config = WebhookConfig(secrets=path)
-    door = WebhookDoor(config, needs_secret=True)
-    assert door.check("https://hooks.example.com/a", "acme").host == "hooks.example.com"
+    checks = WebhookChecks(config, needs_secret=True)
+    assert checks.check("https://hooks.example.com/a", "acme").host == "hooks.example.com"
     for url, tenant in (
         ("https://hooks.example.com/a", "beta"),
         ("https://other.example.com/a", "acme"),
     ):
         with pytest.raises(WebhookRefused, match="WEBHOOK_SECRETS"):
-            door.check(url, tenant)
-    WebhookDoor(config, needs_secret=False).check("https://other.example.com/a", "default")
+            checks.check(url, tenant)
+    WebhookChecks(config, needs_secret=False).check("https://other.example.com/a", "default")
     with pytest.raises(WebhookRefused, match="use https"):
-        door.check("http://hooks.example.com/a", "acme")
+        checks.check("http://hooks.example.com/a", "acme")

@@ -277,7 +277,7 @@ async def test_where_keys_are_in_use_nothing_is_sent_without_a_secret(
 
 
 def has_secrets(running: RunningSender, count: int) -> bool:
-    return len(running.door.keys_of("default", "localhost")) == count
+    return len(running.checks.keys_of("default", "localhost")) == count
 
 
 async def test_a_secret_rotates_without_a_gap(

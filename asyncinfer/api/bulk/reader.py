@@ -362,7 +362,7 @@ class BulkReader:
         else:
             parsed, key = read_line(line.text, options, served, max_ttl_seconds)
         request = self._request
-        check_webhook(self._services.webhooks, request.tenant, parsed.options)
+        check_webhook(self._services.webhook_checks, request.tenant, parsed.options)
         return new_job(
             request.tenant,
             served.queue,

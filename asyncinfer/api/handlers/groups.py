@@ -58,7 +58,7 @@ async def close_group(services: Services, request: Request[NoQuery]) -> Reply:
     body = (await read_body(request, services.config)).content.strip()
     target = _target(body, request.tenant) if body else None
     if target:
-        services.webhooks.check(target.url, request.tenant)
+        services.webhook_checks.check(target.url, request.tenant)
     await group_closing.close_group(services, request.tenant, group, target)
     return json_reply(200, GroupCloseResult(group))
 

@@ -125,7 +125,7 @@ async def validate(services: Services, request: Request[RequestOptions]) -> Repl
     """
     served = await services.catalog.find(request.path("model"))
     checked = await read_input(request, services.config, served, services.long_reads)
-    check_webhook(services.webhooks, request.tenant, checked.options)
+    check_webhook(services.webhook_checks, request.tenant, checked.options)
     signature = checked.signature
     batched_inputs = {spec.name for spec in signature.inputs if has_dynamic_first_dim(spec)}
     return json_reply(

@@ -64,7 +64,7 @@ async def _predict(services: Services, request: Request[SubmitQuery]) -> Reply |
     served = await services.catalog.find(request.path("model"))
     max_ttl_seconds = services.config.max_ttl_seconds
     options = options_of(request.query)
-    head = job_head(request, options, served, key, max_ttl_seconds, services.webhooks)
+    head = job_head(request, options, served, key, max_ttl_seconds, services.webhook_checks)
     # No local variable keeps the body: a large one would be in memory twice while its job waits.
     job = await read_and_parse(request, services.config, services.long_reads, partial(job_of, head))
     if closes_group := request.query.close:

@@ -29,7 +29,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.submissions import NewJob, SubmitReply, with_job_id
 from asyncinfer.schemas.requests import RequestOptions, SubmitQuery
 from asyncinfer.schemas.responses import WaitingFor
-from asyncinfer.webhooks.door import WebhookDoor
+from asyncinfer.webhooks.checks import WebhookChecks
 
 _STORAGE_FULL_RETRY_SECONDS: Final = 5
 _WEBHOOKS_FULL_RETRY_SECONDS: Final = 5
@@ -52,7 +52,7 @@ class JobHead(Struct, frozen=True):
     trace: jobs.TraceContext | None
     """The span that submits the job."""
     max_ttl_seconds: int
-    door: WebhookDoor
+    webhook_checks: WebhookChecks
 
 
 def job_head(
@@ -61,7 +61,7 @@ def job_head(
     served: Served,
     key: str | None,
     max_ttl_seconds: int,
-    door: WebhookDoor,
+    webhook_checks: WebhookChecks,
 ) -> JobHead:
     """Checks the options of the query; raises InvalidQuery as `check_query_options`."""
     check_query_options(options, max_ttl_seconds)
@@ -73,7 +73,7 @@ def job_head(
         request.request_id,
         request.trace,
         max_ttl_seconds,
-        door,
+        webhook_checks,
     )
 
 
@@ -81,7 +81,7 @@ def job_of(head: JobHead, body: Body) -> NewJob:
     """The job of a request whose body was read; stores nothing. Raises a RequestError if the input
     does not fit the model. Takes milliseconds for a long body."""
     checked = input_of(body, head.options, head.served, head.max_ttl_seconds)
-    check_webhook(head.door, head.tenant, checked.options)
+    check_webhook(head.webhook_checks, head.tenant, checked.options)
     return new_job(
         head.tenant,
         head.served.queue,
@@ -92,11 +92,11 @@ def job_of(head: JobHead, body: Body) -> NewJob:
     )
 
 
-def check_webhook(door: WebhookDoor, tenant: str, options: jobs.Options) -> None:
+def check_webhook(webhook_checks: WebhookChecks, tenant: str, options: jobs.Options) -> None:
     """Raises WebhookRefused if the options have a webhook whose URL is not allowed, or that needs a
     secret which its tenant does not have for its host."""
     if options.webhook:
-        door.check(options.webhook.url, tenant)
+        webhook_checks.check(options.webhook.url, tenant)
 
 
 def new_job(

@@ -11,7 +11,7 @@ from asyncinfer.webhooks.url_rules import Target, UrlRules
 _NO_SECRETS = Secrets()
 
 
-class WebhookDoor:
+class WebhookChecks:
     """Checks webhooks at a submit and again at each send, since anyone may write to Redis; one for
     each API process."""
 

@@ -1,4 +1,4 @@
-"""A webhook at the door of the API: what is refused, and that the API itself sends it."""
+"""What is refused of a webhook at a submit, and that the API itself delivers it."""
 
 import json
 from collections.abc import AsyncIterator
