@@ -134,8 +134,7 @@ def _is_convertible_at_once(outputs: Sequence[Array], plan: BatchPlan) -> bool:
 def _wanted_outputs(
     outputs: Sequence[Array], signature: Signature, wanted: Sequence[str]
 ) -> list[tuple[str, Array]]:
-    """The wanted outputs with their names, in the order of `output_names`; all of them if it is
-    empty.
+    """The outputs that are `wanted` by name, in that order, with their names; all if none is.
 
     Raises ModelFailed for a name that no output has.
     """

@@ -28,7 +28,7 @@ from asyncinfer.schemas.webhook_views import GroupWebhook, RedeliverResult, Webh
 
 _PAGE_SIZE: Final = 1000
 _MAX_PAGES: Final = 1000
-"""Of webhooks, each of some 10,000 deliveries."""
+"""The most pages of webhooks that are read, each of some 10,000 deliveries."""
 _NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 

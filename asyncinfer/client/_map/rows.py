@@ -181,7 +181,7 @@ class BlockBuilder:
         return block if block or len(self._rows) < self._size else self.flush()
 
     def flush(self) -> RowBlock | None:
-        """The block of the rows so far, which are no longer kept; None if there are none."""
+        """The block of the rows since the last one; None if there are none."""
         if not self._rows:
             return None
         numbers = range(self._next_number, self._next_number + len(self._rows))
