@@ -106,7 +106,8 @@ class _LoadRunner:
         machine_cpu = machine.busy_share()
         queue = self._queue(model.model)
         submits, _ = await self._run_load(seconds, "")
-        sides = self._sides(samples, cpu, machine_cpu, queue)
+        now = self._client.model(model.model)
+        sides = _sides(samples, cpu, machine_cpu, queue, now)
         return Bench(
             model=model.model,
             connections=self._connections,
@@ -191,30 +192,35 @@ class _LoadRunner:
         """The state of the model's queue; None if the server lists none for it."""
         return next((queue for queue in self._client.queues() if queue.model == model), None)
 
-    def _sides(
-        self, samples: _SideSamples, cpu: float, machine_cpu: float | None, queue: Queue | None
-    ) -> Sides:
-        """The time and load of each side, from the samples taken during the first load.
 
-        `cpu` is the share of one core that this process used, and `machine_cpu` that of all cores.
-        """
-        now = self._client.model(queue.model if queue else None)
-        live = median(samples.live or [0.0])
-        wait_times = queue.wait_seconds if queue else None
-        run_times = queue.run_seconds if queue else None
-        return Sides(
-            client_cpu=round(cpu, 3),
-            machine_cpu=machine_cpu,
-            api_ms=round(1000 * live, 3),
-            redis_ms=round(max(0.0, 1000 * (median(samples.ready or [0.0]) - live)), 3),
-            queue_ms=round(1000 * wait_times.p50, 3) if wait_times else None,
-            run_ms=round(1000 * run_times.p50, 3) if run_times else None,
-            slots_busy=round(mean(samples.busy), 3) if samples.busy else None,
-            workers=queue.workers if queue else 0,
-            slots=queue.slots if queue else 0,
-            batched=now.batched,
-            run_times=_run_times(now),
-        )
+def _sides(
+    samples: _SideSamples,
+    client_cpu: float,
+    machine_cpu: float | None,
+    queue: Queue | None,
+    model: Model,
+) -> Sides:
+    """The time and load of each side, from the samples taken during the first load.
+
+    `client_cpu` is the share of one core that this process used, and `machine_cpu` that of all
+    cores; `model` is the model as it was after the loads.
+    """
+    live = median(samples.live or [0.0])
+    wait_times = queue.wait_seconds if queue else None
+    run_times = queue.run_seconds if queue else None
+    return Sides(
+        client_cpu=round(client_cpu, 3),
+        machine_cpu=machine_cpu,
+        api_ms=round(1000 * live, 3),
+        redis_ms=round(max(0.0, 1000 * (median(samples.ready or [0.0]) - live)), 3),
+        queue_ms=round(1000 * wait_times.p50, 3) if wait_times else None,
+        run_ms=round(1000 * run_times.p50, 3) if run_times else None,
+        slots_busy=round(mean(samples.busy), 3) if samples.busy else None,
+        workers=queue.workers if queue else 0,
+        slots=queue.slots if queue else 0,
+        batched=model.batched,
+        run_times=_run_times(model),
+    )
 
 
 class _CpuMeter:
