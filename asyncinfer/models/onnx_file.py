@@ -26,7 +26,8 @@ _FIELDS: Final[dict[str, dict[int, str]]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""For each kind of message, the fields that lead to a tensor, and the kind of each."""
+"""For each kind of message in onnx.proto, the numbers of the fields that lead to a tensor, and the
+kind of each."""
 
 _MAX_MESSAGES: Final = 20_000_000
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5

@@ -114,8 +114,9 @@ def read_content(content: memoryview) -> OnnxFile:
 class _Reader:
     """Reads one file, and counts its parts over all graphs for the limits.
 
-    Of its methods `begin` and `end`, or `start` and `stop`, are the bounds of a message in the
-    file; `depth` counts graphs within graphs. They raise GraphTooLarge and DamagedFile.
+    The numbers of fields are those of onnx.proto. Of its methods `begin` and `end`, or `start` and
+    `stop`, are the bounds of a message in the file; `depth` counts graphs within graphs. They raise
+    GraphTooLarge and DamagedFile.
     """
 
     def __init__(self, content: memoryview) -> None:
