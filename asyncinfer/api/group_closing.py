@@ -33,7 +33,7 @@ def group_to_close(options: Options) -> str:
 async def close_group(
     services: Services, tenant: str, group: str, target: Target | None = None
 ) -> None:
-    """Lets no more jobs join a group; `target`, None for none, is told once all of them have ended.
+    """Lets no more jobs join a group; once all have ended, its webhook goes to `target`, if any.
     Raises GroupNotFound, GroupClosed if it has another webhook, TooManyGroups, WebhooksFull or
     RedisUnavailable."""
     verdict = await services.closed_groups.close(tenant, group, target)

@@ -116,7 +116,7 @@ class Group(GroupState):
         """Lets no more jobs join it: a later submit raises GroupClosed. Returns it as it is then.
 
         A failed job may still be retried. `webhook`, a URL or a dict of `url` and `metadata`, is
-        told once, with the counts, when all jobs have ended; it may also be given later. Raises
+        delivered once all jobs have ended, with the counts; it may also be given later. Raises
         GroupNotFound once it is no longer kept, GroupClosed if it has another webhook, and
         InvalidInput for a webhook that the server does not take.
 

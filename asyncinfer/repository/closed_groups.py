@@ -78,8 +78,8 @@ class ClosedGroups:
         self._outbox = Outbox(store)
 
     async def close(self, tenant: str, name: str, target: Target | None = None) -> CloseVerdict:
-        """Lets no more jobs join a group; `target`, None for none, is told once all of them have
-        ended. Raises as `Store.call` does.
+        """Lets no more jobs join a group; once all have ended, its webhook goes to `target`, unless
+        that is None. Raises as `Store.call` does.
 
         `closed`: now or before. `absent`: there is no such group. `other`: it was closed with
         another target. `full`: as many groups are followed as may be. `tenant_full`: the tenant

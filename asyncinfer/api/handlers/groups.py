@@ -48,7 +48,7 @@ async def read_group(services: Services, request: Request[NoQuery]) -> Reply:
 
 
 async def close_group(services: Services, request: Request[NoQuery]) -> Reply:
-    """Lets no more jobs join a group; a webhook in the body is told once all of them have ended.
+    """Lets no more jobs join a group; a webhook in the body is delivered once all have ended.
 
     Does nothing if it is closed already, unless it had no webhook. Raises GroupNotFound,
     GroupClosed for another webhook, TooManyGroups, WebhooksFull, WebhookRefused, InvalidInput,
