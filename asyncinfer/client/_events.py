@@ -1,7 +1,6 @@
 """Streams of events: followed, and resumed at the last event after a cut."""
 
 import atexit
-import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
@@ -11,13 +10,15 @@ from urllib.parse import urlencode
 
 from asyncinfer import jobs
 from asyncinfer.client._drivers import AsyncDriver, Driver, close_stream
-from asyncinfer.client._errors import (
-    connection_failed_error,
-    error_of_response,
-    retry_after_seconds,
-)
+from asyncinfer.client._errors import connection_failed_error, error_of_response
 from asyncinfer.client._protocol import Event, Lost, Request, Response
-from asyncinfer.client._requests import RETRYABLE_STATUSES, RemoteServer, is_final_loss, path_part
+from asyncinfer.client._requests import (
+    RETRYABLE_STATUSES,
+    RemoteServer,
+    is_final_loss,
+    path_part,
+    seconds_before_retry,
+)
 
 _SILENCE_SECONDS: Final = 45.0
 """The longest silence of a stream; a server sends a comment every 15 s."""
@@ -84,9 +85,7 @@ class EventSubscription:
             if isinstance(reply, Lost):
                 raise connection_failed_error(reply, self._server.url)
             raise error_of_response(reply, self._server.url)
-        requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
-        backoff = _PAUSE_SECONDS * 3**self._failures * random.uniform(0.5, 1.0)
-        self.pause_seconds = requested or backoff
+        self.pause_seconds = seconds_before_retry(self._failures, reply)
 
 
 def follow(driver: Driver, subscription: EventSubscription) -> Iterator[Event]:

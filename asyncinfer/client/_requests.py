@@ -81,7 +81,7 @@ def fetch(
         reply = yield from exchange(request)
         if isinstance(reply, Response) and not _is_retryable(server, reply):
             return reply
-        pause_seconds = _pause_seconds(attempt, reply)
+        pause_seconds = seconds_before_retry(attempt, reply)
         due = time.monotonic() + pause_seconds
         reason = retry_reason(reply, server.url)
         is_full = isinstance(reply, Response) and reply.status == 429 and due < queue_full_until
@@ -230,7 +230,7 @@ def wait_before_retry(
         raise WaitTimeout(f"No answer in time: {reason.message}", waiting_for=reason)
 
 
-def _pause_seconds(attempt: int, reply: Response | Lost) -> float:
+def seconds_before_retry(attempt: int, reply: Response | Lost) -> float:
     """The seconds before the next try: what Retry-After says, or the backoff if that is longer."""
     requested = retry_after_seconds(reply) if isinstance(reply, Response) else None
     return max(requested or 0.0, backoff_seconds(attempt))

@@ -34,6 +34,9 @@ from asyncinfer.client import (
 )
 from asyncinfer.client._drivers import ResponseBody
 from asyncinfer.client._errors import problem_error
+from asyncinfer.client._events import EventSubscription
+from asyncinfer.client._protocol import Response
+from asyncinfer.client._requests import RemoteServer
 from asyncinfer.errors import RedisRefused, RouteNotFound
 from asyncinfer.testing import Running, service
 from tests.faults.harness import stop_listening
@@ -321,6 +324,18 @@ async def test_retry_after_is_honoured_and_the_last_error_is_the_servers() -> No
             await client.submit([SETOSA])
 
     assert 1 <= time.monotonic() - begun < 3
+
+
+def test_a_stream_of_events_is_requested_again_within_half_a_minute() -> None:
+    server = RemoteServer("http://127.0.0.1:8000", {}, timeout_seconds=60, retries=5)
+    subscription = EventSubscription(server, job_id="some")
+
+    for _ in range(server.retries):
+        subscription.handle(Response(503, {}, b""))
+        assert subscription.pause_seconds <= 30
+
+    with pytest.raises(AsyncinferError):
+        subscription.handle(Response(503, {}, b""))
 
 
 async def test_why_a_request_is_sent_again_is_said_and_its_time_may_be_limited() -> None:
