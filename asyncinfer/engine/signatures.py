@@ -41,8 +41,7 @@ _PLACEHOLDER_NAMES: Final = frozenset(
     | {"undefined", "unk", "unknown", "unspecified"}
 )
 """Names that converters give to dimensions of which they know nothing. If they counted as names,
-all dimensions of that name would have to be equal: an image that is not square was refused for its
-`?`."""
+all dimensions of that name would have to be equal, as height and width of an image, both `?`."""
 
 _PUNCTUATION: Final = re.compile(r"^[\W_]+|[\W_]+$")
 _NEGATIVE: Final = re.compile(r"\s*-\s*\d+\s*")
