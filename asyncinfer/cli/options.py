@@ -64,7 +64,6 @@ def _option(knob: Knob, hidden: bool) -> Callable[[_Function], _Function]:
     is_switch = isinstance(knob.default, bool)
     flag = f"{knob.flag}/--no-{knob.flag.removeprefix('--')}" if is_switch else knob.flag
     metavar = None if is_switch else (knob.unit or knob.name).upper()
-    default: dict[str, Any] = {"default": None}
     return click.option(
         flag,
         knob.name,
@@ -72,7 +71,7 @@ def _option(knob: Knob, hidden: bool) -> Callable[[_Function], _Function]:
         metavar=metavar,
         help=_help(knob),
         hidden=hidden,
-        **default,
+        default=None,
     )
 
 
