@@ -460,6 +460,18 @@ async def test_an_ended_job_cannot_be_cancelled(hands: QueueDriver, outcome: str
     assert await hands.read(job_id) == before
 
 
+async def test_cancelling_an_ended_job_takes_no_doorbell_token(hands: QueueDriver) -> None:
+    job_id = await hands.submit_one()
+    await hands.run_all()
+    for paused in (True, False):
+        await hands.operations.pause(Q, paused=paused)
+    assert hands.redis.llen(keys.wake(Q)) == 1
+
+    assert await hands.cancel(job_id) == "finished"
+
+    assert hands.redis.llen(keys.wake(Q)) == 1
+
+
 async def test_cancelling_an_unknown_job_changes_nothing(hands: QueueDriver) -> None:
     before = set(hands.redis.scan_iter())
     assert await hands.cancel_in_one_call("nobody") == ["absent"]

@@ -12,12 +12,13 @@ local MAX_REMOVALS = 10
 local MAX_LIST_TO_SEARCH = 10000
 
 local q, args, now = queue(KEYS[1]), cmsgpack.unpack(ARGV[1]), now_ms()
-local verdicts, stale, freed_bytes, removals = {}, {}, 0, 0
+local verdicts, stale, freed_bytes, removals, has_removed = {}, {}, 0, 0, false
 
 -- Takes a pending job out of the delayed jobs, or else off its list; adds its bytes to
 -- `freed_bytes`. LREM walks the list, so only a few per call and in no long list (in one of a
 -- million it took 22 ms); the other ids stay as stale entries, which a claim drops.
 local function remove_waiting(id, facts)
+  has_removed = true
   freed_bytes = freed_bytes + counted_bytes(id)
   if redis.call('ZREM', q.delayed, id) == 1 then return end
   local list = priority_list(q, facts)
@@ -56,6 +57,8 @@ end
 for i = 2, #ARGV, 2 do
   verdicts[#verdicts + 1] = cancel(ARGV[i], ARGV[i + 1] ~= '' and ARGV[i + 1] or nil)
 end
-update_stale_entries(q, 'SADD', stale)
-adjust_waiting_bytes(q, -freed_bytes)
+if has_removed then
+  update_stale_entries(q, 'SADD', stale)
+  adjust_waiting_bytes(q, -freed_bytes)
+end
 return verdicts
