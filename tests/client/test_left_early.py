@@ -18,6 +18,8 @@ from tests.faults.proxy import proxied
 
 ROWS: Final = np.full((64, 1), 100.0)
 """The milliseconds that each row takes."""
+TWO_SHORT_ROWS: Final = np.array([[10.0]] * 2 + [[1000.0]] * 62)
+"""The first two end soon: others run or wait when a loop is left, which stops them."""
 SLOW: Final[dict[str, Any]] = {"model": "slow_alone", "batch": 1, "in_flight": 4, "progress": False}
 
 
@@ -26,31 +28,31 @@ class LeftError(Exception):
 
 
 def leave_by_break(client: Client, group: str) -> None:
-    for _ in client.map(ROWS, group=group, **SLOW):
+    for _ in client.map(TWO_SHORT_ROWS, group=group, **SLOW):
         break
 
 
 def leave_by_enumerate(client: Client, group: str) -> None:
-    for number, _ in enumerate(client.map(ROWS, group=group, **SLOW)):
+    for number, _ in enumerate(client.map(TWO_SHORT_ROWS, group=group, **SLOW)):
         if number == 1:
             return
 
 
 def leave_by_zip(client: Client, group: str) -> None:
-    for _ in zip(range(1), client.map(ROWS, group=group, **SLOW), strict=False):
+    for _ in zip(range(1), client.map(TWO_SHORT_ROWS, group=group, **SLOW), strict=False):
         pass
 
 
 def leave_by_error(client: Client, group: str) -> None:
     try:
-        for _ in client.map(ROWS, group=group, **SLOW):
+        for _ in client.map(TWO_SHORT_ROWS, group=group, **SLOW):
             raise LeftError
     except LeftError:
         return
 
 
 def leave_by_del(client: Client, group: str) -> None:
-    results = client.map(ROWS, group=group, **SLOW)
+    results = client.map(TWO_SHORT_ROWS, group=group, **SLOW)
     next(results)
     del results
 
@@ -71,7 +73,7 @@ def test_a_loop_that_is_left_has_cancelled_what_has_not_run(
 async def test_an_asynchronous_loop_that_is_left_cancels_what_has_not_run(
     aclient: AsyncClient,
 ) -> None:
-    async for _ in aclient.map(ROWS, group="left-async", **SLOW):
+    async for _ in aclient.map(TWO_SHORT_ROWS, group="left-async", **SLOW):
         break
 
     async def is_cancelled() -> bool:
@@ -85,7 +87,7 @@ async def test_a_client_that_is_closed_awaits_the_end_of_a_loop_that_was_left(
     running: Running, client: Client
 ) -> None:
     async with AsyncClient(running.url) as left:
-        async for _ in left.map(ROWS, group="awaited", **SLOW):
+        async for _ in left.map(TWO_SHORT_ROWS, group="awaited", **SLOW):
             break
 
     counts = client.group("awaited").counts
@@ -191,7 +193,7 @@ import numpy as np
 from asyncinfer.client import AsyncClient, Client
 
 url, group, how = sys.argv[1:]
-rows = np.full((64, 1), 100.0)
+rows = np.array([[10.0]] * 2 + [[1000.0]] * 62)
 slow = dict(model="slow_alone", batch=1, in_flight=4, progress=False, group=group)
 
 def plain():
@@ -220,8 +222,21 @@ async def asynchronous():
 """
 
 
-@pytest.mark.parametrize("call", ["kept = plain()", "kept = asyncio.run(asynchronous())"])
-@pytest.mark.parametrize("how", ["break", "interrupt", "open"])
+_PLAIN: Final = "kept = plain()"
+_ASYNCHRONOUS: Final = "kept = asyncio.run(asynchronous())"
+
+
+@pytest.mark.parametrize(
+    ("how", "call"),
+    [
+        ("break", _ASYNCHRONOUS),
+        ("interrupt", _PLAIN),
+        ("open", _ASYNCHRONOUS),
+        pytest.param("break", _PLAIN, marks=pytest.mark.soak),
+        pytest.param("interrupt", _ASYNCHRONOUS, marks=pytest.mark.soak),
+        pytest.param("open", _PLAIN, marks=pytest.mark.soak),
+    ],
+)
 def test_a_script_that_leaves_a_map_ends_without_another_traceback(
     running: Running, client: Client, call: str, how: str
 ) -> None:
@@ -264,7 +279,11 @@ async def asynchronous(url):
 
 @pytest.mark.parametrize(
     "call",
-    ["plain(sys.argv[1])", "never_closed(sys.argv[1])", "asyncio.run(asynchronous(sys.argv[1]))"],
+    [
+        pytest.param("plain(sys.argv[1])", marks=pytest.mark.soak),
+        "never_closed(sys.argv[1])",
+        "asyncio.run(asynchronous(sys.argv[1]))",
+    ],
 )
 def test_a_script_that_leaves_events_ends_without_a_traceback(
     running: Running, client: Client, call: str
