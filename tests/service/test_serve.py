@@ -302,6 +302,7 @@ def test_sigterm_ends_all_processes_and_the_next_start_has_the_jobs() -> None:
         assert serve.get(f"/job/{job_id}")["result"]["class_name"] == "setosa"
 
 
+@pytest.mark.soak  # `tests/processes/` shows it of each process by default
 @pytest.mark.system("curl")
 def test_a_killed_serve_leaves_neither_valkey_nor_worker_after_5_s() -> None:
     with running_serve() as serve:
