@@ -139,8 +139,10 @@ def test_a_ca_file_that_cannot_be_used_is_refused_when_the_client_is_made(tmp_pa
 
 
 def test_commands_take_the_ca_and_name_the_reason_without_it(
-    https: str, authority: Authority, running: Running
+    https: str, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What doctor says of local models, which takes it a second, is no matter here.
+    monkeypatch.setenv("MODEL_DIR", str(tmp_path))
     ca = str(authority.certificate)
     predicted = run_command("predict", "5.1", "3.5", "1.4", "0.2", "--url", https, "--ca", ca)
     assert predicted.code == 0, predicted
