@@ -18,7 +18,7 @@ from tests.tracebacks import no_traceback as no_traceback
 
 from .harness import KEYS, ManualWorker, ProxiedApi, announce, client_of, hosted, running
 
-_BOTH_WAYS = ("test_predict", "test_http_shapes", "test_server", "test_express")
+_BOTH_WAYS = ("test_http_shapes", "test_express")
 """Modules whose tests run with and without the short way in the default suite; those of the others
 run without it in the soak."""
 
