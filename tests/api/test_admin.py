@@ -258,25 +258,26 @@ async def test_a_retry_without_criteria_is_told_how_to_name_jobs(api: httpx2.Asy
     assert "either" in assert_problem(both, 400, "invalid_query")["detail"]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "code"),
-    [
-        ({"job_ids": []}, 422, "invalid_input"),
-        ({"job_ids": ["x"] * 1001}, 422, "invalid_input"),
-        ({"job_ids": [1]}, 422, "invalid_input"),
-        ({"ids": ["x"]}, 422, "invalid_input"),
-        (["x"], 422, "invalid_input"),
-        (b'{"job_ids": [', 400, "invalid_json"),
-        (b'{"job_ids": ["\\ud800"]}', 400, "invalid_json"),
-        (b'{"job_ids": ["\xff"]}', 400, "invalid_json"),
-        (b"[" * 5000, 422, "invalid_input"),
-    ],
-)
+NAMES_NO_JOBS: list[tuple[Any, int, str]] = [
+    ({"job_ids": []}, 422, "invalid_input"),
+    ({"job_ids": ["x"] * 1001}, 422, "invalid_input"),
+    ({"job_ids": [1]}, 422, "invalid_input"),
+    ({"ids": ["x"]}, 422, "invalid_input"),
+    (["x"], 422, "invalid_input"),
+    (b'{"job_ids": [', 400, "invalid_json"),
+    (b'{"job_ids": ["\\ud800"]}', 400, "invalid_json"),
+    (b'{"job_ids": ["\xff"]}', 400, "invalid_json"),
+    (b"[" * 5000, 422, "invalid_input"),
+]
+
+
 async def test_a_body_that_names_no_jobs_is_refused(
-    api: httpx2.AsyncClient, body: Any, status: int, code: str
+    api: httpx2.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    assert_problem(await api.post("/jobs/retry", content=content), status, code)
+    for body, status, code in NAMES_NO_JOBS:
+        content = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        with subtests.test(content=content[:40]):
+            assert_problem(await api.post("/jobs/retry", content=content), status, code)
 
 
 # --- cancelling many -------------------------------------------------------------------------
@@ -349,32 +350,33 @@ async def test_an_external_job_is_cancelled_as_one_of_the_default_tenant(
     await hands.run_all()
 
 
-@pytest.mark.parametrize(
-    ("query", "detail"),
-    [
-        ("", "status="),
-        ("purge=true", "status="),
-        ("dead=false", "status="),
-        ("status=completed", "purge=true"),
-        ("status=ended&model=iris", "purge=true"),
-        ("dead=true", "purge=true"),
-        ("status=processing&purge=true", "cannot be purged"),
-        ("status=pending&purge=true", "cannot be purged"),
-        ("status=done", "status"),
-        ("status=", "status"),
-        ("all=true", "all"),
-        ("model=iris&purge=maybe", "purge"),
-    ],
-)
+MISTAKEN = [
+    ("", "status="),
+    ("purge=true", "status="),
+    ("dead=false", "status="),
+    ("status=completed", "purge=true"),
+    ("status=ended&model=iris", "purge=true"),
+    ("dead=true", "purge=true"),
+    ("status=processing&purge=true", "cannot be purged"),
+    ("status=pending&purge=true", "cannot be purged"),
+    ("status=done", "status"),
+    ("status=", "status"),
+    ("all=true", "all"),
+    ("model=iris&purge=maybe", "purge"),
+]
+
+
 async def test_no_job_is_ended_or_deleted_by_a_mistaken_query(
-    api: httpx2.AsyncClient, hands: QueueDriver, query: str, detail: str
+    api: httpx2.AsyncClient, hands: QueueDriver, subtests: pytest.Subtests
 ) -> None:
     done = await submit_failed(hands)
     waiting = await hands.submit_many(2)
-    reply = await api.delete(f"/jobs?{query}")
-    assert detail in assert_problem(reply, 400, "invalid_query")["detail"]
-    assert hands.statuses(waiting) == {"pending"}
-    assert hands.statuses(done) == {"failed"}
+    for query, detail in MISTAKEN:
+        with subtests.test(query):
+            reply = await api.delete(f"/jobs?{query}")
+            assert detail in assert_problem(reply, 400, "invalid_query")["detail"]
+            assert hands.statuses(waiting) == {"pending"}
+            assert hands.statuses(done) == {"failed"}
 
 
 # --- purging many ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import codecs
 import io
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 
 import httpx2
@@ -73,13 +74,15 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-async def test_a_body_that_is_not_json_is_400(api: httpx2.AsyncClient, case: str) -> None:
-    body, named = MALFORMED[case]
-    reply = await api.post("/predict", content=body, headers=JSON)
-    assert reply.status_code in (400, 422)
-    if named:
-        assert named in assert_problem(reply, 400, "invalid_json")["detail"]
+async def test_a_body_that_is_not_json_is_400(
+    api: httpx2.AsyncClient, subtests: pytest.Subtests
+) -> None:
+    for case, (body, named) in MALFORMED.items():
+        with subtests.test(case):
+            reply = await api.post("/predict", content=body, headers=JSON)
+            assert reply.status_code in (400, 422)
+            if named:
+                assert named in assert_problem(reply, 400, "invalid_json")["detail"]
 
 
 UNFIT = {
@@ -128,15 +131,15 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
 async def test_json_that_does_not_fit_is_422_at_its_place(
-    api: httpx2.AsyncClient, case: str
+    api: httpx2.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    body, pointer = UNFIT[case]
-    reply = await api.post("/predict", content=body, headers=JSON)
-    faults = assert_problem(reply, 422, "invalid_input")["errors"]
-    assert pointer in [fault["pointer"] for fault in faults]
-    assert all(fault["detail"] for fault in faults)
+    for case, (body, pointer) in UNFIT.items():
+        with subtests.test(case):
+            reply = await api.post("/predict", content=body, headers=JSON)
+            faults = assert_problem(reply, 422, "invalid_input")["errors"]
+            assert pointer in [fault["pointer"] for fault in faults]
+            assert all(fault["detail"] for fault in faults)
 
 
 async def test_an_unknown_name_comes_with_the_nearest_known(api: httpx2.AsyncClient) -> None:
@@ -196,19 +199,20 @@ WAYS_IN_A_QUERY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/iris", "/models/iris/validate"])
-@pytest.mark.parametrize("way", WAYS_IN_A_BODY)
 async def test_a_body_that_asks_for_more_than_max_ttl_is_422_at_its_place(
-    short_lived: httpx2.AsyncClient, way: str, path: str
+    short_lived: httpx2.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    reply = await short_lived.post(path, **WAYS_IN_A_BODY[way])
+    paths = ("/predict", "/predict/iris", "/models/iris/validate")
+    for (way, sent), path in product(WAYS_IN_A_BODY.items(), paths):
+        with subtests.test(way, path=path):
+            reply = await short_lived.post(path, **sent)
 
-    (fault,) = assert_problem(reply, 422, "invalid_input")["errors"]
-    assert fault["pointer"] == "/options/ttl_seconds"
-    assert fault["detail"] == (
-        "3601 s is longer than this server keeps a job, 3600 s at most. Ask for less, or raise "
-        "MAX_TTL."
-    )
+            (fault,) = assert_problem(reply, 422, "invalid_input")["errors"]
+            assert fault["pointer"] == "/options/ttl_seconds"
+            assert fault["detail"] == (
+                "3601 s is longer than this server keeps a job, 3600 s at most. Ask for less, or "
+                "raise MAX_TTL."
+            )
 
 
 @pytest.mark.parametrize("way", WAYS_IN_A_QUERY)

@@ -174,15 +174,15 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-async def test_a_wrong_line_is_answered_in_its_place(port: int, case: str) -> None:
-    line, status, code = WRONG[case]
-    async with client_of(port) as client:
-        first, wrong, last = await post_lines(client, [GOOD, b"", line, GOOD])
-    assert (wrong["status"], wrong["code"], wrong["line"]) == (status, code, 3)
-    assert wrong["title"]
-    assert wrong["detail"]
-    assert (first["status"], last["status"]) == ("pending", "pending")
+async def test_a_wrong_line_is_answered_in_its_place(port: int, subtests: pytest.Subtests) -> None:
+    for case, (line, status, code) in WRONG.items():
+        with subtests.test(case):
+            async with client_of(port) as client:
+                first, wrong, last = await post_lines(client, [GOOD, b"", line, GOOD])
+            assert (wrong["status"], wrong["code"], wrong["line"]) == (status, code, 3)
+            assert wrong["title"]
+            assert wrong["detail"]
+            assert (first["status"], last["status"]) == ("pending", "pending")
 
 
 async def test_every_fault_of_a_line_is_named(api: httpx2.AsyncClient) -> None:

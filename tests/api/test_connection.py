@@ -403,30 +403,29 @@ async def api_with_jobs(
 
 
 WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(ONE_ROW) + ONE_ROW
+HALF_CLOSED: dict[str, tuple[bytes, list[int]]] = {
+    "read": (GET + b"\r\n", [200]),
+    "submit": (WHOLE, [202]),
+    "submits": (WHOLE * 3, [202] * 3),
+    "submit and a part": (WHOLE + WHOLE[:-1], [202]),
+    "read and a part": (GET + b"\r\n" + b"GET /jo", [200]),
+    "read and malformed": (GET + b"\r\n" + b"Bad\r\n\r\n", [200, 400]),
+    "a part": (WHOLE[:-1], []),
+    "a part of a head": (b"GET /jo", []),
+    "nothing": (b"", []),
+    "lines": (WHOLE.replace(b"json", b"x-ndjson", 1), [200]),
+}
 
 
-@pytest.mark.parametrize(
-    ("sent", "statuses"),
-    [
-        pytest.param(GET + b"\r\n", [200], id="read"),
-        pytest.param(WHOLE, [202], id="submit"),
-        pytest.param(WHOLE * 3, [202] * 3, id="submits"),
-        pytest.param(WHOLE + WHOLE[:-1], [202], id="submit and a part"),
-        pytest.param(GET + b"\r\n" + b"GET /jo", [200], id="read and a part"),
-        pytest.param(GET + b"\r\n" + b"Bad\r\n\r\n", [200, 400], id="read and malformed"),
-        pytest.param(WHOLE[:-1], [], id="a part"),
-        pytest.param(b"GET /jo", [], id="a part of a head"),
-        pytest.param(b"", [], id="nothing"),
-        pytest.param(WHOLE.replace(b"json", b"x-ndjson", 1), [200], id="lines"),
-    ],
-)
 async def test_a_client_that_closes_its_sending_side_gets_its_answers(
-    strict_port: int, sent: bytes, statuses: list[int]
+    strict_port: int, subtests: pytest.Subtests
 ) -> None:
-    answer = await raw_exchange(strict_port, sent, half_close=True)
-    assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", answer)] == statuses
-    if b"ndjson" in sent:
-        assert answer.endswith(b"\r\n0\r\n\r\n")
+    for case, (sent, statuses) in HALF_CLOSED.items():
+        with subtests.test(case):
+            answer = await raw_exchange(strict_port, sent, half_close=True)
+            assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", answer)] == statuses
+            if b"ndjson" in sent:
+                assert answer.endswith(b"\r\n0\r\n\r\n")
 
 
 async def test_who_has_closed_the_sending_side_gets_the_end_of_a_job_that_ends_soon(
@@ -463,42 +462,44 @@ async def test_who_has_closed_the_sending_side_waits_and_follows_for_two_seconds
     await eventually(lambda: not api.server.server_state.tasks, "nothing runs")
 
 
+CUT_SHORT = {
+    "head": b"GET /jo",
+    "body": POST + b"Content-Length: 9\r\n\r\n{",
+    "chunked body": CHUNKED + b"\r\n" + CHUNK,
+    "refused body": POST + b"Content-Length: 99999999\r\n\r\n",
+    "lines": POST.replace(b"json", b"x-ndjson") + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK,
+    "result": b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "results": b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3,
+    "wait": b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "wait and more": b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n",
+    "events": b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "events and more": b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n",
+    "malformed": GET + b"Bad Header\r\n\r\n",
+    "wait and malformed": b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\nBad\r\n",
+}
+"""What a client has sent when it disconnects."""
+
+
 @pytest.mark.parametrize("is_reset", [False, pytest.param(True, marks=pytest.mark.soak)])
-@pytest.mark.parametrize(
-    "sent",
-    [
-        pytest.param(b"GET /jo", id="head"),
-        pytest.param(POST + b"Content-Length: 9\r\n\r\n{", id="body"),
-        pytest.param(CHUNKED + b"\r\n" + CHUNK, id="chunked body"),
-        pytest.param(POST + b"Content-Length: 99999999\r\n\r\n", id="refused body"),
-        pytest.param(
-            POST.replace(b"json", b"x-ndjson") + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK,
-            id="lines",
-        ),
-        pytest.param(b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n", id="result"),
-        pytest.param(
-            b"GET /job/RESULT/result HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, id="results"
-        ),
-        pytest.param(b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n", id="wait"),
-        pytest.param(
-            b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n",
-            id="wait and more",
-        ),
-        pytest.param(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n", id="events"),
-        pytest.param(
-            b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET + b"\r\n", id="events and more"
-        ),
-        pytest.param(GET + b"Bad Header\r\n\r\n", id="malformed"),
-        pytest.param(
-            b"GET /job/JOB?wait=30 HTTP/1.1\r\nHost: localhost\r\n\r\nBad\r\n",
-            id="wait and malformed",
-        ),
-    ],
-)
 async def test_a_client_that_disconnects_in_the_middle_is_no_error(
-    api_with_jobs: ApiWithJobs, caplog: pytest.LogCaptureFixture, sent: bytes, is_reset: bool
+    api_with_jobs: ApiWithJobs,
+    caplog: pytest.LogCaptureFixture,
+    is_reset: bool,
+    subtests: pytest.Subtests,
 ) -> None:
-    api = api_with_jobs
+    for case, sent in CUT_SHORT.items():
+        with subtests.test(case):
+            caplog.clear()
+            await disconnect_in_the_middle(api_with_jobs, sent, is_reset)
+            assert [
+                record.getMessage()
+                for record in caplog.records
+                if record.levelno >= logging.WARNING
+            ] == []
+
+
+async def disconnect_in_the_middle(api: ApiWithJobs, sent: bytes, is_reset: bool) -> None:
+    """Sends it and disconnects at once, and again once the API has taken the connection."""
     request = sent.replace(b"JOB", api.job_id.encode()).replace(b"RESULT", api.result_id.encode())
     state = api.server.server_state
     clients = []
@@ -517,9 +518,6 @@ async def test_a_client_that_disconnects_in_the_middle_is_no_error(
     for client in clients:
         await eventually(lambda: not is_held(api.server, client), "it is closed")  # noqa: B023
     await eventually(lambda: not state.tasks, "no task of a disconnected client is left", 10)
-    assert [
-        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
-    ] == []
 
 
 def is_held(server: Server, client: tuple[str, int]) -> bool:

@@ -106,16 +106,20 @@ async def test_an_error_that_cannot_be_read_is_shown_as_unknown(
     assert problem["error"]["code"] == "unknown"
 
 
-@pytest.mark.parametrize("result", [b"{", b"", b"[NaN]", b'"\xff"', DEEP, b"1 2", b"[1," * 5000])
 async def test_a_result_that_is_no_json_is_shown_as_a_string_though_a_worker_claims_it(
-    api: httpx2.AsyncClient, manual_worker: ManualWorker, damaged: redis.Redis, result: bytes
+    api: httpx2.AsyncClient,
+    manual_worker: ManualWorker,
+    damaged: redis.Redis,
+    subtests: pytest.Subtests,
 ) -> None:
-    job_id = await submit(api)
-    await manual_worker.complete()
-    damaged.set(keys.result(job_id), result)
-    shown = result.decode(errors="replace")
-    assert (await ok(api, f"/job/{job_id}"))["result"] == shown
-    assert await ok(api, f"/job/{job_id}/result") == shown
+    for result in (b"{", b"", b"[NaN]", b'"\xff"', DEEP, b"1 2", b"[1," * 5000):
+        with subtests.test(result=result[:9]):
+            job_id = await submit(api)
+            await manual_worker.complete()
+            damaged.set(keys.result(job_id), result)
+            shown = result.decode(errors="replace")
+            assert (await ok(api, f"/job/{job_id}"))["result"] == shown
+            assert await ok(api, f"/job/{job_id}/result") == shown
 
 
 @pytest.mark.parametrize("query", ["", "output=label"])
@@ -435,14 +439,15 @@ CURSORS = {
 }
 
 
-@pytest.mark.parametrize("cursor", CURSORS.values(), ids=CURSORS.keys())
-async def test_a_forged_cursor_is_a_400(api: httpx2.AsyncClient, cursor: str) -> None:
+async def test_a_forged_cursor_is_a_400(api: httpx2.AsyncClient, subtests: pytest.Subtests) -> None:
     job_id = await submit(api, params={"group": "g"})
-    for path in ("/jobs", "/jobs?dead=true", "/jobs?group=g"):
-        asked = httpx2.URL(path).copy_merge_params({"cursor": cursor})
-        assert_problem(await api.get(asked), 400, "invalid_query")
-    for path in ("/events", "/events?group=g", f"/job/{job_id}/events"):
-        headers = {b"last-event-id": cursor.encode("latin-1")}
-        assert_problem(await api.get(path, headers=headers), 400, "invalid_query")
-        asked = httpx2.URL(path).copy_merge_params({"last_event_id": cursor})
-        assert_problem(await api.get(asked), 400, "invalid_query")
+    for case, cursor in CURSORS.items():
+        with subtests.test(case):
+            for path in ("/jobs", "/jobs?dead=true", "/jobs?group=g"):
+                asked = httpx2.URL(path).copy_merge_params({"cursor": cursor})
+                assert_problem(await api.get(asked), 400, "invalid_query")
+            for path in ("/events", "/events?group=g", f"/job/{job_id}/events"):
+                headers = {b"last-event-id": cursor.encode("latin-1")}
+                assert_problem(await api.get(path, headers=headers), 400, "invalid_query")
+                asked = httpx2.URL(path).copy_merge_params({"last_event_id": cursor})
+                assert_problem(await api.get(asked), 400, "invalid_query")

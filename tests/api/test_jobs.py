@@ -112,14 +112,15 @@ async def test_an_external_job_belongs_to_the_default_model(
     assert "round" not in body
 
 
-@pytest.mark.parametrize("text", [b"setosa", b"[1,", b"\xff", b"", b"NaN", b'"\xff"'])
 async def test_an_external_result_that_is_not_json_is_shown_as_text(
-    api: httpx2.AsyncClient, server: redis.Redis, text: bytes
+    api: httpx2.AsyncClient, server: redis.Redis, subtests: pytest.Subtests
 ) -> None:
-    server.set("job:x:status", "completed", ex=60)
-    server.set("job:x:result", text, ex=60)
-    reply = await api.get("/job/x")
-    assert reply.json()["result"] == text.decode(errors="replace")
+    for number, text in enumerate((b"setosa", b"[1,", b"\xff", b"", b"NaN", b'"\xff"')):
+        with subtests.test(text=text):
+            server.set(f"job:{number}:status", "completed", ex=60)
+            server.set(f"job:{number}:result", text, ex=60)
+            reply = await api.get(f"/job/{number}")
+            assert reply.json()["result"] == text.decode(errors="replace")
 
 
 async def test_an_external_error_may_be_any_text(

@@ -522,17 +522,18 @@ BROKEN: dict[str, tuple[bytes, dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
 async def test_a_broken_layout_is_a_4xx_and_never_a_500(
-    client: httpx2.AsyncClient, case: str
+    client: httpx2.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    body, headers = BROKEN[case]
-    model = next(
-        (datatype for datatype in ("BYTES", "BOOL") if f'"{datatype}"'.encode() in body), "FP32"
-    )
-    reply = await client.post(f"/predict/{model}", content=body, headers=headers)
-    assert reply.status_code in (400, 413, 422), reply.text
-    assert reply.json()["code"] != "internal_error"
+    for case, (body, headers) in BROKEN.items():
+        with subtests.test(case):
+            model = next(
+                (datatype for datatype in ("BYTES", "BOOL") if f'"{datatype}"'.encode() in body),
+                "FP32",
+            )
+            reply = await client.post(f"/predict/{model}", content=body, headers=headers)
+            assert reply.status_code in (400, 413, 422), reply.text
+            assert reply.json()["code"] != "internal_error"
 
 
 @given(st.binary(max_size=80), st.integers(0, 90))
@@ -547,23 +548,24 @@ async def test_any_bytes_are_accepted_or_refused(noise: bytes, length: int) -> N
 HEAD = b"\x93NUMPY\x01\x00"
 
 
-@pytest.mark.parametrize(
-    ("array", "named"),
-    [
-        (np.zeros((1, 4)), 'array.astype("<f4")'),
-        (np.zeros((1, 4), ">f4"), 'array.astype("<f4")'),
-        (np.zeros((1, 4), np.int32), "iris takes FP32"),
-        (np.zeros((1, 3), np.float32), "takes 4"),
-        (np.zeros(4, np.float32), "has 2"),
-        (np.array([["a", "b", "c", "d"]]), "iris takes FP32"),
-        (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
-    ],
-)
+UNFIT_ARRAYS: list[tuple[Any, str]] = [
+    (np.zeros((1, 4)), 'array.astype("<f4")'),
+    (np.zeros((1, 4), ">f4"), 'array.astype("<f4")'),
+    (np.zeros((1, 4), np.int32), "iris takes FP32"),
+    (np.zeros((1, 3), np.float32), "takes 4"),
+    (np.zeros(4, np.float32), "has 2"),
+    (np.array([["a", "b", "c", "d"]]), "iris takes FP32"),
+    (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
+]
+
+
 async def test_an_array_of_another_dtype_is_answered_with_the_remedy(
-    client: httpx2.AsyncClient, array: Any, named: str
+    client: httpx2.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    reply = await client.post("/predict", content=npy_bytes(array), headers=NPY)
-    assert named in assert_problem(reply, 422, "invalid_input")["detail"]
+    for array, named in UNFIT_ARRAYS:
+        with subtests.test(named, dtype=array.dtype):
+            reply = await client.post("/predict", content=npy_bytes(array), headers=NPY)
+            assert named in assert_problem(reply, 422, "invalid_input")["detail"]
 
 
 async def test_an_array_that_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
