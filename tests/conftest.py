@@ -107,7 +107,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     _import_a_part(session.config)
     result = yield
     gc.freeze()
-    # With Python's own 700 the search takes a twentieth of the time of all tests.
+    # With Python's own threshold the search takes a twentieth of the time of the tests.
     gc.set_threshold(10_000)
     gc.enable()
     return result

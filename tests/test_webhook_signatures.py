@@ -64,7 +64,7 @@ def test_what_the_library_signs_is_verified(key: bytes, webhook_id: str, body: b
         ({"webhook-timestamp": "now"}, "not a number"),
         ({"webhook-timestamp": "9" * 30}, "not a number"),
         ({"webhook-timestamp": "1"}, "more than 300 seconds"),
-        ({"webhook-timestamp": str(int(time.time()) + 1000)}, "more than 300 seconds"),
+        ({"webhook-timestamp": "9999999999"}, "more than 300 seconds"),
     ],
 )
 def test_a_changed_webhook_is_not_verified(change: dict[str, str], message: str) -> None:
