@@ -297,13 +297,23 @@ class Store:
         return [decoding.text(await self.command("TYPE", name)) for name in names]
 
     async def transaction(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Runs commands as one transaction and returns their replies, in order.
+        """Runs commands as one transaction and returns their replies, in order; while Redis's memory
+        is full, one after the other.
 
         Without a reply all are sent once more, so that they may run twice. Raises as `call` does,
         also if a single command fails; the others may have run then.
         """
         packable = [_packable(command) for command in commands]
-        replies = await self._with_retry(lambda seconds: self._link.ask_together(packable, seconds))
+
+        async def run(seconds: float) -> list[Any]:
+            try:
+                return await self._link.ask_together(packable, seconds)
+            except redis_errors.OutOfMemoryError:
+                # Redis queues no command for a transaction then, not even one that reads. Sent
+                # alone, only those are refused that need memory.
+                return [await self._link.ask(command, seconds) for command in packable]
+
+        replies = await self._with_retry(run)
         return [self._parse(*pair) for pair in zip(commands, replies, strict=True)]
 
     def _parse(self, command: Command, reply: Any) -> Any:

@@ -20,6 +20,7 @@ from asyncinfer.repository.store import Store
 from tests.api.harness import ROW, announce, running_client
 from tests.cli.command_line import run_command
 from tests.faults.harness import assert_at_rest, eventually, eventually_sync
+from tests.faults.processes import OpenWorkers
 from tests.queue_driver import Q, QueueDriver, new_job
 from tests.serving import running_serve
 
@@ -128,6 +129,35 @@ async def test_an_api_that_starts_without_memory_answers_who_waits_as_soon_as_th
         async with asyncio.timeout(2):
             assert (await waiting).status_code == 200
     assert_at_rest(server, Q)
+
+
+async def test_what_only_reads_is_answered_while_memory_is_full(
+    store: Store, server: redis.Redis, redis_url: str, memory_full: Callable[[], object]
+) -> None:
+    """Also what is read in one transaction, of which Redis then refuses each command."""
+    hands = QueueDriver(store, server)
+    await announce(store, "iris", default="iris")
+    async with running_client(ApiConfig(redis_url=redis_url, policy=POLICY)) as client:
+        job_id = await hands.submit_one()
+        memory_full()
+        assert (await client.get(f"/job/{job_id}/timeline")).status_code == 200
+        assert await store.queues_with_jobs([Q]) == {Q}
+        await hands.run_all()
+
+
+@pytest.mark.soak
+async def test_a_worker_stays_announced_while_memory_is_full(
+    server: redis.Redis, open_workers: OpenWorkers, memory_full: Callable[[], object]
+) -> None:
+    """So that nobody who is called starts workers that are there, and no autoscaler counts none."""
+    with open_workers(default_model="slow") as workers:
+        worker = workers.start()
+        await eventually(lambda: worker.is_announced(server), "it is announced")
+        memory_full()
+        for name in list(server.scan_iter(keys.worker(Q, "*"))):
+            server.delete(name)
+        await eventually(lambda: worker.is_announced(server), "it is announced again")
+        assert await worker.stop() == 0
 
 
 def wait_until_completed(client: Client, ids: list[str]) -> None:

@@ -119,14 +119,20 @@ class Announcer:
         status = self._read_status()
         # The default model comes before the models: it says which queue a model has, which an API
         # needs as soon as it finds the model announced.
+        full: StorageFull | None = None
         try:
             await self._queues.synchronize()
+        except StorageFull as error:
+            # The announcement of a worker is taken even then: it must not count as dead.
+            full = error
         finally:
             if self._queues.have_changed:
                 self._on_queues_changed()
         # The worker comes before its models: other workers verify a conflicting file against live
         # workers, and check before they retract a version whether another worker still has it.
         await self._announce_worker(status)
+        if full:
+            raise full
         others = await self._read_others()
         is_other_folder = self._compare_folders(others, status)
         contested_problems = await self._announce_models(others)
