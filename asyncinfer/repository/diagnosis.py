@@ -124,7 +124,7 @@ async def _probe_without_tls(place: _Place) -> str:
     if reply.startswith(_REPLIES):
         return ""
     if reply and not reply.startswith(_TLS_ALERT):
-        return "another program than Redis answers there"
+        return "another program than Redis answers there. Correct host and port in REDIS_URL"
     if not reply:
         try:
             async with _connected(place, _unverified({})):
@@ -201,6 +201,11 @@ async def _ask_sentinel(endpoint: Endpoint, place: _Place) -> _Place | Diagnosis
     except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as error:
         refusal = login_refusal(error, is_sentinel=True)
         return Diagnosis(f"{place}: {refusal}", is_final=True)
+    except redis_errors.ResponseError as error:
+        if "unknown command" in str(error):
+            found = f"{place} is no sentinel. If it is the server, use redis://"
+            return Diagnosis(found, is_final=True)
+        return await _of_place(place, error)
     except CALL_ERRORS as error:
         return await _of_place(place, error)
     finally:

@@ -86,7 +86,8 @@ class Functions:
             _log.warning(
                 "Redis refuses functions (%s), so that scripts are called by EVALSHA, which takes "
                 "more of its CPU time. Allow this user FCALL and FUNCTION, then start again.",
-                error,
+                # An unknown command is quoted with its arguments, in which is what a job has.
+                str(error).partition(", with args")[0],
             )
         self.are_refused = True
 

@@ -31,7 +31,12 @@ _WRITE_REFUSALS: Final[dict[str, type[WritesRefused]]] = {
 
 _NOT_PRIMARY_ERRORS: Final = (redis_errors.ReadOnlyError, redis_errors.MasterDownError)
 
-NO_REPLY_ERRORS: Final = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+NO_REPLY_ERRORS: Final = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    OSError,
+    redis_errors.InvalidResponse,  # another program than Redis answers
+)
 
 CALL_ERRORS: Final = (*NO_REPLY_ERRORS, redis_errors.ResponseError)
 
@@ -87,7 +92,9 @@ def translate(error: Exception) -> StorageFull | RedisUnavailable:
     if str(error).startswith("WRONGTYPE"):
         return wrong_type_error()
     if refusal := acl_refusal(error):
-        return PermissionDenied(f"{refusal}.", retry_after_seconds=1)
+        denied = PermissionDenied(f"{refusal}.", retry_after_seconds=1)
+        denied.may_have_run = _denied_command(error) not in _SCRIPT_CALLS
+        return denied
     return RedisRefused(
         f"Redis refused a command ({error}). A key may have another type than it should.",
         retry_after_seconds=1,
@@ -107,6 +114,8 @@ def _why_unavailable(error: Exception) -> str:
         return "Redis refuses the login of this service."
     if fault := tls_fault(error):
         return f"Redis cannot be reached: {fault}."
+    if isinstance(error, redis_errors.InvalidResponse):
+        return "Redis cannot be reached: another program answers at its address."
     return f"Redis does not answer ({type(error).__name__}). Retry in a moment."
 
 
@@ -170,20 +179,24 @@ _RIGHTS: Final = {
 
 _KEY_RIGHTS: Final = "+@read +@write"
 
+_SCRIPT_RIGHTS: Final = f"{_KEY_RIGHTS} +time"
+"""Of the commands inside of scripts; Redis does not say which of them it denies."""
+
+_SCRIPT_CALLS: Final = ("eval", "evalsha", "fcall", "function|load")
+
 
 def acl_refusal(error: Exception) -> str | None:
     """Which right the ACL of the server's user lacks, and how to give it; None for any other
     error. The words are those of Redis 7 and of Valkey, also for commands inside of scripts."""
     text = str(error)
-    if denied := _DENIED_COMMAND.search(text):
-        command = denied[1]
+    if command := _denied_command(error):
         right = _RIGHTS.get(command.partition("|")[0], _KEY_RIGHTS)
         what = f"to run {command.upper().replace('|', ' ')}"
     elif any(words in text for words in _DENIED_KEY):
         right = "~job:* ~QUEUE_NAME* ~{QUEUE_NAME* (with your QUEUE_NAME)"
         what = "to use a key that asyncinfer needs"
     elif _DENIED_IN_SCRIPT in text:
-        right, what = _KEY_RIGHTS, "to run a command that a script needs"
+        right, what = _SCRIPT_RIGHTS, "to run a command that a script needs"
     elif isinstance(error, redis_errors.NoPermissionError):
         right, what = "the rights that it needs", f"that ({text})"
     else:
@@ -192,6 +205,12 @@ def acl_refusal(error: Exception) -> str | None:
         f"The Redis user has no permission {what} (NOPERM). Give it {right} with ACL SETUSER; "
         "docs/security.md has all rights"
     )
+
+
+def _denied_command(error: Exception) -> str:
+    """The command that the ACL denies, in lower case; empty if the error names none."""
+    found = _DENIED_COMMAND.search(str(error))
+    return found[1].lower() if found else ""
 
 
 def is_transient(error: Exception) -> bool:

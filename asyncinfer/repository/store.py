@@ -297,8 +297,8 @@ class Store:
         return [decoding.text(await self.command("TYPE", name)) for name in names]
 
     async def transaction(self, *commands: tuple[Any, ...]) -> list[Any]:
-        """Runs commands as one transaction and returns their replies, in order; while Redis's memory
-        is full, one after the other.
+        """Runs commands as one transaction and returns their replies, in order; while the memory of
+        Redis is full, one after the other.
 
         Without a reply all are sent once more, so that they may run twice. Raises as `call` does,
         also if a single command fails; the others may have run then.
@@ -323,6 +323,11 @@ class Store:
 
     async def wrong_keys_error(self, queues: Sequence[str]) -> WrongKeyType:
         """An error that names those keys of the queues that have the wrong type."""
+        wrong = await self.wrong_keys(queues)
+        return wrong_type_error(f": {'; '.join(wrong[:3])}" if wrong else "")
+
+    async def wrong_keys(self, queues: Sequence[str]) -> list[str]:
+        """Those keys of the queues that have the wrong type, each with that and the right one."""
         expected_types = {
             key: expected
             for queue in queues
@@ -333,12 +338,11 @@ class Store:
             for key in ([made] if isinstance(made, str) else made)
         }
         types = await self.types_of(list(expected_types))
-        wrong = [
+        return [
             f"{key!r} is a {actual} and should be a {expected}"
             for (key, expected), actual in zip(expected_types.items(), types, strict=True)
             if actual not in (expected, "none")
         ]
-        return wrong_type_error(f": {'; '.join(wrong[:3])}" if wrong else "")
 
     async def _with_retry(self, send: Callable[[float], Awaitable[Any]]) -> Any:
         """Sends once more a call that got no reply. redis-py's own retry would use the address that
@@ -460,7 +464,9 @@ class Store:
                 self.report.outage.answered()
             denied = translate(error)
             return denied if isinstance(denied, PermissionDenied) else ServerRefused(f"{refusal}.")
-        if not isinstance(error, NO_REPLY_ERRORS) or self.moved_at:
+        # A server that is named as a sentinel does answer, but not with the primary.
+        may_be_misnamed = isinstance(error, NO_REPLY_ERRORS) or bool(self.endpoint.url.sentinels)
+        if self.moved_at or not may_be_misnamed:
             return await self._failure(error)
         found = await diagnose(self.endpoint, error)
         if found.is_final:
@@ -575,6 +581,11 @@ def check_info(info: Mapping[str, Any]) -> str:
             f"This is {server}; asyncinfer needs Redis >= 7.0 or Valkey >= 7.2. "
             "Upgrade it, or unset REDIS_URL to use the embedded Valkey."
         )
+    if is_sentinel(info):
+        raise ServerRefused(
+            "This is a sentinel, which holds no jobs. Name it in REDIS_URL as "
+            "sentinel://host:26379/service, with the name of its service."
+        )
     if int(info.get("cluster_enabled", 0)):
         raise ServerRefused(
             "This server runs in cluster mode, which is not supported: use one primary "
@@ -587,6 +598,11 @@ def check_info(info: Mapping[str, Any]) -> str:
             "could vanish. Set `maxmemory-policy noeviction`."
         )
     return server
+
+
+def is_sentinel(info: Mapping[str, Any]) -> bool:
+    """Whether the reply to INFO is that of a sentinel."""
+    return "sentinel" in (info.get("redis_mode"), info.get("server_mode"))
 
 
 def server_name(info: Mapping[str, Any]) -> str:

@@ -89,6 +89,7 @@ def test_a_healthy_server_has_no_problem() -> None:
         ("Redis round trip", {"round_trip_seconds": 0.4}, "problem", "latency"),
         ("clock", {"clock_ahead_seconds": -30.0}, "warning", "set-ntp"),
         ("workers", {"workers": 0}, "warning", "asyncinfer work"),
+        ("workers", {"workers": 0, "no_jobs_code": "disk_full"}, "warning", "mend Redis first"),
         ("workers", {"default_is_served": False}, "warning", "DEFAULT_MODEL"),
     ],
 )
@@ -152,6 +153,16 @@ def test_a_server_that_evicts_is_a_problem(server: redis.Redis, redis_url: str) 
 
     assert ran.code == 1
     assert "CONFIG SET maxmemory-policy noeviction" in ran.out
+
+
+def test_a_key_that_another_program_wrote_is_a_problem(server: redis.Redis, redis_url: str) -> None:
+    """All submits to its queue fail, and listings leave the queue out."""
+    server.set("predict_queue", "oops")
+    ran = run_command("doctor", "--redis-url", redis_url)
+
+    assert ran.code == 1
+    assert "problem  Redis keys: 'predict_queue' is a string and should be a list" in ran.out
+    assert "rename or delete" in ran.out
 
 
 @pytest.fixture

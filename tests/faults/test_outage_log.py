@@ -12,6 +12,7 @@ import redis
 from asyncinfer.client import Client
 from tests.log_lines import parsed
 from tests.ports import free_port
+from tests.restricted_user import restricted_user
 
 from .harness import eventually_sync
 from .processes import DurableServer
@@ -151,6 +152,35 @@ def test_a_start_of_several_api_processes_on_a_full_redis_has_a_line_for_its_beg
             "each says that it is over",
             30,
         )
+    server.close()
+
+
+@pytest.mark.soak
+def test_a_right_that_is_taken_away_has_a_line_for_its_begin_and_its_end_also_in_a_worker(
+    durable: DurableServer, shipped_models: Path, tmp_path: Path
+) -> None:
+    server: Any = redis.Redis.from_url(durable.url)
+    with restricted_user(server, durable.url, "~*", "+@all") as url:
+        environ = {"REDIS_URL": url, "MODEL_DIR": str(shipped_models), "LOG_FORMAT": "json"}
+        with open_services(tmp_path, **environ) as services:
+            services.work()
+            services.serve()
+
+            def roles_that_say(text: str) -> set[str]:
+                messages = lines_by_process(services.log).items()
+                return {
+                    role for (role, _), lines in messages if any(text in line for line in lines)
+                }
+
+            for begin_or_end, change in (
+                ("redis_permission_denied: The Redis user has no permission", "-@scripting"),
+                ("Redis takes jobs again after", "+@scripting"),
+            ):
+                server.execute_command("ACL", "SETUSER", "restricted", change)
+                eventually_sync(
+                    lambda text=begin_or_end: roles_that_say(text) == {"api", "worker"},  # type: ignore[misc]
+                    begin_or_end,
+                )
     server.close()
 
 

@@ -248,11 +248,16 @@ async def test_a_user_who_may_not_load_uses_a_library_that_is_there(
     assert calls_of(bare, "evalsha") == 0
 
 
-async def test_a_server_that_does_not_know_functions_is_called_by_evalsha(store: Store) -> None:
+async def test_a_server_that_does_not_know_functions_is_called_by_evalsha(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says so, without the arguments that the server quotes: an input is among them."""
     call = store.functions.call(script("gauge"), ["workers", Q], [b"\x80"])
     next(call)
-    unknown = redis.ResponseError("unknown command 'FCALL', with args beginning with: 'x'")
+    unknown = redis.ResponseError("unknown command 'FCALL', with args beginning with: 'an input'")
     assert call.throw(unknown)[0] == "EVALSHA"
+    assert "unknown command 'FCALL'" in caplog.text
+    assert "an input" not in caplog.text
     assert next(store.functions.call(script("gauge"), ["workers", Q], [b"\x80"]))[0] == "EVALSHA"
 
 

