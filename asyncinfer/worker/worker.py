@@ -375,6 +375,7 @@ class Worker:
                 held.run.stop_for("drain")
         _, stuck = await asyncio.wait(busy, timeout=self._config.hang_grace_seconds)
         if stuck:
+            _log.error("A run would not stop; this worker exits with code %d.", EXIT_HUNG)
             self.is_hung = True
             with anyio.move_on_after(_LAST_CALLS_SECONDS):
                 async with anyio.create_task_group() as group:
@@ -413,7 +414,7 @@ class Worker:
                 finished = await self.finisher.store_large(held, finished)
                 finished += await self.runner.run_next(held, waiting)
         except RunHung as hung:
-            self._begin_drain_after_hang()
+            self._begin_drain_after_hang(self._queues.model_of(held.claim.queue))
             finished += self.runner.after_hang(held, hung.run, finished)
         except Exception:
             _log.exception("A claim could not be run; its jobs fail.")
@@ -481,9 +482,14 @@ class Worker:
         """Called in the renewal thread; passes the renewal on to the event loop."""
         self._loop.call_soon_threadsafe(self.finisher.apply_renewal, renewal)
 
-    def _begin_drain_after_hang(self) -> None:
+    def _begin_drain_after_hang(self, model: str | None) -> None:
         """Marks the worker as hung, since a thread is lost, and starts draining; returns at once.
         `run` returns EXIT_HUNG when the other runs have finished."""
-        _log.error("A run would not stop; this worker finishes its other runs and exits.")
+        _log.error(
+            "A run of %s would not stop; this worker finishes its other runs and exits with code "
+            "%d.",
+            model or "a model",
+            EXIT_HUNG,
+        )
         self.is_hung = True
         self.begin_drain()

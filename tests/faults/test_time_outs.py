@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from asyncinfer.jobs import TERMINAL, JobError
 from asyncinfer.repository import keys
+from asyncinfer.repository.announcements import Announcements
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.stored_jobs import StoredJob
@@ -139,6 +140,10 @@ async def test_a_worker_with_a_hung_run_claims_no_more_jobs(
     assert {server.get(keys.status(job_id)) for job_id in others} == {b"pending"}
     logged = transitions(server, load_client.queue)
     assert not any(logged[job_id]["processing"] for job_id in others)
+    assert "A run of huge would not stop" in workers.log
+    # It ended at once, but its state is shown for as long as a scrape may take to come.
+    (announced,) = (await Announcements(store).read_workers()).values()
+    assert announced.state == "hung"
 
 
 @pytest.mark.soak

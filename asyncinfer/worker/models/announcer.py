@@ -42,6 +42,9 @@ WorkerStatus = Mapping[str, Any]
 _EXPIRY_SECONDS: Final = 5 * ANNOUNCE_INTERVAL_SECONDS
 """A worker that did not announce itself for so long counts as dead."""
 
+_HUNG_EXPIRY_SECONDS: Final = 30.0
+"""How long the state of a hung worker that has ended is shown: two scrapes of Prometheus."""
+
 _API_CACHE_SECONDS: Final = 5.0
 """For so long an API may still submit jobs for a removed version."""
 
@@ -152,10 +155,15 @@ class Announcer:
         await self._announcements.announce_paces(status["seconds_per_job"])
 
     async def retract(self) -> None:
-        """Removes this worker's announcement, at its end; its models stay announced. Raises
+        """Removes this worker's announcement, at its end; its models stay announced. That of a hung
+        worker stays for a while, since nobody would see its state else: it may end at once. Raises
         RedisUnavailable or StorageFull."""
-        await self._announcements.retract_worker(self._worker_id)
-        await self._announcements.announce_paces(self._read_status()["seconds_per_job"])
+        status = self._read_status()
+        if status["state"] == "hung":
+            await self._announce_worker(status, _HUNG_EXPIRY_SECONDS)
+        else:
+            await self._announcements.retract_worker(self._worker_id)
+        await self._announcements.announce_paces(status["seconds_per_job"])
 
     async def is_elsewhere(self, model: str, version: str | None) -> bool:
         """Whether another worker has a version (None: any version) of the model. Raises
@@ -203,10 +211,12 @@ class Announcer:
                 default,
             )
 
-    async def _announce_worker(self, status: WorkerStatus) -> None:
-        """Writes the announcement of this worker, which expires after a few missed rounds."""
+    async def _announce_worker(
+        self, status: WorkerStatus, ttl_seconds: float = _EXPIRY_SECONDS
+    ) -> None:
+        """Writes the announcement of this worker, by default until it has missed a few rounds."""
         about = {**status, **self._models_status()}
-        await self._announcements.announce_worker(self._worker_id, about, _EXPIRY_SECONDS)
+        await self._announcements.announce_worker(self._worker_id, about, ttl_seconds)
 
     def _models_status(self) -> dict[str, Any]:
         """The fields of `WorkerAnnouncement` that tell of models and the default model."""
