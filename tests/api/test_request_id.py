@@ -99,6 +99,30 @@ async def test_the_access_log_has_a_line_for_each_request(
     assert "secret" not in caplog.text
 
 
+async def test_the_job_of_a_request_is_found_in_the_access_log_by_the_id_of_the_request(
+    config: ApiConfig, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever way a submit takes."""
+    await announce(store, "iris", default="iris")
+    caplog.set_level(logging.INFO, "asyncinfer.access")
+    ids = {}
+    async with (
+        running(msgspec.structs.replace(config, access_log=True)) as port,
+        client_of(port) as client,
+    ):
+        for request_id, headers in (("r1", {}), ("r2", {"idempotency-key": "k"})):
+            named = {**headers, "x-request-id": request_id}
+            reply = await client.post("/predict", json={"data": ROW}, headers=named)
+            ids[request_id] = reply.json()["job_id"]
+    found = {
+        record.request_id: record.job_id  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == "asyncinfer.access"
+    }
+    assert found == ids
+    assert all(job_id in caplog.text for job_id in ids.values())
+
+
 def test_a_client_refuses_an_id_that_the_server_would_replace() -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(InvalidInput, match="128 visible"):
         client.submit(ROW, request_id="two words")
