@@ -279,7 +279,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         str,
         _about(
-            "Least level of the lines that are logged; debug shows more of each request.",
+            "Least level of the lines that are logged; debug adds what was no valid request.",
             pattern=r"^(?i:debug|info|warning|error)\Z",
             allowed="debug, info, warning or error",
         ),

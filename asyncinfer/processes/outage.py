@@ -15,13 +15,19 @@ _SETTLE_SECONDS: Final = 1.0
 connections refused, single calls succeed between failures."""
 
 _MAX_SETTLE_SECONDS: Final = 30.0
+_NO_REPLY: Final = "Redis does not answer"
+"""How the reason begins while nothing more is known of the cause."""
+
+_MAX_CAUSES: Final = 10
+
 _RETRY_ADVICE: Final = " Retry in a moment."
 """The end of messages that are also answers to clients; a process retries by itself."""
 
 
 class Outage:
     """Reports the outages of one Redis for all parts of a process: one line when an outage begins,
-    one every 30 s, and one at its end, with its length.
+    one every 30 s, one at once for a cause that is found later, such as a login that is refused,
+    and one at its end, with its length.
 
     Every call to Redis is noted by `answered` or `failed`, also from other threads.
     """
@@ -35,6 +41,8 @@ class Outage:
         """When Redis first answered since the last failure."""
         self._failed_at = self._logged_at = self._ended_at = -_MAX_SETTLE_SECONDS
         self._answered_at: float | None = None
+        self._causes: set[str] = set()
+        """The causes that were logged in this outage."""
 
     @property
     def silent_seconds(self) -> float:
@@ -77,10 +85,17 @@ class Outage:
                     else _SETTLE_SECONDS
                 )
                 self._began_at = self._logged_at = now
+                self._causes = {reason}
                 _log.warning("%s It is asked again until it answers.", reason)
-            elif now - self._logged_at >= _REPEAT_SECONDS:
+            elif now - self._logged_at >= _REPEAT_SECONDS or self._is_new_cause(reason):
                 self._logged_at = now
+                self._causes.add(reason)
                 _log.warning("Redis has not answered for %.0f s. %s", now - self._began_at, reason)
+
+    def _is_new_cause(self, reason: str) -> bool:
+        """Whether this says more than that no reply came, and was not logged in this outage."""
+        is_new = not reason.startswith(_NO_REPLY) and reason not in self._causes
+        return is_new and len(self._causes) < _MAX_CAUSES
 
 
 class Refusal:

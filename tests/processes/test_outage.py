@@ -48,6 +48,21 @@ def test_an_outage_has_a_line_at_its_begin_one_each_30_s_and_one_at_its_end(
     ]
 
 
+def test_a_cause_that_is_found_later_is_logged_at_once_and_once(
+    clock: Clock, lines: pytest.LogCaptureFixture
+) -> None:
+    outage = Outage(clock)
+    outage.failed(REFUSED)
+    for _ in range(20):
+        clock.seconds += 0.4
+        outage.failed("Redis refuses the login of this service.")
+        outage.failed("Redis does not answer (TimeoutError). Retry in a moment.")
+    assert lines.messages == [
+        "Redis does not answer (ConnectionError). It is asked again until it answers.",
+        "Redis has not answered for 0 s. Redis refuses the login of this service.",
+    ]
+
+
 def test_calls_that_fail_in_turn_with_calls_that_succeed_are_one_outage(
     clock: Clock, lines: pytest.LogCaptureFixture
 ) -> None:
