@@ -185,13 +185,14 @@ class WorkerSnapshot:
         return model in self._loading or (model, version) in self._loading_versions
 
     def refusal_reasons(self, model: str) -> list[str]:
-        """Sentences on why living workers refuse to serve versions of a model in their folders, by
-        worker; empty if none refuses."""
-        return [
+        """Sentences on why living workers refuse to serve versions of a model in their folders, each
+        once, though many workers may say it; empty if none refuses."""
+        reasons = (
             f"{f'Version {version}' if version else 'It'} is not served: {reason}."
             for _, worker in sorted(self.workers.items())
             for version, reason in sorted(worker.problems.get(model, {}).items())
-        ]
+        )
+        return list(dict.fromkeys(reasons))
 
     def _is_own_worker(self, worker: WorkerAnnouncement) -> bool:
         """Whether it is the worker that `serve` started, not an earlier one, whose announcement

@@ -24,12 +24,10 @@ REQUESTS = (
 )
 
 
-async def worker(store: Store, **about: Any) -> None:
+async def worker(store: Store, worker_id: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"state": "ready", "default_model": "iris"}
-    await Announcements(store).announce_worker(
-        "host-1-aaaaaa", announcement | about, ttl_seconds=10
-    )
+    await Announcements(store).announce_worker(worker_id, announcement | about, ttl_seconds=10)
 
 
 async def request_path(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:
@@ -121,6 +119,17 @@ async def test_a_model_whose_files_are_all_refused_is_unknown_for_that_reason(
     async with running_client(config) as client:
         problem = assert_problem(await request_path(client, method, path), 404, "model_not_found")
     assert "Version 1 is not served: a Git LFS pointer." in problem["detail"]
+
+
+async def test_a_reason_that_several_workers_give_is_told_once(
+    config: ApiConfig, store: Store
+) -> None:
+    for worker_id in ("host-1-aaaaaa", "host-2-bbbbbb"):
+        problems = {"wine": {"1": "a Git LFS pointer"}}
+        await worker(store, worker_id, models=["iris"], problems=problems)
+    async with running_client(config) as client:
+        problem = assert_problem(await client.get("/models/wine"), 404, "model_not_found")
+    assert problem["detail"].count("a Git LFS pointer") == 1
 
 
 async def test_a_default_model_that_is_refused_is_unknown_for_that_reason(
