@@ -185,8 +185,8 @@ class WorkerSnapshot:
         return model in self._loading or (model, version) in self._loading_versions
 
     def refusal_reasons(self, model: str) -> list[str]:
-        """Sentences on why living workers refuse to serve versions of a model in their folders, each
-        once, though many workers may say it; empty if none refuses."""
+        """Sentences on why living workers refuse to serve versions of a model in their folders,
+        each once, though many workers may say it; empty if none refuses."""
         reasons = (
             f"{f'Version {version}' if version else 'It'} is not served: {reason}."
             for _, worker in sorted(self.workers.items())

@@ -139,6 +139,8 @@ class Worker:
         self._unloaded_deferrer = Deferrer(*_UNLOADED_DELAY_MS)
         self._job_times = JobTimes()
         self._answered_at = time.monotonic()
+        self._refusal = ""
+        """What Redis refused in the last round of announcements; empty if it did not answer."""
         self._started_ms = now_ms()
         self._spans = JobSpans(tracing, self.worker_id) if tracing else None
         consumer = QueueConsumer(store, self.worker_id)
@@ -234,7 +236,11 @@ class Worker:
     def _roles(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
         """The functions that run in the background beside the slots, until they are cancelled."""
         announce = partial(
-            announce_forever, self._announcer.announce, self._announce_soon, self._redis_answered
+            announce_forever,
+            self._announcer.announce,
+            self._announce_soon,
+            self._redis_answered,
+            self._redis_failed,
         )
         return [
             partial(reap_forever, self._store, self._failed_jobs),
@@ -326,6 +332,10 @@ class Worker:
         """Notes for `why_not_ready` that Redis has answered now."""
         self._answered_at = time.monotonic()
 
+    def _redis_failed(self, error: RedisUnavailable) -> None:
+        """Notes for `why_not_ready` what Redis has refused now; nothing if it did not answer."""
+        self._refusal = "" if type(error) is RedisUnavailable else error.detail
+
     def why_not_ready(self) -> str | None:
         """Why the worker can claim nothing now, as a sentence; None when it can."""
         if self.is_hung:
@@ -334,6 +344,8 @@ class Worker:
             return "It drains: jobs under way are finished, and no more are claimed."
         silent_seconds = time.monotonic() - self._answered_at
         if silent_seconds > _SILENT_SECONDS:
+            if self._refusal:
+                return f"For {silent_seconds:.0f} s Redis has refused this worker: {self._refusal}"
             return f"Redis has not answered for {silent_seconds:.0f} s."
         if not self._table.served:
             reason = self._table.why_nothing_is_served()

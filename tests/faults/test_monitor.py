@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -181,6 +182,24 @@ async def test_a_worker_that_lost_its_redis_is_not_ready_until_it_is_back(
         durable.start()
         await probe.wait_until_ready(20)
         assert await worker.stop() == 0
+
+
+@pytest.mark.soak
+async def test_a_worker_whose_redis_answers_but_refuses_says_what_it_refuses(
+    open_workers: OpenWorkers, durable: DurableServer
+) -> None:
+    """A Redis that is looked for, though it answers, costs whoever was called the most time."""
+    probe = Probe()
+    server: Any = redis.Redis.from_url(durable.url)
+    with open_workers(redis_url=durable.url, monitor_port=probe.port) as workers:
+        worker = workers.start()
+        await probe.wait_until_ready()
+        server.replicaof("127.0.0.1", free_port())
+        await probe.wait_until_not_ready("since it is a replica", 30)
+        server.replicaof("NO", "ONE")
+        await probe.wait_until_ready(20)
+        assert await worker.stop() == 0
+    server.close()
 
 
 @pytest.mark.soak

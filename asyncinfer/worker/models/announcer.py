@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.errors import PermissionDenied, RedisRefused, RequestError, StorageFull
+from asyncinfer.errors import PermissionDenied, RedisUnavailable, RequestError, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
@@ -22,6 +22,7 @@ from asyncinfer.repository.announcements import (
     serves_or_loads,
 )
 from asyncinfer.repository.intake import why_no_jobs
+from asyncinfer.repository.redis_errors import log_refused
 from asyncinfer.repository.store import Store
 from asyncinfer.timeouts import set_within
 from asyncinfer.worker.models.engine_cache import Label
@@ -398,11 +399,13 @@ async def announce_forever(
     announce: Callable[[], Awaitable[None]],
     news: asyncio.Event,
     on_answered: Callable[[], None],
+    on_failed: Callable[[RedisUnavailable], None],
 ) -> None:
     """Calls `announce` every few seconds, and at once when `news` is set, which it clears. Ends
     only by cancellation: errors are logged.
 
-    `on_answered` is called after each round that Redis has answered, also if its memory is full.
+    `on_answered` is called after each round that Redis has answered, also if its memory is full,
+    and `on_failed` after one that it did not answer, or refused.
     """
     while True:
         news.clear()
@@ -412,10 +415,11 @@ async def announce_forever(
         except StorageFull:
             # Redis has answered, and jobs still finish, so the worker is as ready as before.
             on_answered()
-        except RedisRefused as error:
-            _limited_log.warning(f"Announce: {error.detail}")
+        except RedisUnavailable as error:
+            log_refused(_limited_log, "Announce", error)
+            on_failed(error)
         except RequestError:
-            pass  # The store reports that Redis does not answer.
+            pass
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
         await set_within(news, ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
