@@ -439,6 +439,10 @@ class Store:
         `read_info` does."""
         return check_info(await self.read_info())
 
+    def warn_of_unsafe_server(self, refusal: ServerRefused) -> None:
+        """Logs why a server that was accepted at the start may lose jobs now, once in 30 s."""
+        _log.warning(f"{RedisUnavailable.code}: {refusal.detail}")
+
     async def read_info(self) -> Mapping[str, Any]:
         """The reply to INFO. Raises ServerRefused if login, TLS or database are refused,
         PermissionDenied if INFO is, and RedisUnavailable if the server does not answer."""

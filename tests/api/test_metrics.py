@@ -284,8 +284,8 @@ async def test_while_redis_takes_no_jobs_the_metrics_say_so_and_count_why(
     assert (await measured.new_scrape())("asyncinfer_accepting") == 1
 
 
-async def test_a_redis_that_may_lose_jobs_takes_none_by_the_metrics(
-    measured: Measured, server: redis.Redis
+async def test_a_redis_that_may_lose_jobs_takes_none_by_the_metrics_and_the_log_says_why(
+    measured: Measured, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     commands = (
         ("CONFIG", "SET", "maxmemory-policy", policy) for policy in ("allkeys-lru", "noeviction")
@@ -293,6 +293,7 @@ async def test_a_redis_that_may_lose_jobs_takes_none_by_the_metrics(
     with refusing(server, *commands):
         found = await measured.scrape()
     assert (found("asyncinfer_accepting"), found("asyncinfer_redis_up")) == (0, 1)
+    assert "redis_unavailable: This server evicts keys when full" in caplog.text
 
 
 async def test_a_redis_whose_state_may_not_be_read_is_up_and_takes_no_jobs_by_the_metrics(

@@ -139,6 +139,7 @@ async def _why_not_accepting(services: Services, request: Request[Any]) -> Reque
         await services.store.check_server()
         refusal: RequestError | None = await why_no_jobs(services.store)
     except ServerRefused as error:
+        services.store.warn_of_unsafe_server(error)
         return RedisUnavailable(error.detail if shows_names else _SEE_WHY, retry_after_seconds=1)
     except RequestError as error:
         refusal = error

@@ -90,7 +90,8 @@ async def _is_accepting(store: Store, info: Mapping[str, Any]) -> bool:
     """Whether a server, by its `info` and by its answer to a submit, takes new jobs."""
     try:
         check_info(info)
-    except ServerRefused:
+    except ServerRefused as refusal:
+        store.warn_of_unsafe_server(refusal)
         return False
     return await why_no_jobs(store) is None
 
