@@ -163,12 +163,20 @@ class AsyncClient:
         status: Status | None = None,
         model: str | None = None,
         group: str | None = None,
+        request_id: str | None = None,
         dead: bool | None = None,
         limit: int = 100,
         tenant: str | None = None,
     ) -> list[AsyncJob]:
         """Returns at most `limit` jobs of your own that match, newest first."""
-        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
+        query = {
+            "status": status,
+            "model": model,
+            "group": group,
+            "request_id": request_id,
+            "dead": dead,
+            "tenant": tenant,
+        }
         views = await self._driver.run(jobs.list_jobs(self._server, limit, query))
         return Table("Jobs", map(self._job, views), job_row)
 

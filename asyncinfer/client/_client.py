@@ -291,22 +291,31 @@ class Client:
         status: Status | None = None,
         model: str | None = None,
         group: str | None = None,
+        request_id: str | None = None,
         dead: bool | None = None,
         limit: int = 100,
         tenant: str | None = None,
     ) -> list[Job]:
         """Returns at most `limit` jobs of your own that match, newest first.
 
-        `dead=True` selects dead letters: jobs that were given up though another try may have
-        helped. A key with the scope `operator` lists those of a `tenant`, or of all (`"*"`),
-        without inputs and results. A model that is not known has no jobs.
+        `request_id` is the `X-Request-ID` of the request that submitted them. `dead=True` selects
+        dead letters: jobs that were given up though another try may have helped. A key with the
+        scope `operator` lists those of a `tenant`, or of all (`"*"`), without inputs and results.
+        A model that is not known has no jobs.
 
         >>> group = f"docs-{client.submit([[5.1, 3.5, 1.4, 0.2]], 'iris').id}"
         >>> job = client.submit([[5.1, 3.5, 1.4, 0.2]], "iris", group=group)
         >>> [listed.id for listed in client.jobs(group=group)] == [job.id]
         True
         """
-        query = {"status": status, "model": model, "group": group, "dead": dead, "tenant": tenant}
+        query = {
+            "status": status,
+            "model": model,
+            "group": group,
+            "request_id": request_id,
+            "dead": dead,
+            "tenant": tenant,
+        }
         views = self._driver.run(jobs.list_jobs(self._server, limit, query))
         return Table("Jobs", map(self._job, views), job_row)
 

@@ -198,6 +198,17 @@ TenantQuery: TypeAlias = (
 _Cursor: TypeAlias = Annotated[str, Meta(description="The `cursor` of the previous page.")] | None
 _ModelFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this model.")] | None
 _GroupFilter: TypeAlias = Annotated[str, Meta(description="Only jobs of this group.")] | None
+_RequestIdFilter: TypeAlias = (
+    Annotated[
+        str,
+        Meta(
+            pattern=f"^[!-~]{{1,128}}{PATTERN_END}",
+            description="Only jobs of the request with this `X-Request-ID`.",
+            extra={"expected": "1 to 128 visible ASCII characters"},
+        ),
+    ]
+    | None
+)
 
 
 class WaitQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -226,6 +237,7 @@ class JobsQuery(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = False
     group: _GroupFilter = None
+    request_id: _RequestIdFilter = None
     limit: Annotated[
         int, Meta(ge=1, le=1000, description="The largest number of jobs in the answer.")
     ] = 100

@@ -61,6 +61,19 @@ async def test_all_jobs_of_a_request_of_many_lines_have_its_id(api: httpx2.Async
         assert job["request_id"] == "batch-7"
 
 
+async def test_the_jobs_of_a_request_are_listed_by_its_id(api: httpx2.AsyncClient) -> None:
+    for request_id in ("customer-7", "customer-8"):
+        for options in ({}, {"group": "g"}):
+            body = {"data": ROW, "options": options}
+            await api.post("/predict", json=body, headers={"x-request-id": request_id})
+    for query, count in (("", 2), ("&group=g", 1), ("&status=completed", 0), ("&dead=true", 0)):
+        listed = (await api.get(f"/jobs?request_id=customer-7{query}")).json()["jobs"]
+        assert [job["request_id"] for job in listed] == ["customer-7"] * count
+    refused = await api.get("/jobs?request_id=two%20words")
+    assert (refused.status_code, refused.json()["code"]) == (400, "invalid_query")
+    assert "1 to 128 visible ASCII characters" in refused.json()["detail"]
+
+
 async def test_a_job_without_an_id_shows_none(api: httpx2.AsyncClient, server: redis.Redis) -> None:
     """It is of an external program, or of an earlier release, whose records end before the id."""
     server.set(keys.data("stranger"), "[[1, 2, 3, 4]]")

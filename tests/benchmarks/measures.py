@@ -22,6 +22,7 @@ import asyncinfer
 from asyncinfer.processes import child_process
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Inspection
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.operations import Operations
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -348,7 +349,7 @@ async def _longest_calls(system: System, backlog: int) -> Figures:
 
         async def list_jobs() -> None:
             await Inspection(store).jobs(
-                tenant="default", status="pending", model=None, limit=100, cursor=None
+                Filter(tenant="default", statuses=frozenset(["pending"])), limit=100
             )
 
         async def purge() -> None:

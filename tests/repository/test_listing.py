@@ -10,6 +10,7 @@ import redis
 from asyncinfer.errors import InvalidQuery, ServerRefused
 from asyncinfer.repository import keys
 from asyncinfer.repository.inspect.listing import Page
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.store import check_info
 from tests.faults.harness import eventually
 from tests.queue_driver import Q, QueueDriver, ids_of, new_job
@@ -17,8 +18,12 @@ from tests.queue_driver import Q, QueueDriver, ids_of, new_job
 OTHER = f"{Q}:digits"
 
 
-async def listed(hands: QueueDriver, *, tenant: str = "default", **filters: str) -> list[str]:
-    return ids_of((await hands.inspection.jobs(tenant=tenant, **filters)).jobs)  # type: ignore[arg-type]
+async def listed(
+    hands: QueueDriver, *, tenant: str = "default", status: str = "", **criteria: str
+) -> list[str]:
+    statuses = frozenset([status]) if status else None
+    wanted = Filter(tenant=tenant, statuses=statuses, **criteria)  # type: ignore[arg-type]
+    return ids_of((await hands.inspection.jobs(wanted)).jobs)
 
 
 async def pages(hands: QueueDriver, limit: int) -> list[list[str]]:
@@ -26,7 +31,7 @@ async def pages(hands: QueueDriver, limit: int) -> list[list[str]]:
     found: list[list[str]] = []
     cursor: str | None = None
     while True:
-        page = await hands.inspection.jobs(tenant="default", limit=limit, cursor=cursor)
+        page = await hands.inspection.jobs(Filter(tenant="default"), limit=limit, cursor=cursor)
         found.append(ids_of(page.jobs))
         cursor = page.cursor
         if cursor is None:
@@ -62,7 +67,7 @@ async def test_a_listing_shows_each_job_as_it_is_now(hands: QueueDriver) -> None
     await hands.finish(await hands.claim_jobs(1))
     await hands.claim_jobs(1)
     await hands.cancel(cancelled)
-    page = await hands.inspection.jobs(tenant="default")
+    page = await hands.inspection.jobs(Filter(tenant="default"))
     statuses = {job.job_id: job.status for job in page.jobs}
     assert statuses == {
         **{waiting: "pending", cancelled: "cancelled"},
@@ -83,9 +88,9 @@ async def test_pages_over_several_queues_have_neither_gaps_nor_repeats(
 
 async def test_pages_are_complete_while_new_jobs_arrive(hands: QueueDriver) -> None:
     jobs = await over_three_queues(hands)
-    first = await hands.inspection.jobs(tenant="default", limit=5)
+    first = await hands.inspection.jobs(Filter(tenant="default"), limit=5)
     await over_three_queues(hands)
-    second = await hands.inspection.jobs(tenant="default", limit=100, cursor=first.cursor)
+    second = await hands.inspection.jobs(Filter(tenant="default"), limit=100, cursor=first.cursor)
     assert ids_of(first.jobs) + ids_of(second.jobs) == jobs
 
 
@@ -94,7 +99,7 @@ async def test_pages_are_complete_while_jobs_run_and_end(hands: QueueDriver) -> 
     found: list[str] = []
     cursor: str | None = None
     while len(found) < len(jobs):
-        page = await hands.inspection.jobs(tenant="default", limit=3, cursor=cursor)
+        page = await hands.inspection.jobs(Filter(tenant="default"), limit=3, cursor=cursor)
         found += ids_of(page.jobs)
         cursor = page.cursor
         if claim := (await hands.claim(2, queues=(OTHER, Q))).claim:
@@ -145,9 +150,9 @@ async def test_a_rare_filter_fills_its_page_from_far_back(hands: QueueDriver) ->
     for job in rare:
         await hands.submit(job)
         await hands.submit_many(100)
-    page = await hands.inspection.jobs(tenant="rare", limit=2)
+    page = await hands.inspection.jobs(Filter(tenant="rare"), limit=2)
     assert ids_of(page.jobs) == [rare[2].job_id, rare[1].job_id]
-    rest = await hands.inspection.jobs(tenant="rare", limit=2, cursor=page.cursor)
+    rest = await hands.inspection.jobs(Filter(tenant="rare"), limit=2, cursor=page.cursor)
     assert (ids_of(rest.jobs), rest.cursor) == ([rare[0].job_id], None)
 
 
@@ -174,7 +179,7 @@ async def test_a_damaged_record_does_not_stop_the_listing(hands: QueueDriver) ->
 
 
 async def test_an_empty_queue_lists_nothing(hands: QueueDriver) -> None:
-    assert await hands.inspection.jobs(tenant="default") == Page((), None)
+    assert await hands.inspection.jobs(Filter(tenant="default")) == Page((), None)
 
 
 # --- external jobs in the listing ----------------------------------------------------------
@@ -234,7 +239,7 @@ def forged(*place: object) -> str:
 async def test_a_forged_cursor_is_refused_not_an_error(hands: QueueDriver, cursor: str) -> None:
     await hands.submit_one()
     with pytest.raises(InvalidQuery, match="cursor"):
-        await hands.inspection.jobs(tenant="default", cursor=cursor)
+        await hands.inspection.jobs(Filter(tenant="default"), cursor=cursor)
 
 
 async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(
@@ -242,7 +247,7 @@ async def test_a_cursor_of_a_removed_queue_continues_with_the_other_queues(
 ) -> None:
     jobs = await hands.submit_many(2)
     cursor = forged((9999999999999, 1), f"{Q}:gone", 3)
-    page = await hands.inspection.jobs(tenant="default", cursor=cursor)
+    page = await hands.inspection.jobs(Filter(tenant="default"), cursor=cursor)
     assert ids_of(page.jobs) == jobs[::-1]
 
 

@@ -14,6 +14,7 @@ from asyncinfer.api.services import Services
 from asyncinfer.api.views import summary_view
 from asyncinfer.errors import RedisUnavailable
 from asyncinfer.jobs import Status
+from asyncinfer.repository.inspect.selection import Filter
 from asyncinfer.repository.stored_jobs import StoredJob, read_summaries
 from asyncinfer.schemas.responses import Group, Job, JobList
 
@@ -148,7 +149,7 @@ class JobsEventSource:
         # When a log was trimmed, all streams take a new snapshot at once.
         async with self._services.feed.reads.turn():
             page = await self._services.inspection.jobs(
-                tenant=self.topic.tenant, model=self._model, limit=_SNAPSHOT_JOBS
+                Filter(tenant=self.topic.tenant, model=self._model), limit=_SNAPSHOT_JOBS
             )
         view = JobList([_summary(self._services, job) for job in page.jobs], page.cursor)
         return encode_event("snapshot", view, follower.position())

@@ -97,23 +97,22 @@ def criteria_of(query: JobsQuery | ClearJobsQuery | RetryQuery) -> dict[str, obj
 
 async def _page(services: Services, request: Request[JobsQuery]) -> Page:
     """The page of jobs that the query requests; raises InvalidQuery for an invalid cursor."""
-    query, tenant = request.query, request.reach.tenant
+    query, tenant, group = request.query, request.reach.tenant, request.query.group
+    limit, cursor = query.limit, query.cursor
+    wanted = Filter(
+        tenant=tenant,
+        statuses=frozenset([query.status]) if query.status else None,
+        model=query.model,
+        group=group,
+        request_id=query.request_id,
+        dead=query.dead,
+    )
     if query.dead:
-        wanted = Filter(
-            tenant=tenant,
-            statuses=frozenset([query.status] if query.status else jobs.STATUSES),
-            model=query.model,
-            group=query.group,
-            dead=True,
-        )
-        return await services.dead_letters.jobs(wanted, limit=query.limit, cursor=query.cursor)
-    page_options: dict[str, Any] = {
-        name: getattr(query, name) for name in ("status", "model", "limit", "cursor")
-    }
-    if query.group is None or tenant is None:
+        return await services.dead_letters.jobs(wanted, limit=limit, cursor=cursor)
+    if group is None or tenant is None:
         # A group without tenant is found by a filter: each tenant has its own list of a group.
-        return await services.inspection.jobs(tenant=tenant, group=query.group, **page_options)
-    return await services.groups.jobs(tenant, query.group, **page_options)
+        return await services.inspection.jobs(wanted, limit=limit, cursor=cursor)
+    return await services.groups.jobs(tenant, group, wanted, limit=limit, cursor=cursor)
 
 
 async def cancel_job(services: Services, request: Request[CancelJobQuery]) -> Reply:

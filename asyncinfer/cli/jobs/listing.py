@@ -55,6 +55,7 @@ _limit = click.option(
 @click.option("--status", type=click.Choice(STATUSES), help="Only jobs in this state.")
 @_of_model
 @click.option("--group", metavar="NAME", help="Only jobs of this group.")
+@click.option("--request-id", metavar="ID", help="Only jobs of the request with this X-Request-ID.")
 @_limit
 @options.tenant("List jobs", ", without inputs and results")
 @options.server

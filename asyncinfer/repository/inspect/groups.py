@@ -177,17 +177,16 @@ class Groups:
         self,
         tenant: str,
         group: str,
+        wanted: Filter,
         *,
-        status: str | None = None,
-        model: str | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page:
-        """The jobs of a group, newest first; raises InvalidQuery for a bad cursor. A page may have
-        fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at most."""
+        """The jobs of a group that match, newest first; raises InvalidQuery for a bad cursor. A
+        page may have fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at
+        most."""
         name = keys.group(self._store.queue_name, tenant, group)
         end = await self._end(name, cursor)
-        wanted = Filter.of(tenant, status, model)
         found: list[StoredJob] = []
         for _ in range(_MAX_JOBS_READ // _LISTED_PER_PAGE):
             if end <= 0:

@@ -76,25 +76,14 @@ class Inspection:
         self._store = store
         self._announcements = Announcements(store)
 
-    async def jobs(
-        self,
-        *,
-        tenant: str | None,
-        status: str | None = None,
-        model: str | None = None,
-        group: str | None = None,
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> Page:
-        """The jobs of a tenant, or of all tenants (None), newest first, from the log; raises
-        InvalidQuery for a bad cursor.
+    async def jobs(self, wanted: Filter, *, limit: int = 100, cursor: str | None = None) -> Page:
+        """The jobs that match, newest first, from the log; raises InvalidQuery for a bad cursor.
 
         A page may have fewer jobs than `limit` and still a cursor: a call looks at 20,000 jobs at
         most.
         """
         default = await self._store.default_model()
-        queues = await self._store.queues_of(model, default)
-        wanted = Filter.of(tenant, status, model, group)
+        queues = await self._store.queues_of(wanted.model, default)
         found: list[StoredJob] = []
         read_count = 0
         async for places, ids in self._batches(queues, parse_cursor(cursor, _ListingCursor), limit):

@@ -25,15 +25,10 @@ class Filter(Struct, frozen=True, kw_only=True):
     statuses: frozenset[str] | None = None
     model: str | None = None
     group: str | None = None
+    request_id: str | None = None
+    """That of the request which submitted the job."""
     dead: bool = False
     """Only dead letters match."""
-
-    @classmethod
-    def of(
-        cls, tenant: str | None, status: str | None, model: str | None, group: str | None = None
-    ) -> "Filter":
-        statuses = None if status is None else frozenset([status])
-        return cls(tenant=tenant, statuses=statuses, model=model, group=group)
 
     def matches(self, job: StoredJob, default_model: str | None) -> bool:
         return (
@@ -41,6 +36,7 @@ class Filter(Struct, frozen=True, kw_only=True):
             and self.tenant in (None, job.tenant)
             and self.model in (None, job.model or default_model)
             and self.group in (None, job.group)
+            and self.request_id in (None, job.record and job.record.request_id)
         )
 
 
