@@ -80,8 +80,9 @@ class Client:
 
     Inputs are nested lists, numpy arrays or frames of pandas or polars, of the shape
     `(rows, *dims)` that the model takes, or a dict of them by name for several inputs. An array
-    of another float or whole-number dtype is converted if all numbers fit; NaN and missing values
-    (None, pandas.NA, masked) are sent as NaN to inputs of floats.
+    of another float or whole-number dtype is converted if all numbers fit, except floats for an
+    input of whole numbers; NaN and missing values (None, pandas.NA, masked) are sent as NaN to
+    inputs of floats.
 
     Results have one form per model, whatever the form of the input:
 

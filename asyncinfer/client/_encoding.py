@@ -1,8 +1,9 @@
 """The body of a request from an input: lists, arrays, frames, or a dict of arrays.
 
 Lists are sent as JSON, unchanged. Arrays and frames are sent as bytes, in the datatype of the
-model: an array of another float or whole-number dtype is converted if every number fits, since
-`np.array([[5.1]])` is float64 whatever the model takes; booleans become 0 and 1, and a missing
+model: an array of another float or whole-number dtype is converted if every number fits, except
+floats for an input of whole numbers, since `np.array([[5.1]])` is float64 whatever the model takes;
+booleans become 0 and 1, and a missing
 value (None, pandas.NA, masked) becomes NaN for floats, as in scikit-learn. Nothing else is
 converted.
 """
@@ -123,6 +124,8 @@ def data_input(model: Model) -> TensorInfo:
         return required[0]
     if not required and len(model.inputs) == 1:
         return model.inputs[0]
+    if not model.inputs:
+        raise CannotSend(f"{model.model} takes no input; give an empty dict, for a single run.")
     names = ", ".join(repr(spec.name) for spec in model.inputs)
     raise CannotSend(
         f"{model.model} takes several inputs; give a dict with an array for each of {names}."
@@ -178,7 +181,7 @@ def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
 
     Raises CannotSend if a number does not fit.
     """
-    from asyncinfer.tensors.datatypes import DTYPES, FLOATS, RANGES
+    from asyncinfer.tensors.datatypes import DTYPES, FLOATS, RANGES, number_beyond, range_text
 
     if spec is None or spec.datatype not in RANGES or array.dtype == DTYPES[spec.datatype]:
         return array
@@ -189,11 +192,11 @@ def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
         if array.size and _has_nan_in(array):
             raise _missing_value_error("is NaN", spec)
         return array
-    low, high = RANGES[spec.datatype]
-    if array.size and not _is_within(array, low, high):
+    if (beyond := number_beyond(array, spec.datatype)) is not None:
         raise CannotSend(
-            f"{spec.name} takes {spec.datatype}, numbers from {low:g} to {high:g}, and the "
-            f"{array.dtype} array has numbers outside of that range."
+            f"{spec.name} takes {spec.datatype}, numbers from {range_text(spec.datatype)}, and the "
+            f"{array.dtype} array has {beyond}. Replace such numbers, as clip() does, or leave "
+            "their rows out."
         )
     return array.astype(wanted)
 
@@ -255,6 +258,12 @@ def _from_objects(array: "Array", spec: TensorInfo | None) -> "Array":
     if kinds and kinds <= {str, bytes}:
         return array
     shown = ", ".join(sorted(kind.__name__ for kind in kinds))
+    if len(kinds) == 1:
+        subject = "is of the type" if array.ndim == 0 else "has values of the type"
+        raise CannotSend(
+            f"The input {subject} {shown}. Give lists or arrays of numbers or strings, a dict of "
+            "them by input name, or a frame."
+        )
     raise CannotSend(f"The input mixes {shown or 'nothing'}; give numbers, or strings, alone.")
 
 
@@ -302,7 +311,7 @@ def _missing_value_error(is_missing: str, spec: TensorInfo) -> CannotSend:
 
 def value_fault(value: Any, spec: TensorInfo) -> str:
     """Why a single value cannot be sent to an input; empty if it can."""
-    shown = printable_name(repr(value))
+    shown = printable_name(repr(value.item() if hasattr(value, "item") else value))
     if spec.datatype == "BYTES":
         return "" if isinstance(value, str | bytes) else f"{shown} is no string"
     try:
@@ -362,17 +371,6 @@ def _is_float(array: "Array") -> bool:
     from asyncinfer.tensors.datatypes import DTYPES
 
     return array.dtype.kind == "f" or array.dtype == DTYPES["BF16"]
-
-
-def _is_within(array: "Array", low: float, high: float) -> bool:
-    """Whether all finite values lie in a range; NaN and infinities fit every float."""
-    import numpy as np
-
-    if array.dtype.kind in "iub":
-        return bool(int(array.min()) >= low and int(array.max()) <= high)
-    wide = array.astype(np.float64, copy=False)
-    wide = wide[np.isfinite(wide)]
-    return not wide.size or bool(wide.min() >= low and wide.max() <= high)
 
 
 def _has_nan_in(array: "Array") -> bool:

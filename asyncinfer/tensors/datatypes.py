@@ -90,6 +90,33 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
 }
 """The smallest and largest number that fit each numeric datatype."""
 
+
+def range_text(datatype: str) -> str:
+    """The numbers that a numeric datatype has, as `-128 to 127`."""
+    low, high = RANGES[datatype]
+    if datatype in FLOATS:
+        # What rounds to the largest number is a little beyond it.
+        low, high = np.array([low, high]).astype(DTYPES[datatype]).astype(np.float64).tolist()
+        return f"{low:g} to {high:g}"
+    return f"{low} to {high}"
+
+
+def number_beyond(array: Array, datatype: str) -> int | float | None:
+    """The smallest or largest of an array's numbers, if it does not fit a numeric datatype.
+
+    NaN and infinities fit every float.
+    """
+    numbers: Any = array
+    if array.dtype.kind not in "iub":
+        numbers = array.astype(np.float64, copy=False)
+        numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return None
+    low, high = RANGES[datatype]
+    ends = (numbers.min().item(), numbers.max().item())
+    return next((number for number in ends if not low <= number <= high), None)
+
+
 _LONG_BYTES: Final = 1024
 _PIECE_BYTES: Final = 64 << 10
 """How much of a long text is parsed per call: no other thread can run during a call."""

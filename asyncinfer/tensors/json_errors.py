@@ -23,6 +23,7 @@ from asyncinfer.tensors.datatypes import (
     dims,
     has_dynamic_first_dim,
     nesting_of,
+    range_text,
     shape_text,
 )
 from asyncinfer.tensors.missing_values import NONFINITE_WORDS, is_missing_value
@@ -217,7 +218,8 @@ class _ErrorFinder:
         if element.accepts_all([value]):
             return
         if type(value) in element.types or (element.range and value in _INFINITIES):
-            yield InputError(pointer, f"beyond the range of {self._spec.datatype}")
+            datatype = self._spec.datatype
+            yield InputError(pointer, f"beyond the range of {datatype}, {range_text(datatype)}")
         else:
             yield InputError(
                 pointer,
@@ -308,8 +310,8 @@ def _as_row(items: list[object], rank: int) -> str:
 
 
 def _is_flat(items: list[object]) -> bool:
-    """Whether a list has items, and none of them is a list."""
-    return bool(items) and not any(isinstance(item, list) for item in items)
+    """Whether a list has items, and none of them is a list or an object."""
+    return bool(items) and not any(isinstance(item, list | dict) for item in items)
 
 
 def _kind(value: object) -> str:

@@ -556,6 +556,10 @@ UNFIT_ARRAYS: list[tuple[Any, str]] = [
     (np.zeros(4, np.float32), "has 2"),
     (np.array([["a", "b", "c", "d"]]), "iris takes FP32"),
     (np.zeros((1, 4), [("a", "f4")]), "iris takes FP32"),
+    (
+        np.array([[1, 2, 3, 1e300]]),
+        "numbers from -3.40282e+38 to 3.40282e+38, and the array has 1e+300; replace",
+    ),
 ]
 
 
@@ -571,6 +575,9 @@ async def test_an_array_of_another_dtype_is_answered_with_the_remedy(
 async def test_an_array_that_numpy_would_unpickle_is_refused(client: httpx2.AsyncClient) -> None:
     file = io.BytesIO()
     np.save(file, np.array([[{}]]), allow_pickle=True)
+    reply = await client.post("/predict", content=file.getvalue(), headers=NPY)
+    detail = assert_problem(reply, 422, "invalid_input")["detail"]
+    assert "its dtype is object. Convert it with `array.astype()`" in detail
     whole = npy_bytes(np.zeros((1, 4), np.float32))
     deep = HEAD + b"\xff\xff" + b"(" * 65_535
     for body in (file.getvalue(), whole[:-1], whole + b"x", b"", HEAD, deep):

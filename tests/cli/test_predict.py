@@ -146,7 +146,7 @@ def test_a_bad_row_among_ten_thousand_is_reported_and_stops_no_other(
     assert rows == [
         "row 7000: line 7000: column '2': 'oops' is no number",
         "row 8000: line 8000: 3 cells where 4 are expected",
-        "row 9000: value at 3: beyond the range of FP32",
+        "row 9000: value at 3: beyond the range of FP32, -3.40282e+38 to 3.40282e+38",
     ]
 
 

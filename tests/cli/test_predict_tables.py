@@ -196,6 +196,35 @@ def test_a_row_that_does_not_fit_is_told_in_the_same_words_from_every_format(
         assert run_command("predict", str(tmp_path / name)).err == f"row 1: {words}\n"
 
 
+def test_a_number_beyond_all_datatypes_is_named_in_every_format(url: str, tmp_path: Path) -> None:
+    words = "'1e400' is beyond the largest number, 1.8e308"
+    (tmp_path / "rows.csv").write_text("1,2,3,1e400\n1,2,3,4\n")
+    (tmp_path / "rows.ndjson").write_text("[1, 2, 3, 1e400]\n[1, 2, 3, 4]\n")
+    (tmp_path / "rows.json").write_text("[[1, 2, 3, 1e400], [1, 2, 3, 4]]")
+
+    ran = run_command("predict", str(tmp_path / "rows.csv"))
+    assert ran.err == f"row 1: line 1: column '4': {words}\n"
+    ran = run_command("predict", str(tmp_path / "rows.ndjson"))
+    assert ran.err == f"row 1: line 1: {words}\n"
+    assert "error" not in ran.rows[1]
+    ran = run_command("predict", str(tmp_path / "rows.json"))
+    assert error_line(ran, 2) == f"asyncinfer: {tmp_path}/rows.json: {words}."
+    assert error_line(run_command("predict", "[1, 2, 3, 1e400]"), 2) == f"asyncinfer: {words}."
+
+
+def test_a_damaged_file_of_the_right_format_is_told_with_the_remedy(
+    url: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "objects.npy", np.array([[1, "a"]], object), allow_pickle=True)
+    np.save(tmp_path / "cut.npy", np.zeros((2, 4)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-8])
+    for name in ("objects.npy", "cut.npy"):
+        line = error_line(run_command("predict", str(tmp_path / name)), 2)
+        assert f"{name} cannot be read: " in line
+        assert "Save it again; an array of Python objects as numbers" in line
+        assert "--from" not in line
+
+
 def test_a_file_of_the_right_format_is_not_called_a_wrong_one(url: str, tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text('{"a": 1}')
     np.save(tmp_path / "value.npy", np.array(5.0))

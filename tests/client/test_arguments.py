@@ -101,6 +101,18 @@ CALLS: Final[dict[str, Callable[[Client], Any]]] = {
         lambda client: client.cancel_all("an-id")
     ),
     "'x' of the rows is a single value": lambda client: client.map({"x": 5}),
+    "The input is of the type generator. Give lists": lambda client: client.predict(
+        row for row in [SETOSA]
+    ),
+    "The input has values of the type object. Give lists": (
+        lambda client: client.predict(np.array([[object()] * 4]))
+    ),
+    "-3.40282e+38 to 3.40282e+38, and the float64 array has 1e+300. Replace": (
+        lambda client: client.predict(np.array([[5.1, 3.5, 1.4, 1e300]]))
+    ),
+    "x takes FP16, numbers from -65504 to 65504, and the int64 array has -70000. Replace": (
+        lambda client: client.predict(np.array([[1, -70000, 3, 4]]), "half")
+    ),
     "is no request": lambda client: client.request("GET", "health"),
     "cannot be sent as JSON": lambda client: client.request("GET", "/health", body=object()),
     "half a character": lambda client: client.job("\ud800"),

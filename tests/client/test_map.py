@@ -444,6 +444,12 @@ async def test_errors_of_bad_rows_of_a_frame_are_in_a_column(aclient: AsyncClien
     assert "model_failed" in found["error"][1]
 
 
+def test_a_number_of_a_frame_that_does_not_fit_is_named_with_its_column(client: Client) -> None:
+    frame = pd.DataFrame([SETOSA, [1e300, *SETOSA[1:]]], columns=list("abcd"))
+    found = client.map_frame(frame, on_error="return", progress=False)
+    assert found["error"][1].startswith("Row 1: column 'a': 1e+300 does not fit. input takes FP32")
+
+
 def test_a_frame_that_does_not_fit_is_refused(client: Client) -> None:
     frame = pd.DataFrame(iris_rows(2), columns=["prediction", *"bcd"])
     with pytest.raises(CannotSend, match="prefix="):

@@ -244,6 +244,7 @@ def test_data_may_come_as_a_piece_of_a_larger_message() -> None:
 
 FLOATS_DO = 'only FP16, BF16, FP32 and FP64 take null and "NaN"'
 NO_NUMBER = 'a string, expected a number, or "NaN", "Infinity", "-Infinity"'
+BEYOND_FP32 = "beyond the range of FP32, -3.40282e+38 to 3.40282e+38"
 BARE = (
     "NaN or Infinity, expected a number; JSON has neither, write "
     '"NaN", "Infinity", "-Infinity" or null'
@@ -267,22 +268,23 @@ BARE = (
         ("null", "/data", "null, expected an array of rows"),
         ('{"a":1}', "/data", "an object, expected an array of rows"),
         ("[[1,2,3,4],7]", "/data/1", "a whole number, expected an array of 4 numbers"),
+        ('[{"a":1}]', "/data/0", "an object, expected an array of 4 numbers"),
         ('[[1,2,3,"4"]]', "/data/0/3", NO_NUMBER),
         ('[["NaN",2,null,"nan"]]', "/data/0/3", NO_NUMBER),
         ('[[1,"inf",3,4]]', "/data/0/1", NO_NUMBER),
         ('[[1,2,3,"null"]]', "/data/0/3", NO_NUMBER),
-        ("[[null,2,3,1e39]]", "/data/0/3", "beyond the range of FP32"),
+        ("[[null,2,3,1e39]]", "/data/0/3", BEYOND_FP32),
         ("[[1,true,3,4]]", "/data/0/1", "true, expected a number"),
         ("[[false,2,3,4]]", "/data/0/0", "false, expected a number"),
         ("[[1,[2],3,4]]", "/data/0/1", "an array, expected a number"),
         ("[[1,{},3,4]]", "/data/0/1", "an object, expected a number"),
         ("[[1,NaN,3,4]]", "/data/0/1", BARE),
         ("[[1,-Infinity,3,4]]", "/data/0/1", BARE),
-        ("[[1e400,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
-        ("[[-1e400,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
-        ("[[1e39,2,3,4]]", "/data/0/0", "beyond the range of FP32"),
-        (f"[[1,{'9' * 5000},3,4]]", "/data/0/1", "beyond the range of FP32"),
-        (f"[[1,{'9' * 60},3,4]]", "/data/0/1", "beyond the range of FP32"),
+        ("[[1e400,2,3,4]]", "/data/0/0", BEYOND_FP32),
+        ("[[-1e400,2,3,4]]", "/data/0/0", BEYOND_FP32),
+        ("[[1e39,2,3,4]]", "/data/0/0", BEYOND_FP32),
+        (f"[[1,{'9' * 5000},3,4]]", "/data/0/1", BEYOND_FP32),
+        (f"[[1,{'9' * 60},3,4]]", "/data/0/1", BEYOND_FP32),
         ("[[1,2,3,4]", "/data", "not valid JSON: Expecting ',' delimiter at character 10"),
         ("[[1,2,3,4]] x", "/data", "not valid JSON: Extra data at character 12"),
         ("", "/data", "not valid JSON: Expecting value at character 0"),
@@ -308,8 +310,13 @@ def test_an_error_names_the_place_and_what_is_expected(
         (signature(("n",), "INT64"), "[1e400]", "/data/0", "beyond the range of INT64"),
         (signature(("n",), "UINT64"), f"[{2**64}]", "/data/0", "beyond the range of UINT64"),
         (signature(("n",), "UINT64"), "[-1]", "/data/0", "beyond the range of UINT64"),
-        (signature(("n",), "INT8"), "[-129]", "/data/0", "beyond the range of INT8"),
-        (signature(("n",), "FP16"), "[65520]", "/data/0", "beyond the range of FP16"),
+        (signature(("n",), "INT8"), "[-129]", "/data/0", "beyond the range of INT8, -128 to 127"),
+        (
+            signature(("n",), "FP16"),
+            "[65520]",
+            "/data/0",
+            "beyond the range of FP16, -65504 to 65504",
+        ),
         (signature(("n",), "FP64"), "[1e400]", "/data/0", "beyond the range of FP64"),
         (signature(("n",), "BOOL"), "[1]", "/data/0", "a whole number, expected true or false"),
         (signature(("n",), "BYTES"), "[1]", "/data/0", "a whole number, expected a string"),
@@ -351,7 +358,7 @@ def test_all_errors_are_listed_at_once() -> None:
         ("/data/0/1", NO_NUMBER),
         ("/data/1", "row 1 has 3 numbers, iris takes 4"),
         ("/data/2/0", "true, expected a number"),
-        ("/data/2/3", "beyond the range of FP32"),
+        ("/data/2/3", BEYOND_FP32),
     ]
 
 

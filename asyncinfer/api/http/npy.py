@@ -23,6 +23,7 @@ _UNREADABLE: Final = (
 )
 _MAX_RANK: Final = 32
 _MAX_ELEMENTS: Final = 1 << 40
+_SHOWN_CHARACTERS: Final = 64
 
 UNSUPPORTED_DATATYPES: Final = frozenset({"BF16", "BYTES"})
 """Datatypes that `.npy` cannot hold."""
@@ -42,9 +43,13 @@ def read(content: bytes) -> Array:
         ) from error
     # A dtype may have a shape of its own, in addition to the array's.
     is_plain = not (dtype.hasobject or dtype.subdtype) and dtype.itemsize > 0
-    if not is_plain or len(shape) > _MAX_RANK:
+    if len(shape) > _MAX_RANK:
+        raise _input_error(f"The array has {len(shape)} dimensions; a model takes {_MAX_RANK}.")
+    if not is_plain:
+        shown = str(dtype)[:_SHOWN_CHARACTERS]
         raise _input_error(
-            "The array's elements are not plain numbers; GET /models lists each model's datatypes."
+            f"The array's elements are not plain numbers: its dtype is {shown}. "
+            "Convert it with `array.astype()` and save it again; strings are sent as `inputs`."
         )
     if any(type(size) is not int for size in shape):
         raise _input_error(f"The array's header says shape {list(shape)}, which is not valid.")

@@ -25,7 +25,13 @@ from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.models.validation import check_data, check_inputs
 from asyncinfer.schemas.requests import RequestOptions, SubmitQuery
 from asyncinfer.tensors import packing, shape_errors
-from asyncinfer.tensors.datatypes import Array, datatype_of
+from asyncinfer.tensors.datatypes import (
+    RANGES,
+    Array,
+    datatype_of,
+    number_beyond,
+    range_text,
+)
 from asyncinfer.tensors.json_errors import invalid_input_error
 from asyncinfer.tensors.shape_errors import TensorDescription
 
@@ -284,4 +290,11 @@ def _dtype_problem(array: Array, datatype: str, model: str) -> str:
     mismatch = f"{array.dtype.str} array, {model} takes {datatype}"
     if datatype in npy.UNSUPPORTED_DATATYPES:
         return f"{mismatch}, which `.npy` cannot hold; send `inputs`"
+    is_number = array.dtype.kind in "iuf" and datatype in RANGES
+    # A conversion would make infinities, or other whole numbers, of such numbers.
+    if is_number and (beyond := number_beyond(array, datatype)) is not None:
+        return (
+            f"{mismatch}, numbers from {range_text(datatype)}, and the array has {beyond}; "
+            "replace such numbers, or leave their rows out"
+        )
     return f'{mismatch}; save it with `array.astype("{npy.numpy_name_of(datatype)}")`'

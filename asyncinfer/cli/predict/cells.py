@@ -13,6 +13,10 @@ _DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+(e[+-]?\d+)?", re.IGNORECASE)
 _SEPARATORS: Final = ("\t", ";", "|", " ", ",")
 
 
+BEYOND_ALL_NUMBERS: Final = "is beyond the largest number, 1.8e308"
+"""What is wrong with a text such as `1e400`."""
+
+
 class WordCell(ValueError):
     """A cell is neither a number nor like one."""
 
@@ -68,7 +72,7 @@ def _near_number(word: str) -> str | None:
         return "has a decimal comma; write a point"
     with contextlib.suppress(ValueError):
         if word[-1:].isdigit() and math.isinf(float(word)):
-            return "is beyond the largest number, 1.8e308"
+            return BEYOND_ALL_NUMBERS
     return None
 
 

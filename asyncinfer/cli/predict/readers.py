@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import select
@@ -16,6 +17,7 @@ from typing import IO, Any, Final
 import msgspec
 
 from asyncinfer.cli.exit_codes import say_error
+from asyncinfer.cli.predict.cells import BEYOND_ALL_NUMBERS
 from asyncinfer.cli.predict.csv_rows import csv_rows
 from asyncinfer.cli.predict.formats import import_arrow, input_format
 from asyncinfer.cli.predict.tables import (
@@ -30,6 +32,11 @@ from asyncinfer.client import WaitTimeout
 from asyncinfer.errors import FileRefused
 
 _MAGIC: Final = {b"PAR1": "parquet", b"\x93NUM": "npy"}
+_REMEDIES: Final = {
+    "npy": "Save it again; an array of Python objects as numbers, or as array.astype(str).",
+    "parquet": "Copy it or write it again.",
+}
+"""What to do about a file that is of its format, and damaged."""
 
 
 def rows(options: ReadOptions) -> Generator[Row, None, str]:
@@ -134,7 +141,10 @@ def _unreadable_error(
     with contextlib.suppress(OSError, io.UnsupportedOperation):
         content.seek(0)
         start = content.read(4)
-        if actual := _MAGIC.get(start):
+        actual = _MAGIC.get(start)
+        if actual == file_format:
+            return FileRefused(f"{options.name} cannot be read: {reason}. {_REMEDIES[actual]}")
+        if actual:
             hint = f"It looks like {actual}: --from {actual}."
         elif start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
             hint = "It is UTF-16: save it as UTF-8."
@@ -148,9 +158,12 @@ def _json(content: IO[bytes], options: ReadOptions) -> Generator[Row, None, None
     """Yields the rows of a list, or of an object whose `data` is such a list.
 
     A list of numbers is a single row. Raises ValueError for what is no JSON and FileRefused for
-    other JSON; all of it is read at once.
+    other JSON, also if a number is too large; all of it is read at once.
     """
-    values = _decode_json(_without_mark(content.read(), options))
+    try:
+        values = decode_json(_without_mark(content.read(), options))
+    except NumberBeyond as error:
+        raise FileRefused(f"{options.name}: {error}.") from error
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values = values["data"]
     if not isinstance(values, list):
@@ -173,21 +186,48 @@ def _ndjson(content: IO[bytes], options: ReadOptions) -> Generator[Row, None, No
             continue
         number += 1
         try:
-            row = _decode_json(line)
+            row = decode_json(line)
+        except NumberBeyond as error:
+            yield Row(number, problem=f"line {line_number}: {error}")
+            continue
         except ValueError as error:
             yield Row(number, problem=f"line {line_number}: not JSON: {error}")
             continue
         yield json_row(number, row, options)
 
 
-def _decode_json(text: bytes) -> Any:
-    """The value of JSON text; raises ValueError, with a hint if NaN is in the text."""
+class NumberBeyond(ValueError):
+    """JSON has a number that is too large for every datatype, such as 1e400."""
+
+
+def decode_json(text: bytes | str) -> Any:
+    """The value of JSON text.
+
+    Raises NumberBeyond, and ValueError for text that is not JSON, with a hint if NaN is in it.
+    """
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        if b"NaN" not in text and b"Infinity" not in text:
+        if number := _number_beyond(text):
+            raise NumberBeyond(f"{number[:40]!r} {BEYOND_ALL_NUMBERS}") from error
+        content = text if isinstance(text, bytes) else text.encode()
+        if b"NaN" not in content and b"Infinity" not in content:
             raise
         raise ValueError(f'{error}; a number that JSON does not have is "NaN" or null') from error
+
+
+def _number_beyond(text: bytes | str) -> str:
+    """The first number of JSON text that is too large for every datatype; empty if none is."""
+    found: list[str] = []
+
+    def read(number: str) -> None:
+        if math.isinf(float(number)):
+            found.append(number)
+
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text, parse_float=read, parse_int=read)
+        return found[0] if found else ""
+    return ""
 
 
 def _without_mark(start: bytes, options: ReadOptions) -> bytes:

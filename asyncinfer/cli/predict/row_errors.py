@@ -27,7 +27,7 @@ def _fault_text(fault: InputError, value: Any, model: Model) -> str:
     if match := _TENSOR_POINTER.match(fault.pointer):
         return _tensor_fault_text(int(match[1]), match[2], value, model)
     if fault.pointer == "/data" and not hasattr(value, "dtype"):
-        return _no_row_text(model)
+        return _no_row_text(value, model)
     detail = _ROW_IN_JOB.sub("", fault.detail)
     match = _VALUE_POINTER.fullmatch(fault.pointer)
     place = match[1] if match else fault.pointer.removeprefix("/inputs")
@@ -56,11 +56,13 @@ def _tensor_fault_text(index: int, field: str, value: Any, model: Model) -> str:
     return f"{subject}has shape {list(array.shape)}, {model.model} takes {dims}"
 
 
-def _no_row_text(model: Model) -> str:
+def _no_row_text(value: Any, model: Model) -> str:
     """The error of a value that is no row of the model at all."""
     if len(model.inputs) == 1:
-        dims = list((model.inputs[0].shape or ())[1:])
-        return f"is a single value, {model.model} takes a list of shape {dims}"
+        shape = model.inputs[0].shape or ()
+        given = "a list" if isinstance(value, list) else "a single value"
+        takes = f"a list of shape {list(shape[1:])}" if shape else "a single value, as in NDJSON"
+        return f"is {given}, {model.model} takes {takes}"
     names = ", ".join(repr(spec.name) for spec in model.inputs)
     return (
         f"{model.model} takes several inputs; give a table with a column, or JSON objects with a "

@@ -271,8 +271,10 @@ def _inline_rows(options: PredictOptions, client: Client) -> Iterator[Row]:
     _check_inline_options(options)
     words = options.rows
     try:
-        values = _numbers(words) or [msgspec.json.decode(word) for word in words]
-    except msgspec.DecodeError as error:
+        values = _numbers(words) or [readers.decode_json(word) for word in words]
+    except readers.NumberBeyond as error:
+        raise FileRefused(f"{error}.") from error
+    except ValueError as error:
         raise FileRefused(
             f"{' '.join(words)[:60]!r} is no row ({error}). Give numbers, a row as JSON, or one "
             "file."
