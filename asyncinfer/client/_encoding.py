@@ -1,11 +1,10 @@
 """The body of a request from an input: lists, arrays, frames, or a dict of arrays.
 
 Lists are sent as JSON, unchanged. Arrays and frames are sent as bytes, in the datatype of the
-model: an array of another float or whole-number dtype is converted if every number fits, except
-floats for an input of whole numbers, since `np.array([[5.1]])` is float64 whatever the model takes;
-booleans become 0 and 1, and a missing
-value (None, pandas.NA, masked) becomes NaN for floats, as in scikit-learn. Nothing else is
-converted.
+model: an array of another float or whole-number dtype is converted if every number fits, since
+`np.array([[5.1]])` is float64 whatever the model takes; floats are not converted to whole numbers.
+Booleans become 0 and 1, and a missing value (None, pandas.NA, masked) becomes NaN for floats, as in
+scikit-learn. Nothing else is converted.
 """
 
 import contextlib
@@ -134,7 +133,10 @@ def data_input(model: Model) -> TensorInfo:
 
 def is_frame(value: Any) -> bool:
     """Whether it is a frame of pandas or polars; neither is imported to find out."""
-    return type(value).__module__.partition(".")[0] in _FRAMES and hasattr(value, "columns")
+    kind = type(value)
+    # A lazy frame of polars has no values yet.
+    is_lazy = kind.__name__ == "LazyFrame"
+    return kind.__module__.partition(".")[0] in _FRAMES and hasattr(kind, "columns") and not is_lazy
 
 
 def to_array(value: Any, spec: TensorInfo | None) -> "Array":
@@ -191,7 +193,11 @@ def cast_to_spec(array: "Array", spec: TensorInfo | None) -> "Array":
     if _is_float(array) and spec.datatype not in FLOATS:
         if array.size and _has_nan_in(array):
             raise _missing_value_error("is NaN", spec)
-        return array
+        wanted_name = DTYPES[spec.datatype].name
+        raise CannotSend(
+            f"{spec.name} takes {spec.datatype}, whole numbers, and the array has {array.dtype}. "
+            f"If its numbers are whole, convert it with astype({wanted_name!r})."
+        )
     if (beyond := number_beyond(array, spec.datatype)) is not None:
         raise CannotSend(
             f"{spec.name} takes {spec.datatype}, numbers from {range_text(spec.datatype)}, and the "
@@ -258,13 +264,13 @@ def _from_objects(array: "Array", spec: TensorInfo | None) -> "Array":
     if kinds and kinds <= {str, bytes}:
         return array
     shown = ", ".join(sorted(kind.__name__ for kind in kinds))
-    if len(kinds) == 1:
-        subject = "is of the type" if array.ndim == 0 else "has values of the type"
+    if array.ndim == 0:
         raise CannotSend(
-            f"The input {subject} {shown}. Give lists or arrays of numbers or strings, a dict of "
-            "them by input name, or a frame."
+            f"The input is of the type {shown}. Give lists or arrays of numbers or strings, a dict "
+            "of them by input name, or a frame."
         )
-    raise CannotSend(f"The input mixes {shown or 'nothing'}; give numbers, or strings, alone.")
+    has = "has values of the type" if len(kinds) == 1 else "mixes"
+    raise CannotSend(f"The input {has} {shown or 'nothing'}; give numbers, or strings, alone.")
 
 
 def _number(value: Any, spec: TensorInfo) -> int | float | None:
@@ -325,13 +331,15 @@ def value_fault(value: Any, spec: TensorInfo) -> str:
 def frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
     """An array for each input whose name is a column; else all columns as the only input.
 
-    Columns of other names are left out if the model takes several inputs. Raises CannotSend if a
-    required input has no column.
+    Columns of other names are left out if the model takes several inputs, or one value per row. A
+    column of lists or arrays is an input by itself. Raises CannotSend if a required input has no
+    column, the only input takes another number of columns, or lists of a column have unequal
+    lengths.
     """
     names = [spec.name for spec in model.inputs]
     columns = [str(column) for column in frame.columns]
-    if len(names) == 1 and columns != names:
-        return {names[0]: _values(frame, [frame[column] for column in frame.columns])}
+    if len(names) == 1 and not _is_column(frame, model.inputs[0]):
+        return {names[0]: _table(frame, model.inputs[0], model.model)}
     missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in columns]
     if missing:
         raise CannotSend(
@@ -339,27 +347,87 @@ def frame_inputs(frame: Any, model: Model) -> dict[str, Any]:
             f"{', '.join(map(repr, columns))}. Rename its columns."
         )
     ranks = {spec.name: spec.rank for spec in model.inputs}
-    return {name: _column(frame[name], ranks[name]) for name in names if name in columns}
+    return {name: _column(_series(frame, name), ranks[name]) for name in names if name in columns}
+
+
+def _series(frame: Any, name: str) -> Any:
+    """The column whose name is written so; in pandas it may be a number."""
+    return frame[frame.columns[[str(column) for column in frame.columns].index(name)]]
+
+
+def _is_column(frame: Any, spec: TensorInfo) -> bool:
+    """Whether the column of the input's name is all of the input, not one of its columns."""
+    columns = [str(column) for column in frame.columns]
+    if columns.count(spec.name) != 1:
+        return False
+    takes_one_value = spec.shape is not None and spec.shape[1:] in ((), (1,))
+    is_alone = len(columns) == 1
+    return is_alone or takes_one_value or _column(_series(frame, spec.name), None).ndim > 1
+
+
+def _table(frame: Any, spec: TensorInfo, model: str) -> Any:
+    """The columns side by side, `(rows, columns)`; a single column of lists as `(rows, *dims)`."""
+    count = len(frame.columns)
+    if count == 1:
+        (column,) = frame.columns
+        if (array := _column(frame[column], None)).ndim > 1:
+            return array
+    width = spec.shape[1] if spec.shape is not None and spec.rank == 2 else None
+    if isinstance(width, int) and count != width:
+        raise CannotSend(
+            f"{model} takes {width} columns, and the frame has {count}. Give it the columns of the "
+            "model's input alone; map_frame has columns= for that."
+        )
+    return _values(frame, [frame[column] for column in frame.columns])
 
 
 def _column(series: Any, rank: int | None) -> Any:
-    """The values of a column, `(rows,)`; `(rows, 1)` for an input of rank 2.
+    """The values of a column, `(rows,)`, or `(rows, *dims)` if they are lists or arrays.
 
-    Scikit-learn exports its inputs so.
+    For an input of rank 2 single values are `(rows, 1)`: scikit-learn exports its inputs so.
     """
-    array = _values(series, [series])
+    array = _stacked(_values(series, [series]), str(series.name))
     return array.reshape(-1, 1) if rank == 2 and array.ndim == 1 else array
+
+
+def _stacked(array: Any, column: str) -> Any:
+    """Lists or arrays in the cells of a column as one array; other cells unchanged."""
+    import numpy as np
+
+    cells = array.tolist() if array.dtype.kind == "O" and array.ndim == 1 else []
+    if not cells or not all(isinstance(cell, list | tuple | np.ndarray) for cell in cells):
+        return array
+    nested = _nested_lists(cells)
+    try:
+        stacked = np.array(nested)
+    except ValueError as error:
+        raise CannotSend(
+            f"The lists of the column {column!r} have unequal lengths. Send rows of equal lengths "
+            "together, or each row with map()."
+        ) from error
+    # Numpy has converted numbers that stand beside strings to strings.
+    return np.array(nested, dtype=object) if stacked.dtype.kind in "US" else stacked
+
+
+def _nested_lists(value: Any) -> Any:
+    """The value with lists for arrays of objects, as those that Parquet's nested lists become."""
+    is_of_objects = hasattr(value, "dtype") and value.dtype.kind == "O"
+    plain = value.tolist() if is_of_objects else value
+    is_nested = isinstance(plain, list | tuple) and len(plain) and hasattr(plain[0], "__len__")
+    return list(map(_nested_lists, plain)) if is_nested else plain
 
 
 def _values(values: Any, series: list[Any]) -> Any:
     """The values of a frame or a column, which has these series.
 
-    Where a whole number of polars is missing they are objects: `to_numpy` makes floats of all.
+    They are objects where whole numbers of polars are missing, or it has dates: `to_numpy` makes
+    floats of all.
     """
     import numpy as np
 
     if type(values).__module__.startswith("polars") and any(
-        each.dtype.is_integer() and each.null_count() for each in series
+        each.dtype.is_temporal() or (each.dtype.is_integer() and each.null_count())
+        for each in series
     ):
         rows = values.rows() if hasattr(values, "rows") else values.to_list()
         return np.array(rows, dtype=object)
@@ -405,7 +473,7 @@ class _NanFinder:
 def _encode(value: Any, hook: Callable[[Any], Any]) -> bytes:
     """The JSON of a value; `hook` converts what msgspec cannot. Raises CannotSend."""
     try:
-        return msgspec.json.encode(value, enc_hook=hook)
+        return msgspec.json.Encoder(enc_hook=hook, decimal_format="number").encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise CannotSend(
             f"The input cannot be sent: {error}. Give lists, arrays, a dict of arrays, or a frame."

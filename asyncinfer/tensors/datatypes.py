@@ -106,9 +106,9 @@ def number_beyond(array: Array, datatype: str) -> int | float | None:
 
     NaN and infinities fit every float.
     """
-    numbers: Any = array
+    # The dtype bfloat16 is of no kind that numpy compares.
+    numbers: Any = array if array.dtype.kind in "iubf" else array.astype(np.float64)
     if array.dtype.kind not in "iub":
-        numbers = array.astype(np.float64, copy=False)
         numbers = numbers[np.isfinite(numbers)]
     if not numbers.size:
         return None

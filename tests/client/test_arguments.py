@@ -104,7 +104,7 @@ CALLS: Final[dict[str, Callable[[Client], Any]]] = {
     "The input is of the type generator. Give lists": lambda client: client.predict(
         row for row in [SETOSA]
     ),
-    "The input has values of the type object. Give lists": (
+    "The input has values of the type object; give numbers": (
         lambda client: client.predict(np.array([[object()] * 4]))
     ),
     "-3.40282e+38 to 3.40282e+38, and the float64 array has 1e+300. Replace": (

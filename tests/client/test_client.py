@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from typing import Any, Final
 
 import numpy as np
@@ -199,6 +200,10 @@ def test_strings_and_several_inputs_go_as_a_dict(client: Client) -> None:
 def test_numbers_that_json_does_not_have_are_sent(client: Client) -> None:
     result = client.predict([[float("nan")], [1.0]], "slow")
     assert np.isnan(result[0, 0]) or np.isnan(result).any()
+
+
+def test_decimals_in_lists_are_numbers(client: Client) -> None:
+    assert client.predict([[Decimal(str(number)) for number in SETOSA]])["class_name"] == "setosa"
 
 
 def test_a_long_list_goes_through_though_json_has_a_limit(client: Client) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -448,6 +449,73 @@ def test_a_number_of_a_frame_that_does_not_fit_is_named_with_its_column(client: 
     frame = pd.DataFrame([SETOSA, [1e300, *SETOSA[1:]]], columns=list("abcd"))
     found = client.map_frame(frame, on_error="return", progress=False)
     assert found["error"][1].startswith("Row 1: column 'a': 1e+300 does not fit. input takes FP32")
+
+
+def test_a_column_of_lists_or_arrays_is_the_input(client: Client) -> None:
+    rows = iris_rows(3)
+    expected = client.map_frame(pd.DataFrame(rows), progress=False)["class_name"].to_list()
+    array_type = pl.Array(pl.Float64, 4)
+    frames: list[Any] = [
+        pd.DataFrame({"vector": list(rows)}),
+        pd.DataFrame({"vector": rows.tolist()}),
+        pd.DataFrame({"id": [7, 8, 9], "input": rows.tolist()}),
+        pl.DataFrame({"vector": rows.tolist()}),
+        pl.DataFrame(
+            {"id": [7, 8, 9], "input": rows.tolist()}, schema_overrides={"input": array_type}
+        ),
+    ]
+    for frame in frames:
+        found = client.map_frame(frame, progress=False)
+        assert found["class_name"].to_list() == expected
+        assert [row["class_name"] for row in client.predict(frame)] == expected
+
+    nested = pd.DataFrame({"x": [np.array([np.array([1.0, 2.0]), np.array([3.0])], object)] * 2})
+    for ragged in (pd.DataFrame({"v": [[1.0, 2.0], [3.0]]}), nested):
+        with pytest.raises(CannotSend, match="unequal lengths"):
+            client.map_frame(ragged, progress=False)
+
+
+def test_dates_of_a_frame_are_not_taken_for_numbers(client: Client) -> None:
+    """Polars makes floats of dates that stand beside floats."""
+    moment = datetime(2026, 11, 30, tzinfo=UTC)
+    for value in (moment, moment.date(), moment.time(), timedelta(days=1)):
+        for frame in frames_of([(5.1, 3.5, 1.4, value), (5.1, 3.5, 1.4, value)]):
+            with pytest.raises(CannotSend, match=r"Row 0: column '[d3]': .*does not fit"):
+                client.map_frame(frame, progress=False)
+
+
+def test_columns_of_a_frame_are_chosen_by_name_also_if_the_name_is_a_number(
+    client: Client,
+) -> None:
+    frame = pd.DataFrame(iris_rows(2))
+    expected = client.map_frame(frame, progress=False)["class_name"].to_list()
+    wider = frame.assign(more="text")
+    found = client.map_frame(wider, ["0", "1", "2", "3"], progress=False)
+    assert found["class_name"].to_list() == expected
+    for wrong in (wider, frame[[0, 1]]):
+        with pytest.raises(
+            CannotSend, match=f"takes 4 columns, and the frame has {wrong.shape[1]}"
+        ):
+            client.map_frame(wrong, progress=False)
+
+
+def test_a_column_of_the_inputs_name_is_taken_from_among_others(client: Client) -> None:
+    frame = pd.DataFrame({"id": [7, 8], "x": [0.0, 2.0]})
+    alone = client.map_frame(frame[["x"]], model="picky", progress=False)
+    found = client.map_frame(frame, model="picky", progress=False)
+    assert found.drop(columns="id").equals(alone)
+
+
+def test_floats_are_not_made_whole_numbers(client: Client) -> None:
+    with pytest.raises(
+        CannotSend, match=r"takes INT64, whole numbers.*convert it with astype\('int64'"
+    ):
+        client.predict(np.array([[1.0, 2.0]]), "int64")
+
+
+def test_a_lazy_frame_is_to_be_collected(client: Client) -> None:
+    with pytest.raises(CannotSend, match=r"not LazyFrame; collect\(\) it first"):
+        client.map_frame(pl.DataFrame({"x": [1.0]}).lazy(), progress=False)
 
 
 def test_a_frame_that_does_not_fit_is_refused(client: Client) -> None:

@@ -24,7 +24,8 @@ class FrameRows:
         """
         if not is_frame(frame):
             kind = type(frame).__name__
-            raise CannotSend(f"map_frame takes a frame of pandas or polars, not {kind}; try map().")
+            remedy = "collect() it first" if kind == "LazyFrame" else "try map()"
+            raise CannotSend(f"map_frame takes a frame of pandas or polars, not {kind}; {remedy}.")
         if columns is not None:
             known = list(map(str, frame.columns))
             if unknown := [name for name in columns if name not in known]:
@@ -32,7 +33,7 @@ class FrameRows:
                     f"The frame has no column {', '.join(map(repr, unknown))}; it has "
                     f"{', '.join(map(repr, known))}."
                 )
-            frame = frame[list(columns)]
+            frame = frame[[frame.columns[known.index(name)] for name in columns]]
         self._columns = list(map(str, frame.columns))
         self._specs = {spec.name: spec for spec in model.inputs}
         self._arrays = frame_inputs(frame, model)
@@ -67,13 +68,15 @@ class FrameRows:
         return result
 
     def _cells(self, row: int) -> Iterator[tuple[str, Any, TensorInfo]]:
-        """The column, the value and the input of each value in a row."""
+        """The column, the value and the input of each single value in a row."""
         for name, array in self._arrays.items():
             if len(self._arrays) == 1 and array.ndim == 2 and array.shape[1] == len(self._columns):
                 for column, value in zip(self._columns, array[row], strict=True):
                     yield column, value, self._specs[name]
-            else:
-                yield name, array[row].item() if array[row].ndim else array[row], self._specs[name]
+            elif not getattr(array[row], "ndim", 0):
+                yield name, array[row], self._specs[name]
+            elif array[row].size == 1:
+                yield name, array[row].item(), self._specs[name]
 
 
 def with_results(
