@@ -53,7 +53,9 @@ def check_weights(path: Path, shown: str) -> None:
     except DamagedFile as error:
         if kind := file_kind.guess_instead_of_model(path):
             raise ModelRefused(f"{shown}: it is no ONNX file, but {kind}") from error
-        raise ModelRefused(f"{shown}: it is no ONNX file, or damaged: {error}") from error
+        raise ModelRefused(
+            f"{shown}: it is no ONNX file, or damaged: {error}; copy or download it again"
+        ) from error
     for location in sorted(found):
         problem = _problem(folder, location)
         if problem:
@@ -189,7 +191,7 @@ def _too_long(missing_bytes: int, end: int, content: memoryview) -> str:
     """The detail of a field that is `missing_bytes` longer than its message; `end` is its end."""
     if end < len(content):
         return "a field is longer than the message that contains it"
-    return f"{missing_bytes} bytes are missing at its end; copy or download it again"
+    return f"{missing_bytes} bytes are missing at its end"
 
 
 def read_varint(content: memoryview, at: int, end: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -88,6 +89,14 @@ def test_a_file_that_is_not_onnx_is_named_by_its_kind(
 
     assert message.startswith(f"m.onnx: it is no ONNX file, but {kind}"), message
     assert remedy in message
+
+
+def test_a_damaged_file_is_rejected_with_the_remedy(tmp_path: Path) -> None:
+    for content in (random.Random(0).randbytes(5000), b"\x0b" + ONNX, ONNX + b"\x80"):
+        (tmp_path / "m.onnx").write_bytes(content)
+        message = rejection(tmp_path / "m.onnx")
+        assert message.startswith("m.onnx: it is no ONNX file, or damaged: "), message
+        assert message.endswith("; copy or download it again"), message
 
 
 def test_a_truncated_file_is_rejected_with_the_number_of_missing_bytes(tmp_path: Path) -> None:
