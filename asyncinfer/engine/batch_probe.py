@@ -37,6 +37,11 @@ OPEN_SIZES: Final = (8, 32, 1, 128, 512, 256)
 """Sizes to try for an open dimension; the first that the model accepts is kept. Models of sound
 accept windows of 256 or 512 samples and no others."""
 
+_ROWS_ARE_KNOWN: Final = frozenset(
+    {Obstacle.ONE_ANSWER, Obstacle.ONE_VALUE, Obstacle.MIXES, Obstacle.UNSTEADY_NUMBERS}
+)
+"""The reasons that are found once outputs had as many rows as the input."""
+
 _TOLERANCES: Final = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 1e-4, "float64": 1e-8}
 
 
@@ -51,10 +56,12 @@ class BatchingVerdict(Struct, frozen=True):
     """How many dimensions each output had in the probes; empty if there were none."""
 
 
-def not_batched(reason: Reason, outputs: Sequence[TensorSpec]) -> BatchingVerdict:
+def not_batched(
+    reason: Reason, outputs: Sequence[TensorSpec], output_axes: Axes = ()
+) -> BatchingVerdict:
     """The verdict that jobs do not share runs; `outputs` are all outputs of the model, as the words
-    depend on their number."""
-    return BatchingVerdict(False, reason.text(len(outputs)))
+    depend on their number, and `output_axes` the axes of their rows, if they are known."""
+    return BatchingVerdict(False, reason.text(len(outputs)), outputs=output_axes)
 
 
 class _NotBatchable(Exception):
@@ -85,13 +92,14 @@ def probe_batching(
     verdict: BatchingVerdict | None = None
     with deadline(seconds) as stop:
         for axes in candidates:
+            probe = _BatchProbe(model, axes, stop)
             try:
-                probe = _BatchProbe(model, axes, stop)
                 output_axes = probe.find_output_axes()
             except Stopped:
                 return not_batched(Reason(Obstacle.SLOW, {"seconds": seconds}), model.outputs)
             except _NotBatchable as doubt:
-                verdict = verdict or not_batched(doubt.reason, model.outputs)
+                known = probe.leading_axes() if doubt.reason.obstacle in _ROWS_ARE_KNOWN else ()
+                verdict = verdict or not_batched(doubt.reason, model.outputs, known)
             else:
                 words = "on: probe rows got the same answers alone and together"
                 return BatchingVerdict(True, words, axes, output_axes, probe.ranks)
@@ -151,6 +159,13 @@ class _BatchProbe:
             raise _NotBatchable(Obstacle.ONE_VALUE, name=min(self._equal_inputs))
         return tuple(self._output_axes)
 
+    def leading_axes(self) -> Axes:
+        """For each output 0 if its first axis was that of the rows in the probes, None if none was;
+        empty if rows have another axis in any input or output, or no probe could be run."""
+        axes = (*self._axes.values(), *(self._output_axes or ()))
+        has_others = any(axis not in (0, None) for axis in axes)
+        return () if has_others else tuple(self._output_axes or ())
+
     def _run_probes(self, fillings: Sequence[Filling], optional: bool) -> int:
         """Runs probes, with or without optional inputs; returns how many of them the model
         accepted. Raises _NotBatchable where answers alone and together disagree, or Stopped."""
@@ -161,8 +176,8 @@ class _BatchProbe:
                 continue
             jobs, alone = probe
             ran += 1
-            self._output_axes = self._compare(jobs, alone, self._output_axes)
-            self._rows_differ = self._rows_differ or _have_different_rows(alone, self._output_axes)
+            axes = self._compare(jobs, alone)
+            self._rows_differ = self._rows_differ or _have_different_rows(alone, axes)
             self._equal_inputs -= {
                 name for name in self._equal_inputs if self._has_different_rows(name, jobs)
             }
@@ -257,15 +272,10 @@ class _BatchProbe:
                 job[spec.name] = values.make(rng, filling.kind, next(of_jobs), shape)
         return list(jobs)
 
-    def _compare(
-        self,
-        jobs: Sequence[Feeds],
-        alone: Sequence[Sequence[Array]],
-        found: list[int | None] | None,
-    ) -> list[int | None]:
-        """Runs the jobs together; returns for each output the axis of its rows, None for an output
-        without. Raises _NotBatchable unless each job gets what it got `alone`, and the axes are
-        those `found` before (None: none yet), or Stopped."""
+    def _compare(self, jobs: Sequence[Feeds], alone: Sequence[Sequence[Array]]) -> list[int | None]:
+        """Runs the jobs together; notes and returns for each output the axis of its rows, None for
+        an output without. Raises _NotBatchable unless each job gets what it got `alone`, and the
+        axes are those found before, or Stopped."""
         plan = BatchPlan(self._axes, (0,))
         counts = [batching.row_count(job, plan) for job in jobs]
         try:
@@ -276,9 +286,10 @@ class _BatchProbe:
             _rows_axis(spec, [outputs[at] for outputs in alone], together[at], counts)
             for at, spec in enumerate(self._outputs)
         ]
-        for spec, before, now in zip(self._outputs, found or axes, axes, strict=True):
+        for spec, before, now in zip(self._outputs, self._output_axes or axes, axes, strict=True):
             if before != now:
                 raise _NotBatchable(Obstacle.UNSTEADY, name=spec.name)
+        self._output_axes = axes
         self.ranks = tuple(output.ndim for output in together)
         split = batching.split(together, jobs, BatchPlan(self._axes, tuple(axes)))
         for job, actual, expected in zip(jobs, split, alone, strict=True):

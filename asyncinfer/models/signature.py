@@ -37,7 +37,8 @@ class Signature(Struct, frozen=True):
     input_axes: tuple[int | None, ...] = ()
     """If batched: per input the axis that is stacked, or None if it must be equal in all jobs."""
     output_axes: tuple[int | None, ...] = ()
-    """If batched: per output the axis that is split, or None if all jobs get the whole output."""
+    """If batched: per output the axis that is split, or None if all jobs get the whole output. Else
+    the axis of its rows, or None if it has none; empty if that is not known."""
     max_batch_jobs: int | None = None
     max_batch_rows: int | None = None
     max_wait_ms: float = 0.0

@@ -184,6 +184,30 @@ def test_rows_of_another_shape_and_numbers_that_do_not_fit_have_their_errors(
     assert [type(result) for result in results] == [dict, CannotSend, dict]
 
 
+@pytest.mark.parametrize("model", ["mixing", "infinite"])
+@pytest.mark.filterwarnings("ignore::asyncinfer.client.SlowMapWarning")
+def test_a_row_has_one_shape_whether_or_not_its_model_batches(client: Client, model: str) -> None:
+    """Also if the dimensions have no names that say which of them counts rows."""
+    rows = np.array([[1.0, np.inf, 3.0], [4.0, 5.0, 6.0]], np.float32)
+    assert not client.model(model).batched
+    assert [row.shape for row in client.map(rows, model, progress=False)] == [(3,), (3,)]
+    frame = client.map_frame(pd.DataFrame(rows), model=model, progress=False)
+    assert list(frame.columns)[3:] == ["y_0", "y_1", "y_2"]
+
+
+def test_rows_share_jobs_although_an_optional_input_has_no_rows(client: Client) -> None:
+    rows: list[Any] = [[float(number), 1.0] for number in range(300)]
+    expected = [[2 * first, 3.0] for first, _ in rows]
+    results = client.map(rows, "overridable", group="shared", progress=False)
+    assert [row.tolist() for row in results] == expected
+    assert client.group("shared").jobs == 2
+
+    scales = [[10.0, 1.0], [20.0, 1.0], [30.0, 1.0]]
+    with_scales = [{"x": [1.0, 1.0], "scale": scale} for scale in scales]
+    results = client.map([rows[0], *with_scales], "overridable", progress=False)
+    assert [row.tolist() for row in results] == [expected[0], *scales]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 256])
 def test_the_error_of_a_row_has_one_number_that_is_counted_from_0(
     client: Client, batch: int

@@ -110,7 +110,7 @@ def make_plan(server: RemoteServer, first: Any, wanted: MapOptions) -> Flow[MapP
     """
     model = yield from cached_model(server, wanted.model)
     rows_are_inputs = _is_input(first, model)
-    shares_jobs = _shares_jobs(model) and not rows_are_inputs
+    shares_jobs = _shares_jobs(model, first) and not rows_are_inputs
     rows_per_job = _rows_per_job(model, wanted.batch) if shares_jobs else 1
     kept_seconds = _RESUMABLE_SECONDS if wanted.is_named else _UNREAD_SECONDS
     goes_as_lines = rows_per_job == 1 and is_json_value(first)
@@ -382,7 +382,7 @@ def described_row_shape(model: Model, spec: TensorInfo) -> tuple[int, ...] | Non
 def _row_axis(model: Model, name: str) -> int | None:
     """The axis of an output that counts the rows of the input; None if no axis does."""
     for place, spec in enumerate(model.outputs):
-        if spec.name == name and model.batched and place < len(model.output_axes):
+        if spec.name == name and place < len(model.output_axes):
             return model.output_axes[place]
         if spec.name == name and spec.shape:
             first = (model.inputs[0].shape or ())[:1]
@@ -418,11 +418,13 @@ def _join_rows(rows: Any) -> Any:
 def _move_row_axis(rows: Any, axis: int | None) -> Any:
     """`(rows, *dims)` with its rows along another axis.
 
-    None: the input has no axis of rows, and all rows share its value.
+    None: the input has no axis of rows, so that a job has one row. Raises CannotSend for several.
     """
     import numpy as np
 
     array = np.asanyarray(rows)
+    if axis is None and len(array) > 1:
+        raise CannotSend("Rows with an input that has no axis of rows cannot share a job.")
     return array[0] if axis is None else np.moveaxis(array, 0, axis)
 
 
@@ -452,9 +454,15 @@ def _is_input(first: Any, model: Model) -> bool:
     return rank_of(first) >= (data_input(model).rank or 0)
 
 
-def _shares_jobs(model: Model) -> bool:
-    """Whether several rows may go in one job."""
-    return model.batched and None not in model.input_axes
+def _shares_jobs(model: Model, first: Any) -> bool:
+    """Whether several rows may go in one job.
+
+    An optional input without an axis of rows does not matter if rows are no dicts, which alone can
+    have it.
+    """
+    axes = {spec.name: axis for spec, axis in zip(model.inputs, model.input_axes, strict=False)}
+    given = axes if isinstance(first, Mapping) else {data_input(model).name}
+    return model.batched and all(axes.get(name, 0) is not None for name in given)
 
 
 def _group_exists(server: RemoteServer, group: str) -> Flow[bool]:
