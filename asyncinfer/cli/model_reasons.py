@@ -4,7 +4,8 @@ import re
 from typing import Final
 
 _REMEDY: Final = re.compile(
-    "[;:] ((?:copy|download|export|give|keep|leave|look|move|pip install|rename|set|Transpose) .*)",
+    "[;:] ((?:Cast|copy|download|export|give|install|keep|leave|let|look|move|pip install|put|"
+    "rename|repair|run `git|save|set|Transpose|unpack) .*)",
     re.DOTALL,
 )
 

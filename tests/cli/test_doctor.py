@@ -322,8 +322,9 @@ def test_the_doctor_takes_less_than_ten_seconds(url: str, data_dir: Path) -> Non
     assert time.monotonic() - started < 10
 
 
-def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path) -> None:
-    toml = zoo.place(tmp_path / "two", "odd", zoo.mlp([3, 2]), toml="label = 1").parents[1]
+@pytest.mark.parametrize("text", ["label = 1", "outputs = ['none']", "example = [[1, 2]]"])
+def test_a_faulty_model_toml_is_named_as_the_file_to_correct(tmp_path: Path, text: str) -> None:
+    toml = zoo.place(tmp_path / "two", "odd", zoo.mlp([3, 2]), toml=text).parents[1]
 
     findings = run_command("doctor", "--json", "--model-dir", f"{tmp_path}/two").json["findings"]
 
@@ -340,11 +341,15 @@ def test_a_problem_in_the_model_folder_has_its_own_remedy(
         (tmp_path / "m" / name).write_bytes(content)
     (tmp_path / "m/two/1/b.onnx").write_bytes(content)
     (tmp_path / "m/cut.onnx").write_bytes(content[:-9])
+    (tmp_path / "m/pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "m/link.onnx").symlink_to("nowhere")
     remedies = {
         "my model/1": "rename it: a model's name is",
         "iris/latest": "rename latest to a whole number",
         "two/1": "give that name to the one to serve",
         "cut/1": "copy or download it again",
+        "pointer/1": "run `git lfs pull`",
+        "link/1": "repair or remove it",
     }
 
     with running_serve(MODEL_DIR=f"{tmp_path}/m", DATA_DIR=f"{tmp_path}/data") as serve:

@@ -63,13 +63,14 @@ async def _examine(
     if not reason:
         return ok(about, f"loads and runs ({size(size_bytes)})")
     reason, remedy = split_reason(file.model, file.version, reason)
-    mend = remedy or f"correct, replace or remove it: {_faulty_path(file)}"
+    mend = remedy or f"correct, replace or remove it: {_faulty_path(file, reason)}"
     served = served_versions([other for other in files if other.model == file.model])[file.model]
     if served is not file:
         return warning(about, f"{reason}; another version is served", mend)
     return problem(about, reason, mend)
 
 
-def _faulty_path(file: ModelFile) -> Path:
-    """The path of the file to correct: the model.toml if that is faulty, else the model."""
-    return file.path.parents[1] / "model.toml" if file.toml_problem else file.path
+def _faulty_path(file: ModelFile, reason: str) -> Path:
+    """The path of the file to correct: the model.toml if the reason names it, else the model."""
+    is_of_toml = file.toml_problem or reason.startswith(f"{file.model}/model.toml: ")
+    return file.path.parents[1] / "model.toml" if is_of_toml else file.path
