@@ -1,5 +1,6 @@
 """Errors of named tensors: names, datatypes and shapes that differ from a model's inputs."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -20,6 +21,8 @@ from asyncinfer.tensors.datatypes import (
 from asyncinfer.tensors.json_errors import unknown_name_detail
 
 _SHOWN_CHARACTERS: Final = 64
+_MAX_EMPTY_ELEMENTS: Final = 4 << 20
+"""What the sizes of an empty tensor may multiply to: the FP32 numbers in a body of 16 MiB."""
 
 
 class TensorDescription(Struct, frozen=True):
@@ -64,6 +67,7 @@ def find_errors(
                 f"{pointer}/name", f"`{tensor.name}` is given {counts[tensor.name]} times"
             )
         yield from _spec_errors(tensor, specs[tensor.name], pointer, model, max_rows)
+        yield from _empty_errors(tensor, specs[tensor.name], pointer)
         yield from _symbol_errors(tensor, specs[tensor.name], pointer, sizes)
 
 
@@ -104,6 +108,24 @@ def _spec_errors(
     if has_dynamic_first_dim(spec) and tensor.shape[0] > max_rows:
         takes = f"{model} takes at most {max_rows} in one job"
         yield InputError(f"{pointer}/shape/0", f"{tensor.shape[0]} rows, {takes}")
+
+
+def _empty_errors(
+    tensor: TensorDescription, spec: TensorSpec, pointer: str
+) -> Iterator[InputError]:
+    """An error of a tensor without elements whose other sizes are those of a large one.
+
+    No byte of the request stands behind such a size, though a model may make a tensor of it: of
+    positions, for example. Sizes that the model fixes are its own, and do not count.
+    """
+    if 0 not in tensor.shape:
+        return
+    declared = spec.shape or ()
+    fixed = declared if len(declared) == len(tensor.shape) else [None] * len(tensor.shape)
+    free = (size for size, dim in zip(tensor.shape, fixed, strict=True) if not isinstance(dim, int))
+    if math.prod(size or 1 for size in free) > _MAX_EMPTY_ELEMENTS:
+        limit = f"its sizes but 0 may multiply to {_MAX_EMPTY_ELEMENTS} at most"
+        yield InputError(f"{pointer}/shape", f"{list(tensor.shape)} has no elements; {limit}")
 
 
 def _symbol_errors(

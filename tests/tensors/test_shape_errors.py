@@ -56,6 +56,31 @@ def test_dynamic_dimensions_may_be_zero_and_fixed_ones_may_not() -> None:
     assert found == {"/inputs/1/shape/0": "0, `state` takes 2: shape [2, batch, 128]"}
 
 
+def test_an_empty_tensor_has_no_larger_sizes_than_one_with_elements_could_have() -> None:
+    """A model makes tensors of a size, such as positions, though no byte was sent for it."""
+    limit = 4 << 20
+    past = Signature(
+        "decoder",
+        "1",
+        "",
+        (TensorSpec("past", "FP32", ("batch", 32, "past", 128)), TensorSpec("any", "FP32", None)),
+        (),
+    )
+    fits = {
+        "past": np.zeros((1000, 32, 0, 128), np.float32),
+        "any": np.zeros((0, 2048, 2048), np.float32),
+    }
+
+    assert check_inputs(fits, past) == fits
+    assert check_inputs({"audio": audio(0, limit)}, STATE)
+    assert faults_of({"audio": audio(0, limit + 1)}) == {
+        "/inputs/0/shape": "[0, 4194305] has no elements; its sizes but 0 may multiply to 4194304 "
+        "at most"
+    }
+    too_large = np.zeros((2049, 0, 2048), np.float32)
+    assert list(faults_of({**fits, "any": too_large}, past)) == ["/inputs/1/shape"]
+
+
 def test_a_missing_input_is_named_with_its_datatype_and_shape() -> None:
     assert faults_of({}) == {
         "/inputs": "`audio` is missing: vad takes it as FP32 of shape [batch, samples]"
