@@ -177,6 +177,13 @@ async def test_the_same_key_with_another_request_is_a_conflict(
     assert server.llen(QUEUE) == 1
 
 
+async def test_the_same_key_for_another_model_is_another_key(api: httpx2.AsyncClient) -> None:
+    once = {"idempotency-key": "order-1"}
+    job_id = await submit(api, headers=once)
+    other = await api.post("/predict/digits", json={"data": [[1] * 64]}, headers=once)
+    assert (other.status_code, other.json()["job_id"] == job_id) == (202, False)
+
+
 async def test_a_key_is_neither_readable_in_redis_nor_of_any_form(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
