@@ -263,6 +263,7 @@ NAMES_NO_JOBS: list[tuple[Any, int, str]] = [
     ({"job_ids": ["x"] * 1001}, 422, "invalid_input"),
     ({"job_ids": [1]}, 422, "invalid_input"),
     ({"ids": ["x"]}, 422, "invalid_input"),
+    (b'{"job_ids": ["x"], "job_ids": ["y"]}', 422, "invalid_input"),
     (["x"], 422, "invalid_input"),
     (b'{"job_ids": [', 400, "invalid_json"),
     (b'{"job_ids": ["\\ud800"]}', 400, "invalid_json"),

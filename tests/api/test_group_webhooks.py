@@ -47,6 +47,11 @@ async def close(
     return await client.post(f"/group/{group}/close", json={"webhook": {"url": url, **more}})
 
 
+async def close_by(client: httpx2.AsyncClient, content: bytes) -> httpx2.Response:
+    headers = {"content-type": "application/json"}
+    return await client.post("/group/g/close", content=content, headers=headers)
+
+
 @pytest.mark.soak
 async def test_a_webhook_that_cannot_be_taken_leaves_the_group_open(
     quiet_api: httpx2.AsyncClient,
@@ -70,11 +75,15 @@ async def test_a_webhook_that_cannot_be_taken_leaves_the_group_open(
     for content, status, code in (
         (b"{", 400, "invalid_json"),
         (b'{"webhook": {"url": "https://a.example", "url": "b"}}', 422, "invalid_input"),
+        (b'{"webhook": {"url": "https://a.example"}, "webhook": null}', 422, "invalid_input"),
         (b'{"webhook": {"url": "%s"}}' % (b"x" * (64 << 10)), 413, "body_too_large"),
     ):
-        headers = {"content-type": "application/json"}
-        reply = await quiet_api.post("/group/g/close", content=content, headers=headers)
-        assert_problem(reply, status, code)
+        assert_problem(await close_by(quiet_api, content), status, code)
+    for depth in range(930, 980):
+        nested = b"[" * depth + b"]" * depth
+        webhook = b'{"url": "https://a.example", "metadata": {"a": %s, "a": 1}}' % nested
+        content = b'{"webhook": %s}' % webhook
+        assert (await close_by(quiet_api, content)).status_code in (400, 422)
     assert not (await quiet_api.get("/group/g")).json()["closed"]
 
 

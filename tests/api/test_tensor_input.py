@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -55,6 +56,57 @@ TWO = Signature(
 
 def served(signature: Signature) -> Served:
     return Served("q", signature, (signature.version,), {signature.version: signature})
+
+
+ENTRY = '{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]%s}'
+DEEP_PLACES = {
+    "data": '{"data": %s}',
+    "options": '{"data": [1], "options": {"group": %s}}',
+    "repeated metadata": '{"data": [1], "options": {"webhook": {"url": "https://a.example", '
+    '"metadata": {"a": %s, "a": 1}}}}',
+    "elements": '{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": %s}]}',
+    "shape": '{"inputs": [{"name": "x", "shape": %s, "datatype": "FP32", "data": [1]}]}',
+    "an unknown member": '{"inputs": [' + ENTRY % ', "y": %s' + "]}",
+    "parameters": '{"inputs": [' + ENTRY % "" + '], "parameters": %s}',
+    "outputs": '{"inputs": [' + ENTRY % "" + '], "outputs": [{"name": "y", "parameters": %s}]}',
+}
+
+
+_NESTINGS = (("[", "]"), ('{"a":', "}"))
+
+
+@pytest.mark.parametrize("place", DEEP_PLACES)
+def test_json_is_read_or_refused_at_any_depth_of_any_place(place: str) -> None:
+    """How deep a step can read depends on the calls around it; so each depth near the limit."""
+    model = served(identity("FP32"))
+    depths = (3, 500, *range(850, 1000), 5000)
+    for depth, (opening, closing) in itertools.product(depths, _NESTINGS):
+        value = opening * depth + "1" + closing * depth
+        with pytest.raises(RequestError) as refused:
+            read_line((DEEP_PLACES[place] % value).encode(), RequestOptions(), model, 60)
+        assert refused.value.status in (400, 422)
+
+
+REPEATED = {
+    "/inputs/0/data": '{"inputs": [' + ENTRY % ', "data": [2]' + "]}",
+    "/inputs/0/parameters/binary_data_size": '{"inputs": ['
+    '{"name": "x", "shape": [1], "datatype": "FP32", '
+    '"parameters": {"binary_data_size": 3, "binary_data_size": 4}}]}',
+    "/outputs/0/name": '{"inputs": [' + ENTRY % "" + '], "outputs": [{"name": "z", "name": "x"}]}',
+    "/outputs/0/parameters/binary_data": '{"inputs": [' + ENTRY % "" + '], "outputs": '
+    '[{"name": "x", "parameters": {"binary_data": true, "binary_data": false}}]}',
+    "/parameters/binary_data_output": '{"inputs": [' + ENTRY % "" + '], "parameters": '
+    '{"binary_data_output": true, "binary_data_output": false}}',
+    "/options/webhook/metadata/b/1/a~1b": '{"data": [1], "options": {"webhook": {"url": '
+    '"https://a.example", "metadata": {"b": [0, {"a/b": 1, "a/b": 2}]}}}}',
+}
+
+
+@pytest.mark.parametrize("pointer", REPEATED)
+def test_a_member_that_is_given_twice_is_refused_with_its_place(pointer: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_line(REPEATED[pointer].encode(), RequestOptions(), served(identity("FP32")), 60)
+    assert [fault.pointer for fault in refused.value.faults] == [pointer]
 
 
 def npy_bytes(array: Any) -> bytes:

@@ -166,7 +166,8 @@ async def test_metadata_of_many_members_is_taken_and_a_repeated_one_refused(
     repeated = json.dumps(body(metadata={"a": 1})).replace('"a": 1', '"a": 1, "a": 2')
     headers = {"content-type": "application/json"}
     refused = await api.post("/predict", content=repeated, headers=headers)
-    assert_problem(refused, 422, "invalid_input")
+    problem = assert_problem(refused, 422, "invalid_input")
+    assert problem["errors"][0]["pointer"] == "/options/webhook/metadata/a"
 
 
 async def test_a_url_that_may_not_be_called_is_refused_before_the_job_is_stored(

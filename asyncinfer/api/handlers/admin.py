@@ -13,7 +13,7 @@ from asyncinfer.api.http.body import read_body
 from asyncinfer.api.http.json_text import parse_problem
 from asyncinfer.api.http.messages import Reply, Request, json_reply
 from asyncinfer.api.http.validation_errors import fault_of
-from asyncinfer.api.inputs.envelope import reject_input
+from asyncinfer.api.inputs.envelope import reject_input, reject_repeated_names
 from asyncinfer.api.job_lookup import RETRYABLE, is_in_reach, job_absent_error, not_retried_error
 from asyncinfer.api.services import Services
 from asyncinfer.errors import InvalidJSON, InvalidQuery, RequestError
@@ -177,7 +177,9 @@ def _job_ids(body: bytes, query: RetryQuery) -> list[str]:
         )
     body = body.removeprefix(BOM_UTF8)
     try:
-        return list(dict.fromkeys(_decode_retry(body).job_ids))
+        job_ids = list(dict.fromkeys(_decode_retry(body).job_ids))
+        reject_repeated_names(body)
+        return job_ids
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, RetryRequest), error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

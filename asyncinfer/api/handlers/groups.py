@@ -71,6 +71,7 @@ def _target(body: bytes, tenant: str) -> Target | None:
     body = body.removeprefix(BOM_UTF8)
     try:
         webhook = _decode_close(body).webhook
+        reject_repeated_members(body)
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, CloseGroupRequest), error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -81,7 +82,6 @@ def _target(body: bytes, tenant: str) -> Target | None:
     if webhook is None:
         return None
     check_metadata(webhook.metadata, "/webhook/metadata")
-    reject_repeated_members(body)
     return Target(webhook.url, tenant, metadata=webhook.metadata)
 
 

@@ -19,12 +19,12 @@ def fault_of(
     pointer = under + "".join(f"/{step}" for step in problem.steps)
     if problem.unknown is not None:
         name = problem.unknown[:SHOWN_CHARACTERS]
-        return InputError(f"{pointer}/{_escaped(name)}", unknown_name_detail(name, problem.known))
+        return InputError(f"{pointer}/{escaped(name)}", unknown_name_detail(name, problem.known))
     if problem.missing is not None:
         return InputError(f"{pointer}/{problem.missing}", "This field is required.")
     return InputError(pointer, problem.detail)
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """A name as a step of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")

@@ -3,14 +3,14 @@
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
 
 from asyncinfer.api.http.json_text import parse_problem
-from asyncinfer.api.http.validation_errors import fault_of
+from asyncinfer.api.http.validation_errors import escaped, fault_of
 from asyncinfer.errors import InputError, InvalidInput, InvalidJSON
 from asyncinfer.jobs import MAX_WEBHOOK_URL
 from asyncinfer.schemas.requests import RequestOptions
@@ -74,11 +74,12 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_line = msgspec.json.Decoder(_LineEnvelope).decode
 _decode_options = msgspec.json.Decoder(RequestOptions).decode
 _decode_key = msgspec.json.Decoder(str).decode
+_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
 
 
 def read_envelope(body: bytes) -> ParsedBody:
     """Takes a body apart. Raises InvalidJSON if it is not JSON, InvalidInput if it is not a predict
-    request."""
+    request, RecursionError if it is nested too deeply."""
     body = _utf8_text(body)
     envelope = _decode(body, _decode_envelope, _Envelope)
     if _has_only_data(envelope) and _has_one_data(body):
@@ -91,7 +92,7 @@ def read_envelope(body: bytes) -> ParsedBody:
 
 def read_line_envelope(line: bytes) -> ParsedBody:
     """`read_envelope` for a line of a bulk request, which may have its own `idempotency_key`.
-    Raises InvalidJSON or InvalidInput."""
+    Raises InvalidJSON, InvalidInput or RecursionError."""
     line = _utf8_text(line)
     envelope = _decode(line, _decode_line, _LineEnvelope)
     key = _read_key(envelope.idempotency_key)
@@ -117,9 +118,6 @@ def _decode(
         reject_input(fault_of(error, struct), error)
     except msgspec.DecodeError as error:
         raise InvalidJSON(_parse_error_message(error, body)) from error
-    except RecursionError:
-        # Without a cause: its traceback would be as deep as the JSON.
-        raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
 
 
 def _has_one_data(body: bytes) -> bool:
@@ -265,22 +263,41 @@ def reject_repeated_keys(body: bytes, values: Mapping[str, Raw], under: str = ""
         place = key.end() + len(value)
         is_whole = body.startswith(value, key.end()) and _AFTER_VALUE.match(body, place)
         if name in seen or not is_whole:
-            reject_input(_repeated_key(f"{under}/{name}"))
+            reject_input(_repeated_key(f"{under}/{escaped(name)}"))
         seen.add(name)
+
+
+def reject_repeated_names(text: bytes, under: str = "") -> dict[str, Raw]:
+    """`reject_repeated_keys` for any object, whose members are returned. The text must be JSON."""
+    members = _decode_members(text)
+    reject_repeated_keys(text, members, under)
+    return members
 
 
 def reject_repeated_members(text: bytes, under: str = "") -> None:
     """Raises InvalidInput if an object has a key twice, whether the outer one, which is `under`
-    this pointer, or one in it. The text must be JSON with few members."""
+    this pointer, or one in it. The text must be JSON with few members; RecursionError if it is
+    nested too deeply."""
+    _reject_repeated_in(json.loads(text, object_pairs_hook=_Members), under)
 
-    def check(pairs: Sequence[tuple[str, Any]]) -> None:
+
+class _Members(tuple[tuple[str, Any], ...]):
+    """The members of a JSON object in their order, repeated ones too."""
+
+
+def _reject_repeated_in(value: Any, pointer: str) -> None:
+    """`reject_repeated_members` for a value at this pointer, whose objects are `_Members`."""
+    if isinstance(value, _Members):
         seen: set[str] = set()
-        for name, _ in pairs:
+        for name, part in value:
+            place = f"{pointer}/{escaped(name)}"
             if name in seen:
-                reject_input(_repeated_key(f"{under}/{name}"))
+                reject_input(_repeated_key(place))
             seen.add(name)
-
-    json.loads(text, object_pairs_hook=check)
+            _reject_repeated_in(part, place)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _reject_repeated_in(part, f"{pointer}/{index}")
 
 
 def _repeated_key(pointer: str) -> InputError:

@@ -1,7 +1,8 @@
 """The input of a request in any form, checked against its model."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 import msgspec
 from anyio import CapacityLimiter, to_thread
@@ -19,7 +20,7 @@ from asyncinfer.api.inputs.envelope import (
     reject_input,
 )
 from asyncinfer.api.inputs.tensor_input import read_outputs, read_tensors
-from asyncinfer.errors import InputError, InvalidInput, InvalidQuery
+from asyncinfer.errors import InputError, InvalidInput, InvalidJSON, InvalidQuery
 from asyncinfer.jobs import Options
 from asyncinfer.models.signature import Signature, data_input
 from asyncinfer.models.validation import check_data, check_inputs
@@ -35,6 +36,7 @@ from asyncinfer.tensors.datatypes import (
 from asyncinfer.tensors.json_errors import invalid_input_error
 from asyncinfer.tensors.shape_errors import TensorDescription
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 PayloadForm = Literal["json", "tensors"]
@@ -104,6 +106,25 @@ async def read_and_parse(
     return parse(body)
 
 
+def _refuses_deep_json(read: Callable[P, T]) -> Callable[P, T]:
+    """`read`, which raises InvalidJSON for JSON that is nested too deeply.
+
+    A body is taken apart in several steps. How deep each can read depends on how deep the calls
+    around it are, so what one has read may be too deep for the next.
+    """
+
+    @functools.wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except RecursionError:
+            # Without a cause: its traceback would be as deep as the JSON.
+            raise InvalidJSON("The JSON is nested too deeply; `data` is a list of rows.") from None
+
+    return reading
+
+
+@_refuses_deep_json
 def input_of(body: Body, query: RequestOptions, served: Served, max_ttl_seconds: int) -> Input:
     """The input in a body, with the options of the body, or of the query, which
     `check_query_options` has checked. Raises a RequestError if it does not fit the model."""
@@ -150,6 +171,7 @@ async def read_long_line(
     )
 
 
+@_refuses_deep_json
 def read_line(
     line: bytes, defaults: RequestOptions, served: Served, max_ttl_seconds: int
 ) -> tuple[Input, str | None]:

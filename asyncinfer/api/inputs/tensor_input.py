@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from asyncinfer.api.http.validation_errors import fault_of
-from asyncinfer.api.inputs.envelope import ParsedBody, reject_input, reject_repeated_keys
+from asyncinfer.api.inputs.envelope import ParsedBody, reject_input, reject_repeated_names
 from asyncinfer.errors import InputError, InvalidInput
 from asyncinfer.models.signature import Signature
 from asyncinfer.models.validation import check_inputs, reject_mismatches
@@ -27,16 +27,6 @@ _NESTED = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\[")
 _NOT_A_LIST = re.compile(rb"[ \t\r\n]*[^ \t\r\n\[]")
 
 
-class _EntryText(Struct, frozen=True):
-    """An entry of `inputs` whose members are still text."""
-
-    name: Raw = Raw(b"")
-    shape: Raw = Raw(b"")
-    datatype: Raw = Raw(b"")
-    data: Raw = Raw(b"")
-    parameters: Raw = Raw(b"")
-
-
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """An entry of `inputs`; either `data` or its parameter `binary_data_size` is set."""
 
@@ -47,7 +37,6 @@ class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     parameters: InputParameters = InputParameters()
 
 
-_decode_entry_text = msgspec.json.Decoder(_EntryText).decode
 _decode_entry = msgspec.json.Decoder(_Entry).decode
 _decode_outputs = msgspec.json.Decoder(list[RequestedOutput]).decode
 _decode_parameters = msgspec.json.Decoder(RequestParameters).decode
@@ -108,13 +97,16 @@ def read_outputs(parsed: ParsedBody, signature: Signature) -> tuple[str, ...]:
             _decode_parameters(parsed.parameters)
         except msgspec.ValidationError as error:
             reject_input(fault_of(error, RequestParameters, under="/parameters"), error)
+        reject_repeated_names(parsed.parameters, "/parameters")
     if not parsed.outputs:
         return ()
-    _entry_texts("outputs", parsed.outputs, len(signature.outputs), signature.model)
+    texts = _entry_texts("outputs", parsed.outputs, len(signature.outputs), signature.model)
     try:
         names = tuple(output.name for output in _decode_outputs(parsed.outputs))
     except msgspec.ValidationError as error:
         reject_input(fault_of(error, list[RequestedOutput], under="/outputs"), error)
+    for index, text in enumerate(texts):
+        _reject_repeated(text, f"/outputs/{index}")
     if problems := list(_output_faults(names, signature)):
         raise json_errors.invalid_input_error(problems)
     return names
@@ -185,16 +177,20 @@ def _read_entries(text: bytes, signature: Signature) -> list[_Entry]:
 def _read_entry(text: bytes, pointer: str) -> _Entry:
     """The entry in a text, at this JSON pointer. Raises ValidationError or InvalidInput."""
     entry = _decode_entry(text)
-    texts = _decode_entry_text(text)
-    values = {name: getattr(texts, name) for name in texts.__struct_fields__}
-    reject_repeated_keys(
-        text, {name: value for name, value in values.items() if len(value)}, pointer
-    )
+    _reject_repeated(text, pointer)
     if (entry.data is UNSET) == (entry.parameters.binary_data_size is None):
         reject_input(InputError(pointer, "Set either `data` or `parameters.binary_data_size`."))
     if prod(max(size, 1) for size in entry.shape) * 8 > _MAX_BYTES:
         reject_input(InputError(f"{pointer}/shape", "No request can carry so large a tensor."))
     return entry
+
+
+def _reject_repeated(entry: bytes, pointer: str) -> None:
+    """Raises InvalidInput if an entry of `inputs` or `outputs`, or its parameters, has a key
+    twice."""
+    members = reject_repeated_names(entry, pointer)
+    if parameters := members.get("parameters"):
+        reject_repeated_names(bytes(parameters), f"{pointer}/parameters")
 
 
 def _start_offsets(
