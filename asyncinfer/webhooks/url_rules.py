@@ -38,7 +38,7 @@ class Target(Struct, frozen=True):
     @property
     def authority(self) -> str:
         """The value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = _in_url(self.host)
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
 
@@ -71,9 +71,14 @@ class UrlRules:
             raise _refused(f"{host} has an address of a cloud's metadata service")
         if (host, port) not in self._allowed and not addresses.is_public(address):
             raise _refused(
-                f"{host} has an address that is not public; the operator may add {host}:{port} to "
-                "WEBHOOK_ALLOW"
+                f"{host} has an address that is not public; the operator may add "
+                f"{_in_url(host)}:{port} to WEBHOOK_ALLOW"
             )
+
+
+def _in_url(host: str) -> str:
+    """A host as a URL has it: an IPv6 address is in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def normal_host(text: str) -> str:

@@ -48,6 +48,14 @@ def test_the_metadata_of_a_cloud_is_known_in_every_form() -> None:
     assert not is_metadata(ip_address("fe80::1"))
 
 
+@pytest.mark.parametrize("url", ["https://10.0.0.1/", "https://[::1]/", "https://[fd00::1]:8443/"])
+def test_what_a_refusal_tells_the_operator_to_allow_is_then_allowed(url: str) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        UrlRules().check(url)
+    receiver = refused.value.detail.split(" may add ")[1].split()[0]
+    assert UrlRules([receiver]).check(url)
+
+
 @pytest.mark.parametrize(
     ("url", "target"),
     [
