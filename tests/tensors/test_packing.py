@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+import tracemalloc
 
 import ml_dtypes
 import msgspec
@@ -123,3 +124,16 @@ def test_strings_and_booleans_are_not_unpacked_together() -> None:
         payload = packing.pack({"x": array})
 
         assert packing.unpack_uniform([payload, payload]) is None
+
+
+def test_short_strings_take_little_more_memory_than_their_bytes_while_they_are_packed() -> None:
+    """One body of 16 MiB has four million empty strings."""
+    strings = [""] * 100_000
+    tracemalloc.start()
+    try:
+        packed = packing.pack_strings(strings)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert packing.unpack_strings(memoryview(packed), max_count=len(strings)) == strings
+    assert peak_bytes < 4 * len(packed)
