@@ -194,14 +194,15 @@ def disk_full(server: redis.Redis) -> Iterator[Any]:
 
 @pytest.fixture
 def policy() -> Policy:
-    """Short times, so that a test can wait for the recovery of lost jobs."""
-    return Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600, failed_ttl_seconds=900)
+    """A lease that ends in no test by itself, as a busy machine may halt a test for a second."""
+    return Policy(lease_seconds=60, reap_seconds=0.08, job_ttl_seconds=600, failed_ttl_seconds=900)
 
 
 @pytest.fixture
 async def store(redis_url: str, server: redis.Redis, policy: Policy) -> AsyncIterator[Store]:
+    # A busy machine may answer after a second.
     async with Store.open(
-        redis_url, queue_name="predict_queue", policy=policy, name="test"
+        redis_url, queue_name="predict_queue", policy=policy, name="test", call_seconds=10
     ) as store:
         yield store
 

@@ -347,14 +347,14 @@ async def test_a_wait_answers_each_line_with_its_finished_job(
 async def test_a_wait_too_short_answers_with_the_job_as_it_is(
     api: httpx2.AsyncClient, server: redis.Redis
 ) -> None:
-    for wait, longest in ((0, 1.0), (1, 4.0)):
+    for wait in (0, 1):
         began = time.monotonic()
         reply = await api.post(
             "/predict",
             content=b"\n".join([GOOD] * 70),
             headers={**NDJSON, "prefer": f"wait={wait}"},
         )
-        assert wait <= time.monotonic() - began < wait + longest
+        assert wait <= time.monotonic() - began < wait + 4
         assert reply.headers["preference-applied"] == f"wait={wait}"
         answers = parse_answers(reply.content)
         assert {(answer["status"], answer["model"], answer["result"]) for answer in answers} == {

@@ -161,8 +161,8 @@ async def test_a_wait_ends_with_its_time(api: httpx2.AsyncClient) -> None:
 async def test_a_wait_without_redis_says_so(proxied_api: ProxiedApi) -> None:
     async with client_of(proxied_api.port) as client, asyncio.TaskGroup() as group:
         job_id = await submit(client)
-        get = group.create_task(client.get(f"/job/{job_id}?wait=0.1"))
-        await asyncio.sleep(0.05)
+        get = group.create_task(client.get(f"/job/{job_id}?wait=1"))
+        await eventually(lambda: count_waiters() == 1, "the API waits for it")
         proxied_api.proxy.black_hole()
     assert_problem(get.result(), 503, "redis_unavailable")
 
@@ -206,7 +206,7 @@ async def test_a_stopping_api_answers_waiting_clients(config: ApiConfig, store: 
             post = group.create_task(
                 client.post("/predict", json={"data": ROW}, headers={"prefer": "wait=60"})
             )
-            await asyncio.sleep(0.1)
+            await eventually(lambda: count_waiters() == 2, "both wait")
             began = time.monotonic()
         took = time.monotonic() - began
         assert ((await get).status_code, (await post).status_code) == (200, 202)
@@ -228,30 +228,26 @@ async def test_a_waiting_job_is_cancelled_at_once(
 
 
 async def test_a_running_job_is_cancelled_once_its_worker_is_notified(
-    api: httpx2.AsyncClient, manual_worker: ManualWorker
+    api: httpx2.AsyncClient, manual_worker: ManualWorker, server: redis.Redis
 ) -> None:
     job_id = await submit(api)
     claim = await manual_worker.claim()
     async with asyncio.TaskGroup() as group:
         delete = group.create_task(api.delete(f"/job/{job_id}"))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: server.exists(keys.control(QUEUE)) == 1, "its worker is notified")
         await manual_worker.finish(claim)
     assert (delete.result().status_code, delete.result().json()["status"]) == (200, "cancelled")
 
 
 async def test_a_running_job_that_does_not_stop_at_once_is_cancelled_later(
-    config: ApiConfig, store: Store, manual_worker: ManualWorker
+    api: httpx2.AsyncClient, manual_worker: ManualWorker
 ) -> None:
-    await announce(store, "iris", default="iris")
-    store.policy = Policy(lease_seconds=30)
-    patient = msgspec.structs.replace(config, policy=store.policy)
-    async with running(patient) as port, client_of(port) as client:
-        job_id = await submit(client)
-        claim = await manual_worker.claim()
-        reply = await client.delete(f"/job/{job_id}")
-        assert (reply.status_code, reply.json()["status"]) == (202, "processing")
-        await manual_worker.finish(claim)
-        assert (await client.get(f"/job/{job_id}")).json()["status"] == "cancelled"
+    job_id = await submit(api)
+    claim = await manual_worker.claim()
+    reply = await api.delete(f"/job/{job_id}")
+    assert (reply.status_code, reply.json()["status"]) == (202, "processing")
+    await manual_worker.finish(claim)
+    assert (await api.get(f"/job/{job_id}")).json()["status"] == "cancelled"
 
 
 # --- retrying --------------------------------------------------------------------------------

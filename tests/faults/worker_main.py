@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -18,13 +19,16 @@ from asyncinfer.worker.process import WorkerProcessConfig, run
 from asyncinfer.worker.worker import WorkerConfig
 from tests import unprivileged
 
+POLICY: Final = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
+"""Short times, so that a test can wait for the recovery of lost jobs."""
+
 
 class WorkerSettings(msgspec.Struct, kw_only=True):
     """The settings of a worker under test."""
 
     redis_url: str
     model_dir: str
-    policy: Policy = Policy(lease_seconds=0.5, reap_seconds=0.08, job_ttl_seconds=600)
+    policy: Policy = POLICY
     worker: WorkerConfig = WorkerConfig(concurrency=1)
     models: tuple[str, ...] = ()
     default_model: str | None = None

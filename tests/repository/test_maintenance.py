@@ -67,7 +67,7 @@ async def dead_claim(hands: QueueDriver) -> str:
     return job_id
 
 
-@pytest.mark.parametrize("gap_ms", [None, 251, 10_000, -1_000])
+@pytest.mark.parametrize("gap_ms", [None, 30_001, 100_000, -1_000])
 async def test_after_a_gap_no_worker_loses_jobs_for_one_lease(
     hands: QueueDriver, gap_ms: int | None
 ) -> None:
@@ -76,12 +76,12 @@ async def test_after_a_gap_no_worker_loses_jobs_for_one_lease(
         hands.redis.set(keys.swept(Q), hands.now_ms() - gap_ms)
     assert (await hands.maintenance.sweep()).put_back == 0
     assert hands.status(job_id) == "processing"
-    assert 400 < hands.redis.pttl(keys.hold(Q)) <= 500
+    assert 50_000 < hands.redis.pttl(keys.hold(Q)) <= 60_000
 
 
 async def test_sweeps_in_time_arm_no_guard(hands: QueueDriver) -> None:
     job_id = await dead_claim(hands)
-    hands.redis.set(keys.swept(Q), hands.now_ms() - 150)
+    hands.redis.set(keys.swept(Q), hands.now_ms() - 20_000)
     assert (await hands.maintenance.sweep()).put_back == 1
     assert hands.status(job_id) == "pending"
 
@@ -113,7 +113,7 @@ async def test_a_lease_far_in_the_future_is_cut_to_one_lease(hands: QueueDriver)
     claim = await hands.claim_jobs()
     hands.redis.zadd(keys.leases(Q), {claim.token: hands.now_ms() + 3_600_000})
     await hands.sweep()
-    assert hands.redis.zscore(keys.leases(Q), claim.token) <= hands.now_ms() + 500
+    assert hands.redis.zscore(keys.leases(Q), claim.token) <= hands.now_ms() + 60_000
 
 
 async def test_the_lease_of_a_live_worker_is_left_alone(hands: QueueDriver) -> None:
@@ -362,7 +362,7 @@ async def test_a_running_job_past_its_deadline_is_flagged_first_and_ends_a_lease
     assert (hands.status(late), hands.facts(late).expired) == ("processing", 1)
     messages = [fields for _, fields in hands.redis.xrange(keys.control(Q))]
     assert messages == [{b"expire": late.encode()}]
-    assert 0 < hands.redis.zscore(keys.deadlines(Q), late) - hands.now_ms() <= 500
+    assert 0 < hands.redis.zscore(keys.deadlines(Q), late) - hands.now_ms() <= 60_000
     hands.make_due(keys.deadlines(Q))
     assert (await hands.sweep()).expired == 1
     assert (hands.status(late), hands.error_code(late)) == ("failed", "expired")
