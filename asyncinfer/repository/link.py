@@ -244,6 +244,9 @@ class _Channel(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._looks_late = False
         """Whether the timer is set to the end of the silence, not to the next look."""
+        self._look_due_at = 0.0
+        self._looks_again = False
+        """Whether the timer is set for a look that has come too late."""
         # The writer would close the transport once nothing refers to it.
         self._writer = writer
         self._transport = cast(asyncio.Transport, writer.transport)
@@ -310,6 +313,11 @@ class _Channel(asyncio.Protocol):
         if not self._waiting:
             return
         now = self._loop.time()
+        if now - self._look_due_at > _LOOK_SECONDS and not self._looks_again:
+            # This process was halted: what came meanwhile is read before the next look.
+            self._look_in(0.0)
+            self._looks_again = True
+            return
         if self._has_moved():
             self.moved_at = now
         first = self._waiting[0]
@@ -328,7 +336,8 @@ class _Channel(asyncio.Protocol):
         if self._timer:
             self._timer.cancel()
         self._timer = self._loop.call_later(seconds, self._look)
-        self._looks_late = is_late
+        self._look_due_at = self._loop.time() + seconds
+        self._looks_late, self._looks_again = is_late, False
 
     def _has_moved(self) -> bool:
         """Whether a part of a reply has come, or one of a call has gone, since the last look."""

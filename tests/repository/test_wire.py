@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import resource
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -18,6 +19,7 @@ from asyncinfer.repository.link import Link, new_link
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
 from asyncinfer.repository.submissions import Submissions
+from tests.faults.harness import eventually
 from tests.queue_driver import Q, new_job
 
 
@@ -30,6 +32,23 @@ async def test_a_call_that_waits_for_a_bell_seldom_wakes_its_process(redis_url: 
 
     assert resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before <= 6
     await link.close()
+
+
+async def test_a_reply_that_came_while_the_process_was_halted_is_read(redis_url: str) -> None:
+    link = Link(Endpoint.parse(redis_url).client("halted"))
+    assert await link.ask(("PING",), 0.6) == b"PONG"
+    _halt(0.2)  # until the next check for silence is due
+
+    call = asyncio.ensure_future(link.ask(("PING",), 0.6))
+    await asyncio.sleep(0)  # it is sent
+    _halt(0.7)
+
+    assert await call == b"PONG"
+    await link.close()
+
+
+def _halt(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 @pytest.fixture(params=[True, False], ids=["directly", "through redis-py's client"])
@@ -122,10 +141,12 @@ async def test_keys_of_the_wrong_type_are_left_out(
     await connection.close()
 
 
-async def test_a_waiting_call_ends_when_its_connection_is_closed(either_store: Store) -> None:
+async def test_a_waiting_call_ends_when_its_connection_is_closed(
+    either_store: Store, server: redis.Redis
+) -> None:
     connection = either_store.blocking_connection()
     waiting = asyncio.ensure_future(connection.pop(["a"], 30))
-    await asyncio.sleep(0.1)
+    await eventually(lambda: server.info("clients")["blocked_clients"] == 1, "it waits")
     await connection.close()
     with pytest.raises(RedisUnavailable):
         await waiting
