@@ -323,7 +323,7 @@ async def test_retry_after_is_honoured_and_the_last_error_is_the_servers() -> No
         with pytest.raises(QueueFull, match="Full"):
             await client.submit([SETOSA])
 
-    assert 1 <= time.monotonic() - begun < 3
+    assert 1 <= time.monotonic() - begun < 10
 
 
 def test_a_stream_of_events_is_requested_again_within_half_a_minute() -> None:

@@ -55,10 +55,20 @@ def test_ctrl_c_ends_a_script_and_cancels_what_is_queued(running: Running, clien
 
 def test_ctrl_c_says_how_to_resume(client: Client) -> None:
     results = client.map(np.full((64, 1), 100.0), "slow", batch=1, progress=False)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt) as stopped:
+
+    def press_ctrl_c() -> None:
+        eventually_sync(lambda: bool(client.jobs(group=results.group)), "it has begun")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press_ctrl_c)
+
+    def read_all() -> None:
+        pressing.start()
         list(results)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        read_all()
+    pressing.join()
 
     assert any(f"group={results.group!r} to go on" in note for note in stopped.value.__notes__)
     assert client.group(results.group).counts.pending == 0

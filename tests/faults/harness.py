@@ -1,9 +1,10 @@
 """Assertions that a queue is bounded and at rest, and functions that wait for a condition."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final, Self
 
 import redis
 
@@ -99,6 +100,40 @@ def eventually_sync(condition: Callable[[], bool], description: str, seconds: fl
     while not condition():
         assert time.monotonic() < deadline, f"still not after {seconds} s: {description}"
         time.sleep(0.005)
+
+
+class Halts:
+    """Measures in a block how long the machine keeps this process from running. A time that is
+    promised on a free machine is then bounded by it and `seconds`."""
+
+    _TICK_SECONDS: Final = 0.01
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """The sum of all halts; complete at the end of the block."""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while True:
+            has_ended = self._end.wait(self._TICK_SECONDS)
+            now = time.monotonic()
+            late_seconds = now - last - self._TICK_SECONDS
+            # Another thread of a process that runs may delay this one by 5 ms.
+            if late_seconds > self._TICK_SECONDS:
+                self.seconds += late_seconds
+            if has_ended:
+                return
+            last = now
 
 
 def wait_for_next_millisecond() -> None:

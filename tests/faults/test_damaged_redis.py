@@ -129,7 +129,7 @@ DAMAGES: dict[str, Callable[[Any], None]] = {
 """Damages that an external program may do in Redis, by name."""
 
 
-BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1)
+BUSY = WorkerConfig(concurrency=1, brpop_timeout_seconds=0.1, prediction_timeout_seconds=60)
 
 
 @pytest.mark.soak
@@ -301,7 +301,7 @@ async def test_leases_are_still_renewed_after_a_damaged_claim(
         for name in server.scan_iter(keys.claim(Q, "*"), count=1000):
             server.set(name, GARBAGE)
         await load_client.assert_all_completed()
-        (renewed,) = await load_client.submit([2000.0])
+        (renewed,) = await load_client.submit([1500.0])
         await eventually(lambda: server.hlen(keys.running(Q)) == 1, "it runs")
         await eventually(is_renewed(server, Q), "its lease is renewed")
         await load_client.assert_all_completed()

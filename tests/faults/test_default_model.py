@@ -22,14 +22,14 @@ async def test_a_worker_adopts_the_default_model_that_redis_names(
         await before.submit([1.0])
         await before.assert_all_completed()
         server.set(keys.default_model(Q), "picky")
-        await eventually(lambda: "Redis names 'picky'" in workers.log, "the worker logs it", 5)
+        await eventually(lambda: "Redis names 'picky'" in workers.log, "the worker logs it")
         for load_client in (
             *(LoadClient(store, model, "picky") for model in ("slow", "picky")),
             # The client of an API that does not know of the change yet.
             before,
         ):
             await load_client.submit([2.0])
-            await load_client.assert_all_completed(5)
+            await load_client.assert_all_completed()
         assert await worker.stop() == 0
         assert workers.log.count("Redis names 'picky'") == 1
 

@@ -16,7 +16,7 @@ from asyncinfer.worker.worker import WorkerConfig
 from tests import zoo
 from tests.faults.load_client import LoadClient, claim_sizes, completed_in_order
 
-from .harness import assert_at_rest, eventually
+from .harness import Halts, assert_at_rest, eventually
 from .processes import OpenWorkers
 
 _POLL_SECONDS = 10.0
@@ -72,10 +72,11 @@ async def test_a_lost_doorbell_token_delays_a_job_by_one_poll_at_most(
             server.set(keys.data(job_id), "[[1.0]]")
             server.set(keys.status(job_id), "pending")
             server.lpush(load_client.queue, job_id)
-            waits_seconds.append(await _seconds_to_complete(server, job_id))
-            if waits_seconds[-1] < 0.5 + 0.4:
+            with Halts() as halts:
+                waits_seconds.append(await _seconds_to_complete(server, job_id))
+            if waits_seconds[-1] < 0.5 + 0.4 + halts.seconds:
                 break  # a busy machine may delay a job or two
-        assert waits_seconds[-1] < 0.5 + 0.4, waits_seconds
+        assert waits_seconds[-1] < 0.5 + 0.4 + halts.seconds, waits_seconds
         assert await worker.stop() == 0
     assert_at_rest(server, load_client.queue)
 
@@ -130,7 +131,7 @@ async def test_after_many_short_runs_a_job_does_not_wait_for_a_long_run_of_the_o
     open_workers: OpenWorkers, load_client: LoadClient, server: redis.Redis
 ) -> None:
     """Beside short runs the other slot skips the doorbell: their next claim takes the new job."""
-    config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60.0)
+    config = WorkerConfig(concurrency=2, brpop_timeout_seconds=60, prediction_timeout_seconds=60)
     with open_workers(worker=config) as workers:
         worker = workers.start()
         for _ in range(20):

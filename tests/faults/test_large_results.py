@@ -114,7 +114,7 @@ async def _bytes_added_by(
 async def _wait_until_completed(server: redis.Redis, jobs: Sequence[NewJob]) -> None:
     names = [f"job:{job.job_id}:status" for job in jobs]
     done = [b"completed"] * len(names)
-    await eventually(lambda: server.mget(names) == done, "all are completed")
+    await eventually(lambda: server.mget(names) == done, "all are completed", 120)
 
 
 @pytest.mark.soak

@@ -19,7 +19,7 @@ from tests.faults.load_client import (
     completed_in_order,
 )
 
-from .harness import assert_at_rest, eventually
+from .harness import Halts, assert_at_rest, eventually
 from .processes import OpenWorkers, WorkerChild, Workers
 
 A_MINUTE_MS = 60_000
@@ -40,12 +40,21 @@ class StartWaitingWorkers:
 
     @contextmanager
     def __call__(
-        self, wait_ms: float, max_jobs: int = 100, max_batch: int = 128
+        self,
+        wait_ms: float,
+        max_jobs: int = 100,
+        max_batch: int = 128,
+        brpop_timeout_seconds: float = 0.3,
     ) -> Iterator[Workers]:
         batching = f"enabled = true\nmax_wait_ms = {wait_ms}\nmax_jobs = {max_jobs}\n"
         zoo.place(self._folder, "waiting", zoo.slow(), toml=f"[batching]\n{batching}")
         zoo.place(self._folder, "slow", zoo.slow())
-        config = WorkerConfig(concurrency=1, max_batch=max_batch, brpop_timeout_seconds=0.3)
+        config = WorkerConfig(
+            concurrency=1,
+            max_batch=max_batch,
+            brpop_timeout_seconds=brpop_timeout_seconds,
+            prediction_timeout_seconds=60,
+        )
         folder = str(self._folder)
         with self._open_workers(
             model_dir=folder, models=(), default_model="slow", worker=config
@@ -88,13 +97,14 @@ async def test_a_single_job_is_run_after_the_wait_and_not_much_later(
         waits_seconds: list[float] = []
         for _ in range(5):
             submitted_at = time.monotonic()
-            await waiting_client.submit([1.0])
-            await waiting_client.assert_all_completed()
+            with Halts() as halts:
+                await waiting_client.submit([1.0])
+                await waiting_client.assert_all_completed()
             waits_seconds.append(time.monotonic() - submitted_at)
-            if waits_seconds[-1] < 0.4:
+            if waits_seconds[-1] < 0.4 + halts.seconds:
                 break  # a busy machine may delay a job or two
         assert min(waits_seconds) >= 0.295
-        assert waits_seconds[-1] < 0.4, waits_seconds
+        assert waits_seconds[-1] < 0.4 + halts.seconds, waits_seconds
         assert await worker.stop() == 0
 
 
@@ -177,20 +187,18 @@ async def test_a_worker_busy_with_a_batch_that_waited_leaves_doorbell_tokens_to_
     load_client: LoadClient,
     server: redis.Redis,
 ) -> None:
-    with waiting_workers(50) as workers:
+    def is_running() -> bool:
+        return server.hlen(keys.running(waiting_client.queue)) == 1
+
+    with waiting_workers(50, brpop_timeout_seconds=60) as workers:
         started = [await start_worker(workers, server) for _ in range(2)]
-        waits_seconds: list[float] = []
         for _ in range(3):
-            await waiting_client.submit([300.0])
-            await eventually(
-                lambda: server.hlen(keys.running(waiting_client.queue)) == 1, "it runs"
-            )
-            submitted_at = time.monotonic()
+            await waiting_client.submit([1000.0])
+            await eventually(is_running, "it runs")
             await load_client.submit([1.0])
             await load_client.assert_all_completed()
-            waits_seconds.append(time.monotonic() - submitted_at)
+            assert is_running()
             await waiting_client.assert_all_completed()
-        assert sorted(waits_seconds)[1] < 0.2, waits_seconds  # a busy machine may delay one
         assert [await worker.stop() for worker in started] == [0, 0]
     assert_at_rest(server, waiting_client.queue, load_client.queue)
 

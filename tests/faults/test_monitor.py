@@ -217,6 +217,7 @@ async def test_a_worker_with_a_hung_slot_is_not_ready_while_its_other_slots_fini
         worker = workers.start()
         await probe.wait_until_ready(30)
         await slow.submit([2000.0])
+        await eventually(lambda: server.hlen(keys.running(slow.queue)) == 1, "it runs")
         await huge.submit([zoo.TOO_BIG])
         await probe.wait_until_not_ready("would not stop")
         assert await worker.wait_for_exit(60) == EXIT_HUNG

@@ -377,7 +377,7 @@ async def test_a_redis_that_restarts_empty_or_with_an_older_dump_is_served_withi
     """With an older dump, a job that its worker has finished since is running again."""
     models = tmp_path / "models"
     shutil.copytree(shipped_models, models)
-    zoo.place(models, "slow", zoo.slow())
+    zoo.place(models, "slow", zoo.slow(), toml="[limits]\ntimeout_seconds = 60\n")
     client = redis.Redis.from_url(without_aof.url)
     models_of_workers = ("iris,digits,slow", "digits")
     with _running_service(tmp_path, without_aof.url, client, models, models_of_workers) as service:
@@ -403,7 +403,9 @@ async def test_a_redis_that_restarts_empty_or_with_an_older_dump_is_served_withi
                 )
             await clients.wait_until_ended()
             status = "gone" if restarts == "empty" else "completed"
-            await eventually(partial(clients.has_status, slow, status), f"the old job is {status}")
+            await eventually(
+                partial(clients.has_status, slow, status), f"the old job is {status}", 120
+            )
             clients.assert_refused_only_with_retry_after()
         assert service.services.log.count("WARNING") < 100, "an outage is not logged over and over"
     client.close()

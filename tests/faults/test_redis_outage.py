@@ -19,7 +19,7 @@ from asyncinfer.repository.store import Store
 from asyncinfer.worker.worker import WorkerConfig
 from tests.faults.load_client import LoadClient, assert_one_end_each, transitions
 
-from .harness import assert_at_rest, eventually, is_renewed
+from .harness import Halts, assert_at_rest, eventually, is_renewed
 from .processes import DurableServer, OpenWorkers, WorkerChild
 from .proxy import proxied
 
@@ -115,7 +115,7 @@ async def _assert_delivered_once(
         with open_workers(
             redis_url=durable.url,
             policy=policy,
-            worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=120),
+            worker=WorkerConfig(concurrency=1, prediction_timeout_seconds=600),
         ) as workers:
             started = [workers.start() for _ in range(2)]
             client = redis.Redis.from_url(durable.url)
@@ -128,8 +128,8 @@ async def _assert_delivered_once(
             durable.kill()
             await asyncio.sleep(outage_seconds)
             durable.start()
-            # The run computes all the time: on a busy machine it takes three times as long.
-            await load_client.assert_all_completed(120)
+            # The run computes all the time: on a busy machine it takes many times as long.
+            await load_client.assert_all_completed(600)
             assert [await worker.stop() for worker in started] == [0, 0]
         for job_id in load_client.acknowledged:
             assert transitions(client, load_client.queue)[job_id]["processing"] == 1
@@ -198,10 +198,11 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_n
             gap = group.create_task(_longest_gap_seconds(all_are_refused))
             jobs = [load_client.new_job(float(number)) for number in range(50)]
             submitted_at = time.monotonic()
-            errors = await asyncio.gather(
-                *(load_client.submissions.submit(job) for job in jobs), return_exceptions=True
-            )
-            seconds = time.monotonic() - submitted_at
+            with Halts() as halts:
+                errors = await asyncio.gather(
+                    *(load_client.submissions.submit(job) for job in jobs), return_exceptions=True
+                )
+            seconds = time.monotonic() - submitted_at - halts.seconds
             all_are_refused.set()
             refused = [error for error in errors if isinstance(error, RedisUnavailable)]
             assert len(refused) == len(jobs)
@@ -212,7 +213,7 @@ async def test_a_submit_without_redis_is_refused_in_time_and_the_event_loop_is_n
                 else:
                     assert error.job_id == job.job_id
             assert seconds < 1.5
-            assert await gap < 0.5
+            assert await gap < 0.5 + halts.seconds
             sender.cancel()
     server.flushall()
 
@@ -259,13 +260,13 @@ async def test_a_connection_without_replies_is_given_up_within_its_time_out(
         assert await doorbell.wait(["predict_queue"], 0.05) is None
         proxy.black_hole()
         started_at = time.monotonic()
-        with pytest.raises(RedisUnavailable):
+        with Halts() as halts, pytest.raises(RedisUnavailable):
             await runs.claim(request)
-        assert time.monotonic() - started_at < store.call_seconds + 0.3
+        assert time.monotonic() - started_at < store.call_seconds + 0.3 + halts.seconds
         started_at = time.monotonic()
-        with pytest.raises(RedisUnavailable):
+        with Halts() as halts, pytest.raises(RedisUnavailable):
             await doorbell.wait(["predict_queue"], 0.2)
-        assert time.monotonic() - started_at < 1.5
+        assert time.monotonic() - started_at < 1.5 + halts.seconds
         proxy.restore()
         assert await runs.claim(request) == ClaimReply(None)
         await doorbell.close()

@@ -29,7 +29,7 @@ class WorkerSettings(msgspec.Struct, kw_only=True):
     redis_url: str
     model_dir: str
     policy: Policy = POLICY
-    worker: WorkerConfig = WorkerConfig(concurrency=1)
+    worker: WorkerConfig = WorkerConfig(concurrency=1, prediction_timeout_seconds=60)
     models: tuple[str, ...] = ()
     default_model: str | None = None
     bounds: CacheBounds = CacheBounds()
