@@ -90,7 +90,7 @@ async def test_workers_are_shown_as_they_announce_themselves(
     api: httpx2.AsyncClient, store: Store, hands: QueueDriver
 ) -> None:
     about = {"host": "h", "concurrency": 2, "busy": 1, "started_ms": hands.now_ms() - 1000}
-    await Announcements(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 10)
+    await Announcements(store).announce_worker("h-17-f0fd4a", {**about, "state": "ready"}, 60)
     (worker,) = (await ok_body(await api.get("/workers")))["workers"]
     assert (worker["worker"], worker["host"]) == ("w-f0fd4a", "h")
     assert (worker["slots"], worker["busy"]) == (2, 1)

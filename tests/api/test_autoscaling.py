@@ -27,7 +27,7 @@ async def scale(api: httpx2.AsyncClient, model: str = "iris") -> dict[str, Any]:
 async def worker(store: Store, name: str = "w", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"concurrency": 4, "models": ["iris"], "state": "ready", "seconds_per_job": {}}
-    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=60)
 
 
 async def test_without_jobs_no_worker_is_needed(api: httpx2.AsyncClient) -> None:
@@ -103,7 +103,7 @@ async def test_an_older_or_unreadable_announcement_hides_no_other_worker(
     api: httpx2.AsyncClient, store: Store, server: redis.Redis
 ) -> None:
     about = {"concurrency": 2, "models": ["iris"], "state": "ready", "host": "h"}
-    await Announcements(store).announce_worker("old", about, ttl_seconds=10)
+    await Announcements(store).announce_worker("old", about, ttl_seconds=60)
     await worker(store, "damaged")
     server.set(keys.worker("predict_queue", "damaged"), b"\xff", px=9000)
     assert (await scale(api))["slots"] == 2

@@ -84,7 +84,7 @@ async def test_an_unreadable_announcement_hides_no_other_model(
 
 
 async def test_health_shows_waiting_jobs_and_workers(api: httpx2.AsyncClient, store: Store) -> None:
-    await Announcements(store).announce_worker("w", {}, ttl_seconds=10)
+    await Announcements(store).announce_worker("w", {}, ttl_seconds=60)
     body = (await api.get("/health")).json()
     assert body["status"] == "ok"
     assert body["redis"].split()[0] in ("Valkey", "Redis")
@@ -166,14 +166,24 @@ async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
         fresh = msgspec.structs.replace(config, redis_url=proxy.url)
         async with running(fresh) as port, client_of(port) as client:
             job_id = await submit(client)
-            with refusing(server, *REFUSALS[code]):
-                problem = assert_problem(await client.get("/health/ready?for=submit"), 503, code)
+
+            async def says_why() -> bool:
+                # What is under way when the API leaves a replica is answered `redis_unavailable`,
+                # since it may have been done.
+                asked = await client.get("/health/ready?for=submit")
                 refused = await client.post("/predict", json={"data": ROW})
+                if "redis_unavailable" in asked.text + refused.text:
+                    return False
+                reason = {"code": code, "message": assert_problem(asked, 503, code)["detail"]}
                 assert_problem(refused, 503, code)
                 for path in ("/health/ready", "/health"):
                     body = (await client.get(path)).json()
                     assert (body["status"], body["accepting"]) == ("ok", False)
-                    assert body["reason"] == {"code": code, "message": problem["detail"]}
+                    assert body["reason"] == reason
+                return True
+
+            with refusing(server, *REFUSALS[code]):
+                await eventually(says_why, "all answers say why")
                 assert (await client.get(f"/job/{job_id}")).json()["status"] == "pending"
 
             async def is_accepting() -> bool:
@@ -184,6 +194,8 @@ async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
             await eventually(is_accepting, "jobs are accepted again")
             assert (await client.get("/health")).json()["accepting"] is True
     lines = [record.getMessage() for record in caplog.records if record.name == "asyncinfer.redis"]
+    # Those of calls that got no reply, as on a busy machine, are left out.
+    lines = [line for line in lines if "answer" not in line]
     assert len(lines) == 2, lines
     assert lines[0].startswith(f"{code}: ")
     assert lines[1].startswith("Redis takes jobs again after ")

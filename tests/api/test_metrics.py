@@ -216,7 +216,7 @@ async def announce_worker(store: Store, **about: Any) -> None:
         "state": "ready",
         "seconds_per_job": {"iris": 0.5},
     }
-    await Announcements(store).announce_worker("w", said | about, ttl_seconds=10)
+    await Announcements(store).announce_worker("w", said | about, ttl_seconds=60)
 
 
 async def test_a_model_without_a_worker_whose_jobs_wait_is_starved(measured: Measured) -> None:

@@ -20,7 +20,7 @@ async def test_a_broken_version_is_shown_with_its_reason(
         "problems": {"iris": {"2": "too bad"}, "wine": {"1": "not a model"}},
         "run_times": {"iris": {"1": 0.001, "8": 0.002}},
     }
-    await Announcements(store).announce_worker("host-17-f0fd4a", about, 10)
+    await Announcements(store).announce_worker("host-17-f0fd4a", about, 60)
 
     iris = (await api.get("/models/iris")).json()
     broken = {"model": "iris", "version": "2", "worker": "w-f0fd4a", "reason": "too bad"}
@@ -42,10 +42,10 @@ async def test_a_model_counts_as_loading_until_the_api_has_seen_its_announcement
         "versions": {"late": {"1": "a"}},
         "state": "ready",
     }
-    await Announcements(store).announce_worker("host-17-f0fd4a", about, 10)
+    await Announcements(store).announce_worker("host-17-f0fd4a", about, 60)
     assert (await api.get("/models")).json()["loading"] == ["late", "wine"]
 
-    await Announcements(store).announce_worker("host-17-f0fd4a", {**about, "state": "draining"}, 10)
+    await Announcements(store).announce_worker("host-17-f0fd4a", {**about, "state": "draining"}, 60)
     assert (await api.get("/models")).json()["loading"] == []
 
 

@@ -27,7 +27,7 @@ REQUESTS = (
 async def worker(store: Store, worker_id: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"state": "ready", "default_model": "iris"}
-    await Announcements(store).announce_worker(worker_id, announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(worker_id, announcement | about, ttl_seconds=60)
 
 
 async def request_path(client: httpx2.AsyncClient, method: str, path: str) -> httpx2.Response:

@@ -252,7 +252,7 @@ async def test_host_names_and_pids_are_shown_to_admins_only(
         "run_times": {"iris": {"1": 0.001}},
         "problems": {"iris": {"2": "too bad"}},
     }
-    await Announcements(store).announce_worker(WORKER, about, 10)
+    await Announcements(store).announce_worker(WORKER, about, 60)
     job_id = await _ended_by(bob, server, store, WORKER)
 
     assert_problem(await bob.get("/workers"), 403, "forbidden")

@@ -36,7 +36,7 @@ async def worker(
         **{"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"},
         **{"concurrency": slots, "seconds_per_job": paces, "isolating": isolating},
     }
-    await Announcements(store).announce_worker(f"host-1-aaaaa{number}", about, ttl_seconds=10)
+    await Announcements(store).announce_worker(f"host-1-aaaaa{number}", about, ttl_seconds=60)
 
 
 async def read(api: httpx2.AsyncClient, job_id: str, query: str = "") -> dict[str, Any]:

@@ -45,7 +45,7 @@ LINE = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 async def worker(store: Store, name: str = "host-1-aaaaaa", **about: Any) -> None:
     """Announces a worker as a real one does."""
     announcement = {"models": ["iris"], "versions": {"iris": {"1": "0" * 64}}, "state": "ready"}
-    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=10)
+    await Announcements(store).announce_worker(name, announcement | about, ttl_seconds=60)
 
 
 async def answer_to(client: httpx2.AsyncClient, **options: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ async def test_a_worker_of_an_older_release_has_every_version(
     config: ApiConfig, store: Store
 ) -> None:
     await announce(store, "iris", default="iris")
-    await Announcements(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 10)
+    await Announcements(store).announce_worker("old", {"models": ["iris"], "state": "ready"}, 60)
     async with running_client(config) as client:
         assert (await answer_to(client, version="1"))["waiting_for"] is None
 
