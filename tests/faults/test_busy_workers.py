@@ -32,7 +32,11 @@ def workers(open_workers: OpenWorkers, tmp_path: Path) -> Iterator[Workers]:
 
 
 @pytest.fixture
-async def client(redis_url: str, policy: Policy) -> AsyncIterator[httpx2.AsyncClient]:
+async def client(
+    redis_url: str, policy: Policy, server: redis.Redis
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of an API that starts on an empty Redis: of another one it would remember the
+    default model."""
     config = ApiConfig(redis_url=redis_url, policy=policy)
     async with hosted(running_client(config)) as client:
         yield client
