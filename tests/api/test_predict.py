@@ -157,7 +157,8 @@ async def test_a_second_request_with_the_key_waits_for_the_first_ones_job(
     async with asyncio.TaskGroup() as group:
         headers = {**once, "prefer": "wait=10"}
         post = group.create_task(api.post("/predict", json={"data": ROW}, headers=headers))
-        await eventually(lambda: count_waiters() == 1, "it waits")
+        # It was ready to wait for a job of its own, and waits for the first one's now.
+        await eventually(lambda: count_waiters() == 2, "it waits")
         await manual_worker.complete()
     assert (post.result().status_code, post.result().json()["job_id"]) == (200, job_id)
 
