@@ -39,8 +39,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_EXTRA_PROCESSES: Final = {"not soak and not by_hand": 1, "soak": 2}
-"""By suite, how many processes it has beside one for each core; those of soak wait longer."""
+_SUITES: Final = ("not soak and not by_hand", "soak")
+_EXTRA_PROCESSES: Final = 2
+"""How many processes a suite has beside one for each core. On two cores the default suite took
+110 s with two, and 135 s with one."""
 _LONG_FOLDERS: Final = (
     *("faults", "cli", "client", "service", "deploy", "testing", "processes", "zoo", "engine"),
     *("worker", "docs"),
@@ -73,13 +75,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if (
         is_selection
         or option.keyword
-        or option.markexpr not in _EXTRA_PROCESSES
+        or option.markexpr not in _SUITES
         or "TEST_REDIS_URL" in os.environ
     ):
         return 0
     option.dist = "loadscope"
     option.loadscopereorder = False
-    return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES[option.markexpr]
+    return min(os.cpu_count() or 1, 4) + _EXTRA_PROCESSES
 
 
 class _ServiceScheduling(LoadScopeScheduling):  # type: ignore[misc]
