@@ -28,6 +28,7 @@ from tests.restricted_user import restricted_user
 from .harness import (
     QUEUE,
     ROW,
+    ManualWorker,
     announce,
     assert_problem,
     client_of,
@@ -200,6 +201,29 @@ async def test_an_api_stays_ready_while_redis_takes_no_jobs_and_says_why(
     assert lines[0].startswith(f"{code}: ")
     assert lines[1].startswith("Redis takes jobs again after ")
     assert lines[1].endswith(f"({code}).")
+
+
+async def test_all_that_reads_is_answered_while_redis_takes_no_writes(
+    api: httpx2.AsyncClient, server: redis.Redis, manual_worker: ManualWorker
+) -> None:
+    in_group = {"data": ROW, "options": {"group": "g"}}
+    job_id = (await api.post("/predict", json=in_group)).json()["job_id"]
+    await manual_worker.complete()
+    waiting_id = (await api.post("/predict", json=in_group)).json()["job_id"]
+    paths = [
+        *(f"/job/{job_id}{rest}" for rest in ("", "?wait=1", "/result", "/timeline")),
+        *(f"/job/{waiting_id}{rest}" for rest in ("", "?wait=0.1", "/timeline")),
+        *("/jobs", "/jobs?group=g", "/jobs?dead=true", "/jobs?status=completed", "/group/g"),
+        *("/models", "/models/iris", "/queues", "/workers", "/scale/iris", "/webhooks", "/audit"),
+        *("/health", "/health/live", "/health/ready", "/openapi.json", "/"),
+    ]
+    with refusing(server, *REFUSALS["too_few_replicas"]):
+        answers = {path: await api.get(path) for path in paths}
+        valid = await api.post("/models/iris/validate", json={"data": ROW})
+    assert {
+        path: answer.text for path, answer in answers.items() if answer.status_code != 200
+    } == {}
+    assert valid.status_code == 200
 
 
 async def test_a_right_that_the_redis_user_lost_is_named_to_those_who_may_read(

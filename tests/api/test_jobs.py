@@ -29,6 +29,7 @@ from .harness import (
     running_until_signal,
     submit,
 )
+from .refusals import REFUSALS, refusing
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -165,6 +166,29 @@ async def test_a_wait_without_redis_says_so(proxied_api: ProxiedApi) -> None:
         await eventually(lambda: count_waiters() == 1, "the API waits for it")
         proxied_api.proxy.black_hole()
     assert_problem(get.result(), 503, "redis_unavailable")
+
+
+@pytest.mark.parametrize("code", ["storage_full", "too_few_replicas", "redis_permission_denied"])
+async def test_a_job_is_read_with_a_wait_while_redis_takes_no_jobs(
+    code: str, api: httpx2.AsyncClient, server: redis.Redis
+) -> None:
+    job_id = await submit(api)
+    with refusing(server, *REFUSALS[code]):
+        reply = await api.get(f"/job/{job_id}?wait=0.1")
+    assert (reply.status_code, reply.json()["status"]) == (200, "pending")
+
+
+@pytest.mark.soak
+async def test_a_wait_that_began_while_redis_took_no_writes_sees_the_end(
+    api: httpx2.AsyncClient, server: redis.Redis, manual_worker: ManualWorker
+) -> None:
+    job_id = await submit(api)
+    async with asyncio.TaskGroup() as group:
+        with refusing(server, *REFUSALS["too_few_replicas"]):
+            get = group.create_task(api.get(f"/job/{job_id}?wait=60"))
+            await eventually(lambda: count_waiters() == 1, "it waits")
+        await manual_worker.complete()
+    assert get.result().json()["status"] == "completed"
 
 
 async def test_nothing_waits_for_a_client_that_disconnected(

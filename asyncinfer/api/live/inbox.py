@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asyncinfer.api.answer_sizes import AnswerSizes
-from asyncinfer.errors import RedisRefused, RedisUnavailable, WrongKeyType
+from asyncinfer.errors import RedisRefused, RedisUnavailable, WritesRefused, WrongKeyType
 from asyncinfer.jobs import TERMINAL
 from asyncinfer.processes.limited_log import LimitedLog
 from asyncinfer.repository import keys
@@ -139,9 +139,10 @@ class Inbox:
             queue = queue_of(self._store, stored)
             try:
                 now = (await self._submissions.watch(queue, self.name, [stored.job_id]))[0]
-            except RedisRefused as error:
-                # With a damaged key no notice will come; the periodic check still finds the end.
-                _log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
+            except (RedisRefused, WritesRefused) as error:
+                # No notice will come, but the periodic check still finds the end.
+                if isinstance(error, RedisRefused):
+                    _log.warning(f"Waiting for a job of {queue!r}: {error.detail}")
                 now = await self._submissions.read(stored.job_id)
             if now is None or now.has_ended:
                 return now
