@@ -59,6 +59,10 @@ def audit(server: ServerOptions, as_json: bool, **filters: Any) -> None:
 
 def _row(entry: "AuditEntry") -> Sequence[object]:
     """The cells of an entry; its time is UTC."""
-    selected = " ".join(f"{name}={value}" for name, value in entry.filter.items())
+    selected = " ".join(f"{name}={_as_in_a_query(value)}" for name, value in entry.filter.items())
     time = utc(entry.at)
     return time, entry.action, entry.tenant, entry.key, selected, entry.jobs, entry.outcome
+
+
+def _as_in_a_query(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

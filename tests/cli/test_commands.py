@@ -305,6 +305,8 @@ def test_what_commands_do_to_many_jobs_and_to_models_is_listed(url: str) -> None
     assert lines[1].split()[0].endswith("Z")
     assert {entry["action"] for entry in pauses} == {"pause"}
     assert run_command("audit", "--tenant", "nobody").err == "No such entries.\n"
+    run_command("retry", "--dead")
+    assert "dead=true" in run_command("audit", "--limit", "1").out
 
 
 # --- keys ------------------------------------------------------------------------------------
