@@ -261,7 +261,7 @@ class KeptFull(QueueFull):
 class WebhooksFull(QueueFull):
     """The queue has as many webhooks to deliver as it may; it takes jobs without one."""
 
-    code, title = "webhooks_full", "Too many webhooks are to be told"
+    code, title = "webhooks_full", "Too many webhooks are to be delivered"
 
 
 class TooManyGroups(RequestError):

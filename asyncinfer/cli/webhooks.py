@@ -78,7 +78,7 @@ def _list(hosts: "Sequence[WebhookHost]", host: str | None, as_json: bool) -> No
     counts = ("PENDING", "FAILING", "GIVEN UP")
     show(("HOST", *counts, "LAST TRY", "AT", "NEXT"), map(_row, wanted), numeric=counts)
     if not wanted:
-        say_on_stderr("No webhook is to be told, and none was given up lately.")
+        say_on_stderr("No webhook is to be delivered, and none was given up lately.")
 
 
 def _row(one: "WebhookHost") -> Sequence[object]:

@@ -93,7 +93,9 @@ async def redeliver_group_webhook(services: Services, request: Request[NoQuery])
     if verdict == "webhooks_full":
         raise webhooks_full_error(services.config.policy)
     if verdict == "absent":
-        raise WebhookNotFound("The group has jobs that have not ended, so it was not told yet.")
+        raise WebhookNotFound(
+            "The group has jobs that have not ended, so its webhook is not delivered yet."
+        )
     return json_reply(202, await _group_webhook(services, request))
 
 
