@@ -9,7 +9,7 @@ from typing import Final
 from asyncinfer.cli.addresses import shown_url
 from asyncinfer.cli.doctor.findings import Finding, ok, problem, warning
 from asyncinfer.cli.output import seconds, size
-from asyncinfer.errors import AsyncinferError, PermissionDenied, ServerRefused
+from asyncinfer.errors import AsyncinferError, PermissionDenied, ServerRefused, WritesRefused
 from asyncinfer.repository.inspect.server_info import ServerInfo, read_server_info
 from asyncinfer.repository.policy import Policy
 from asyncinfer.repository.store import Store
@@ -22,7 +22,7 @@ _MAX_CLOCK_DIFFERENCE_SECONDS: Final = 2.0
 _HIGH_MEMORY_SHARE: Final = 0.8
 _MAX_WRONG_KEYS: Final = 3
 
-_WITHOUT_WRITES: Final = ("disk_full", "redis_read_only", "too_few_replicas")
+_WITHOUT_WRITES: Final = tuple(refused.code for refused in WritesRefused.__subclasses__())
 """Codes of a server that takes no writes, those of workers that are alive among them."""
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from asyncinfer.errors import PermissionDenied, RedisUnavailable, RequestError, StorageFull
+from asyncinfer.errors import PermissionDenied, RedisUnavailable, StorageFull
 from asyncinfer.models.folder import OF_ALL_VERSIONS, is_valid_name
 from asyncinfer.models.signature import Signature, read_signature
 from asyncinfer.processes.limited_log import LimitedLog
@@ -418,8 +418,6 @@ async def announce_forever(
         except RedisUnavailable as error:
             log_refused(_limited_log, "Announce", error)
             on_failed(error)
-        except RequestError:
-            pass
         except Exception as error:
             _limited_log.unexpected("An announcement failed.", error)
         await set_within(news, ANNOUNCE_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
